@@ -1,0 +1,90 @@
+"""Every error a user can meet, and the exit code the command line gives it.
+
+    CbptError                    exit 1
+    ├── InputError               exit 2   wrong usage or bad input
+    │   ├── CheckpointError               the suspect checkpoint
+    │   ├── ClassListError                the class list
+    │   ├── ImageDataError                an image or an image folder
+    │   ├── ConfigError                   a configuration value or file
+    │   ├── BundleError                   a bundle that is damaged or not a bundle
+    │   └── OutputError                   an output path that cannot be written
+    └── WorkError                exit 1   the input was fine, the work failed
+        ├── PurificationError             purification did not reach a result
+        ├── ImplantError                  a red-team implant did not take
+        └── ExportError                   export or its parity gate failed
+
+The text of an error has three parts: what was expected, what came, what to do.
+"""
+
+from __future__ import annotations
+
+
+class CbptError(Exception):
+    """Base of all errors raised on purpose; the text says expected, got and what to do.
+
+    Args:
+        expected: What would have been right.
+        got: What was there instead.
+        fix: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, *, expected: str, got: str, fix: str) -> None:
+        self.expected = expected
+        self.got = got
+        self.fix = fix
+        super().__init__(f"expected {expected}; got {got}. {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.expected, self.got, self.fix)
+
+
+def _rebuild(kind: type[CbptError], expected: str, got: str, fix: str) -> CbptError:
+    return kind(expected=expected, got=got, fix=fix)
+
+
+class InputError(CbptError):
+    """Wrong usage or bad input."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """The suspect checkpoint cannot be used."""
+
+
+class ClassListError(InputError):
+    """The class list cannot be used."""
+
+
+class ImageDataError(InputError):
+    """An image or an image folder cannot be used."""
+
+
+class ConfigError(InputError):
+    """A configuration value or file cannot be used."""
+
+
+class BundleError(InputError):
+    """A folder is not a bundle, or its content does not match its manifest."""
+
+
+class OutputError(InputError):
+    """An output path exists already, or cannot be written."""
+
+
+class WorkError(CbptError):
+    """The input was fine, the work failed."""
+
+
+class PurificationError(WorkError):
+    """Purification did not reach a usable result."""
+
+
+class ImplantError(WorkError):
+    """A red-team implant did not take."""
+
+
+class ExportError(WorkError):
+    """Export, or the parity gate after it, failed."""
