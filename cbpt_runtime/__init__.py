@@ -1,0 +1,1 @@
+"""Makes third-party CLIP checkpoints safe to serve."""
