@@ -1,0 +1,224 @@
+"""A bundle read from disk, every file checked against the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from cbpt_runtime.errors import BundleError
+from cbpt_runtime.models.preprocess import Preprocess
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+HEAD = "head.safetensors"
+ENCODER = "encoder.safetensors"
+TRIGGERS = "triggers.safetensors"
+REPORT = "report.html"
+
+_REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
+_REQUIRED_KEYS = ("verdict", "model", "classes", "method", "suspects", "metrics", "versions", "files")
+_REMAKE = "Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle read from disk.
+
+    Attributes:
+        path: Its folder.
+        manifest: The whole of ``manifest.json``.
+        digest: SHA-256 of ``manifest.json``, hence of everything in the bundle.
+        class_embeddings: The purified head, unit-norm rows, float32.
+        reference_embeddings: The head before purification, unit-norm rows, float32.
+        logit_scale: Temperature, already exponentiated.
+        logit_bias: SigLIP's bias, else None.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    digest: str
+    class_embeddings: Float[np.ndarray, "classes dim"]
+    reference_embeddings: Float[np.ndarray, "classes dim"]
+    logit_scale: float
+    logit_bias: float | None
+
+    @property
+    def verdict(self) -> str:
+        """'backdoored' or 'clean'."""
+        return str(self.manifest["verdict"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return tuple(self.manifest["classes"]["names"])
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the model's pixels."""
+        return Preprocess.from_dict(self.manifest["model"]["preprocess"])
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """open_clip's model configuration."""
+        return dict(self.manifest["model"]["config"])
+
+    @property
+    def suspects(self) -> list[dict[str, Any]]:
+        """The suspected targets, most suspicious first; empty for a clean checkpoint."""
+        return list(self.manifest["suspects"])
+
+    @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return tuple(int(suspect["index"]) for suspect in self.suspects)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What was measured on held-out clean images when the bundle was made."""
+        return dict(self.manifest["metrics"])
+
+    def read_file(self, name: str) -> bytes:
+        """Content of one file of the bundle, checked against the manifest.
+
+        Raises:
+            BundleError: The file is missing, unreadable or not the one the manifest describes.
+        """
+        return _read_checked(self.path, name, self.manifest["files"])
+
+    def triggers(self) -> dict[str, np.ndarray]:
+        """The dummy triggers by name."""
+        return _tensors(self.path, TRIGGERS, self.read_file(TRIGGERS))
+
+
+def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Read a bundle.
+
+    Args:
+        path: Its folder.
+        verify: Hash every file and compare with the manifest. The head is always checked.
+
+    Raises:
+        BundleError: Not a bundle, or a file of it is missing, changed or contradicts the manifest; the
+            text names the file.
+    """
+    path = Path(path)
+    raw, manifest = _read_manifest(path)
+    files = manifest["files"]
+    head = _tensors(path, HEAD, _read_checked(path, HEAD, files))
+    if verify:
+        for name in files:
+            if name != HEAD:
+                _read_checked(path, name, files)
+    _check_head(path, head, len(manifest["classes"]["names"]))
+    bias = head.get("logit_bias")
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        digest=hashlib.sha256(raw).hexdigest(),
+        class_embeddings=head["class_embeddings"],
+        reference_embeddings=head["reference_embeddings"],
+        logit_scale=float(head["logit_scale"]),
+        logit_bias=None if bias is None else float(bias),
+    )
+
+
+def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            expected=f"a bundle folder with a {MANIFEST}",
+            got=f"{path} ({error.strerror or 'unreadable'})",
+            fix="Give the folder that `cbpt-runtime purify --output` wrote.",
+        ) from error
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(expected=f"valid JSON in {file}", got=str(error), fix=_REMAKE) from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            expected=f"schema_version {SCHEMA_VERSION} in {file}",
+            got=repr(version),
+            fix="Use the version of cbpt-runtime that wrote this bundle, or make the bundle again.",
+        )
+    _check_manifest(file, manifest)
+    return raw, manifest
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    problems = [f"no {key!r}" for key in _REQUIRED_KEYS if key not in manifest]
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        problems.append("'files' is not an object")
+    else:
+        problems += [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
+        problems += [f"unsafe file name {name!r}" for name in files if Path(name).name != name]
+    try:
+        count = len(manifest["classes"]["names"])
+        Preprocess.from_dict(manifest["model"]["preprocess"])
+        indices = [int(suspect["index"]) for suspect in manifest["suspects"]]
+        problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < count]
+    except (KeyError, TypeError, ValueError) as error:
+        problems.append(f"{type(error).__name__}: {error}")
+    if problems:
+        raise BundleError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
+
+
+def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
+    file = folder / name
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        got = error.strerror or "unreadable"
+        raise BundleError(expected=f"the file {file}", got=got, fix=_REMAKE) from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    entry = files.get(name)
+    expected = entry.get("sha256") if isinstance(entry, dict) else None
+    if sha256 != expected:
+        raise BundleError(
+            expected=f"{file} with SHA-256 {expected}, as its manifest says",
+            got=f"{sha256}: the file was changed or damaged",
+            fix=_REMAKE,
+        )
+    return data
+
+
+def _tensors(folder: Path, name: str, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        return safetensors_numpy.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(expected=f"safetensors in {folder / name}", got=str(error), fix=_REMAKE) from error
+
+
+def _check_head(folder: Path, head: Mapping[str, np.ndarray], classes: int) -> None:
+    problems = [] if "logit_scale" in head else ["no 'logit_scale'"]
+    shapes = set()
+    for key in ("class_embeddings", "reference_embeddings"):
+        tensor = head.get(key)
+        if tensor is None:
+            problems.append(f"no {key!r}")
+            continue
+        shapes.add(tensor.shape)
+        if tensor.dtype != np.float32 or tensor.ndim != 2 or len(tensor) != classes:
+            problems.append(f"{key} is {tensor.dtype} {list(tensor.shape)}")
+    if len(shapes) > 1:
+        problems.append("the two heads differ in shape")
+    finite = {key: bool(np.isfinite(tensor).all()) for key, tensor in head.items()}
+    problems += [f"{key} holds NaN or infinity" for key, good in finite.items() if not good]
+    if problems:
+        raise BundleError(
+            expected=f"two finite float32 heads of {classes} rows in {folder / HEAD}",
+            got="; ".join(problems),
+            fix=_REMAKE,
+        )

@@ -1,0 +1,234 @@
+"""Writing a bundle: to a temporary sibling, read back, renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import numpy as safetensors_numpy
+
+from cbpt_runtime.bundle.reading import (
+    ENCODER,
+    HEAD,
+    MANIFEST,
+    REPORT,
+    SCHEMA_VERSION,
+    TRIGGERS,
+    Bundle,
+    read_bundle,
+)
+from cbpt_runtime.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleContent:
+    """Everything a bundle holds, before it is on disk.
+
+    Attributes:
+        verdict: 'backdoored' or 'clean'.
+        model: ``config``, ``preprocess``, ``source``, ``format``, ``sha256`` and ``dtype`` of the suspect
+            checkpoint; ``preprocess`` as `Preprocess.to_dict` gives it.
+        class_names: In the order of the rows of both heads.
+        templates: Prompt templates of each class, ``{}`` standing for the name.
+        method: ``name``, ``config``, ``seed`` and ``parameterization``.
+        suspects: One dict per suspected target, at least ``index``, ``name`` and ``score``.
+        metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
+        stage_seconds: Wall time of each stage.
+        evidence: What the verdict rests on, JSON-able.
+        versions: Versions of the packages that made it.
+        class_embeddings: The purified head, unit-norm rows.
+        reference_embeddings: The head before purification, unit-norm rows.
+        logit_scale: Temperature, already exponentiated.
+        logit_bias: SigLIP's bias, else None.
+        contexts: Learned prompt contexts where there are any.
+        encoder: State dict of the image tower.
+        triggers: The dummy triggers by name.
+    """
+
+    verdict: str
+    model: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    templates: tuple[tuple[str, ...], ...]
+    method: Mapping[str, Any]
+    class_embeddings: Float[np.ndarray, "classes dim"]
+    reference_embeddings: Float[np.ndarray, "classes dim"]
+    logit_scale: float
+    logit_bias: float | None = None
+    contexts: Float[np.ndarray, "classes context dim"] | None = None
+    encoder: Mapping[str, np.ndarray] = field(default_factory=dict)
+    triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    suspects: tuple[Mapping[str, Any], ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Refuse an output folder that could not be written later; called before any work is done.
+
+    Args:
+        path: Where a bundle is to be written.
+        force: Whether an existing bundle may be replaced. Anything that is not a bundle never is.
+
+    Raises:
+        OutputError: The path exists, or its parent folder cannot be written.
+    """
+    if path.is_symlink() or path.exists():
+        if not force:
+            raise OutputError(
+                expected="an output path that does not exist yet",
+                got=f"{path}, which exists",
+                fix="Choose another --output, or replace the bundle there with --force.",
+            )
+        if path.is_symlink() or not (path.is_dir() and _is_replaceable(path)):
+            raise OutputError(
+                expected="a bundle or an empty folder to replace",
+                got=f"{path}, which is something else",
+                fix="Choose another --output; --force replaces bundles only.",
+            )
+    probe = path.parent / f".{path.name}.{secrets.token_hex(4)}.probe"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+def _is_replaceable(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or not any(path.iterdir())
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The OutputError that tells what went wrong when writing below a path."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "Free some space or choose an --output on another disk, then run again."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "Choose an --output in a folder you may write to."
+    else:
+        fix = "Choose another --output."
+    reason = error.strerror or type(error).__name__
+    return OutputError(expected=f"to be able to write {path}", got=reason, fix=fix)
+
+
+def write_bundle(
+    path: str | Path,
+    *,
+    content: BundleContent,
+    force: bool = False,
+    report: Callable[[Bundle], str] | None = None,
+) -> Bundle:
+    """Write a bundle whole, or not at all.
+
+    Args:
+        path: The folder to make; its parents are made too.
+        content: What to write.
+        force: Replace a bundle that is already there.
+        report: Given the bundle so far, returns the text of ``report.html``.
+
+    Returns:
+        The bundle as read back from disk.
+
+    Raises:
+        OutputError: The path exists already, the disk is full, or there is no permission.
+        BundleError: The content contradicts itself, for example NaN in a head.
+    """
+    path = Path(path)
+    check_output(path, force=force)
+    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        staging.mkdir()
+        _write_files(staging, content, report)
+        read_bundle(staging)
+        _move_into_place(staging, path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return read_bundle(path, verify=False)
+
+
+def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle], str] | None) -> None:
+    files: dict[str, dict[str, Any]] = {}
+    for name, tensors in ((HEAD, _head(content)), (ENCODER, content.encoder), (TRIGGERS, content.triggers)):
+        ordered = {key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}
+        files[name] = _write(folder / name, safetensors_numpy.save(ordered))
+    _write_manifest(folder, content, files)
+    if report is not None:
+        text = report(read_bundle(folder, verify=False))
+        files[REPORT] = _write(folder / REPORT, text.encode())
+        _write_manifest(folder, content, files)
+
+
+def _head(content: BundleContent) -> dict[str, np.ndarray]:
+    head = {
+        "class_embeddings": content.class_embeddings.astype(np.float32),
+        "reference_embeddings": content.reference_embeddings.astype(np.float32),
+        "logit_scale": np.array(content.logit_scale, np.float32),
+    }
+    if content.logit_bias is not None:
+        head["logit_bias"] = np.array(content.logit_bias, np.float32)
+    if content.contexts is not None:
+        head["contexts"] = content.contexts.astype(np.float32)
+    return head
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    path.write_bytes(data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+
+
+def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, Any]) -> None:
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": content.verdict,
+        "model": content.model,
+        "classes": {"names": content.class_names, "templates": content.templates},
+        "method": content.method,
+        "suspects": content.suspects,
+        "metrics": content.metrics,
+        "stage_seconds": content.stage_seconds,
+        "evidence": content.evidence,
+        "versions": content.versions,
+        "files": files,
+    }
+    text = json.dumps(_jsonable(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON values; NumPy and tensor numbers become Python's, a rate that is NaN becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _move_into_place(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
+    path.rename(aside)
+    try:
+        staging.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Rates, their 95 % confidence intervals, and AUROC. Pure NumPy; every rate is a fraction in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A share of images with its Wilson 95 % interval.
+
+    Attributes:
+        rate: ``count / total``; None when there was nothing to count over.
+        count: Images that fulfil the condition.
+        total: Images that could have.
+        low: Lower end of the interval; None when total is zero.
+        high: Upper end of the interval; None when total is zero.
+    """
+
+    rate: float | None
+    count: int
+    total: int
+    low: float | None
+    high: float | None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The rate as a JSON-able dict."""
+        return asdict(self)
+
+
+def wilson(count: int, total: int) -> Rate:
+    """The rate ``count / total`` with its Wilson score interval at 95 %.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    Unlike the normal approximation it stays inside [0, 1] and is not empty at 0 and 1.
+    """
+    if total == 0:
+        return Rate(rate=None, count=0, total=0, low=None, high=None)
+    share = count / total
+    z2 = _Z_95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    low = 0.0 if count == 0 else centre - half
+    high = 1.0 if count == total else centre + half
+    return Rate(rate=share, count=count, total=total, low=low, high=high)
+
+
+def _share(hits: Bool[np.ndarray, " batch"]) -> Rate:
+    return wilson(int(np.count_nonzero(hits)), len(hits))
+
+
+def accuracy(predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"]) -> Rate:
+    """Share of images given their true class: CA on clean images, PA on triggered ones."""
+    return _share(predictions == labels)
+
+
+def attack_success(
+    predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int
+) -> Rate:
+    """ASR: share of triggered images *whose true class is not the target* that are called the target."""
+    return _share(predictions[labels != target] == target)
+
+
+def attack_success_inclusive(predictions: Int[np.ndarray, " batch"], target: int) -> Rate:
+    """Share of all triggered images called the target, images of the target class included."""
+    return _share(predictions == target)
+
+
+def floor(predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int) -> Rate:
+    """Share of clean non-target images called the target: an ASR below it is not better than it."""
+    return attack_success(predictions, labels, target)
+
+
+def target_recall(
+    predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int
+) -> Rate:
+    """Share of clean images of the target class given that class."""
+    return _share(predictions[labels == target] == target)
+
+
+def auroc(positives: Float[np.ndarray, " batch"], negatives: Float[np.ndarray, " others"]) -> float | None:
+    """Chance that a positive scores above a negative, ties counted half; None when either is empty.
+
+    Equal to the Mann-Whitney U statistic divided by the number of pairs.
+    """
+    if len(positives) == 0 or len(negatives) == 0:
+        return None
+    ordered = np.sort(negatives)
+    below = np.searchsorted(ordered, positives, side="left")
+    below_or_tied = np.searchsorted(ordered, positives, side="right")
+    return float((below + below_or_tied).sum() / (2 * len(positives) * len(negatives)))
