@@ -42,10 +42,13 @@ def probabilities(
         sigmoid: Independent probability per class, for models with a logit bias (SigLIP); otherwise a
             softmax over the classes.
     """
+    result: np.ndarray
     if sigmoid:
-        return np.exp(-np.logaddexp(np.float32(0), -logits))
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+        result = np.exp(-np.logaddexp(np.float32(0), -logits))
+    else:
+        result = np.exp(logits - logits.max(axis=1, keepdims=True))
+        result /= result.sum(axis=1, keepdims=True)
+    return result
 
 
 def alarm(
@@ -74,4 +77,5 @@ def alarm(
     columns = list(suspects)
     before = probabilities(reference_logits, sigmoid=sigmoid)[:, columns]
     after = probabilities(purified_logits, sigmoid=sigmoid)[:, columns]
-    return (before * (1 - after)).max(axis=1)
+    loudest: np.ndarray = (before * (1 - after)).max(axis=1)
+    return loudest

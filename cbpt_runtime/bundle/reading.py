@@ -126,8 +126,8 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         digest=hashlib.sha256(raw).hexdigest(),
         class_embeddings=head["class_embeddings"],
         reference_embeddings=head["reference_embeddings"],
-        logit_scale=float(head["logit_scale"]),
-        logit_bias=None if bias is None else float(bias),
+        logit_scale=head["logit_scale"].item(),
+        logit_bias=None if bias is None else bias.item(),
     )
 
 
@@ -203,6 +203,8 @@ def _tensors(folder: Path, name: str, data: bytes) -> dict[str, np.ndarray]:
 
 def _check_head(folder: Path, head: Mapping[str, np.ndarray], classes: int) -> None:
     problems = [] if "logit_scale" in head else ["no 'logit_scale'"]
+    scalars = [key for key in ("logit_scale", "logit_bias") if key in head and head[key].size != 1]
+    problems += [f"{key} is not one number" for key in scalars]
     shapes = set()
     for key in ("class_embeddings", "reference_embeddings"):
         tensor = head.get(key)

@@ -162,7 +162,7 @@ def write_bundle(
 def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle], str] | None) -> None:
     files: dict[str, dict[str, Any]] = {}
     for name, tensors in ((HEAD, _head(content)), (ENCODER, content.encoder), (TRIGGERS, content.triggers)):
-        ordered = {key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}
+        ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
         files[name] = _write(folder / name, safetensors_numpy.save(ordered))
     _write_manifest(folder, content, files)
     if report is not None:

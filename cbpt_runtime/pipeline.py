@@ -1,0 +1,204 @@
+"""From a suspect checkpoint on disk to a bundle on disk: what `cbpt-runtime purify` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbpt_runtime.bundle import Bundle, BundleContent, check_output, output_error, write_bundle
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
+from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, read_class_list
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.purify import Purification, purify
+from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.report import render_report
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cbpt_runtime.types import Progress
+
+_PACKAGES = ("cbpt-runtime", "torch", "open_clip_torch", "numpy", "pillow", "safetensors")
+
+
+def purify_checkpoint(
+    checkpoint: str | Path,
+    classes: str | Path | ClassList,
+    images: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    templates: Sequence[str] | None = None,
+    shots: int = 16,
+    config: PurifyConfig | None = None,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Turn a suspect checkpoint, class names and a few clean images into a purified classifier.
+
+    Finished stages are kept in ``<output>.partial`` until the bundle stands, so that an interrupted run can
+    be resumed. The bundle itself appears whole or not at all.
+
+    Args:
+        checkpoint: Path of the suspect checkpoint, an open_clip pretrained tag, or an ``hf-hub:`` id.
+        classes: A class list, or a file with one name per line or JSON.
+        images: A few clean images, one folder per class.
+        output: The bundle folder to make.
+        model: An open_clip architecture or a config file, for checkpoints that do not say.
+        templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
+            together with a `ClassList`, which has its own.
+        shots: Images per class used for tuning; others of the same folder are held out for selection.
+        config: How to purify; its seed also draws the images.
+        device: 'auto', 'cpu' or 'cuda'.
+        force: Replace a bundle that is already at ``output``.
+        resume: Continue from the finished stages of an interrupted run with the same input.
+        progress: Told how far the work is.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        InputError: Something given is wrong; raised before the work starts wherever it can be known.
+        PurificationError: Purification did not reach a usable result.
+    """
+    output = Path(output)
+    check_output(output, force=force)
+    config = PurifyConfig() if config is None else config
+    place = resolve_device(device)
+    class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
+    suspect = read_checkpoint(checkpoint, model=model)
+    split = draw_clean_split(Path(images), class_list, suspect.preprocess, shots=shots, seed=config.seed)
+    encoder = load_dual_encoder(suspect, device=str(place))
+
+    partial = output.with_name(output.name + ".partial")
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        stages = StageStore(partial, _fingerprint(suspect, class_list, split, config))
+        result = purify(encoder, class_list, split, config, progress=progress, stages=stages)
+    except OSError as error:  # nothing but the stages is written
+        raise output_error(partial, error) from error
+    bundle = write_bundle(
+        output,
+        content=_content(suspect, encoder, class_list, split, config, result, shots=shots),
+        force=force,
+        report=lambda bundle: render_report(bundle, examples=split.heldout_images),
+    )
+    shutil.rmtree(partial, ignore_errors=True)
+    return bundle
+
+
+def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:
+    """Configuration from a JSON file; overrides that are not None win.
+
+    Raises:
+        ConfigError: The file cannot be read, is not a JSON object, or has an unknown key or bad value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(
+                expected=f"a JSON file with a configuration at {path}",
+                got=str(reason),
+                fix="Write one JSON object; `method.config` of a bundle's manifest.json shows all keys.",
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                expected=f"one JSON object in {path}",
+                got=type(values).__name__,
+                fix='Write the keys to change, for example {"seed": 1}.',
+            )
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    return PurifyConfig.from_dict(values)
+
+
+def _fingerprint(suspect: Checkpoint, classes: ClassList, split: CleanSplit, config: PurifyConfig) -> str:
+    """SHA-256 over everything the stages depend on."""
+    parts = {
+        "checkpoint": suspect.sha256,
+        "model": suspect.model_config,
+        "preprocess": suspect.preprocess.to_dict(),
+        "classes": asdict(classes),
+        "split": split.digest,
+        "config": config.to_dict(),
+        "version": version("cbpt-runtime"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(
+    suspect: Checkpoint,
+    encoder: DualEncoder,
+    classes: ClassList,
+    split: CleanSplit,
+    config: PurifyConfig,
+    result: Purification,
+    *,
+    shots: int,
+) -> BundleContent:
+    return BundleContent(
+        verdict=result.verdict,
+        model=_model(suspect),
+        class_names=classes.names,
+        templates=classes.templates,
+        method={
+            "name": "cbpt",
+            "config": config.to_dict(),
+            "seed": config.seed,
+            "parameterization": config.parameterization,
+            "shots": shots,
+            "tune_images": len(split.tune_images),
+            "heldout_images": len(split.heldout_images),
+            "split_digest": split.digest,
+            "notes": list(split.notes),
+        },
+        suspects=tuple(asdict(found) for found in result.suspects),
+        metrics=result.metrics,
+        stage_seconds=result.stage_seconds,
+        evidence=result.evidence,
+        versions={package: version(package) for package in _PACKAGES},
+        class_embeddings=_array(result.class_embeddings),
+        reference_embeddings=_array(result.reference_embeddings),
+        logit_scale=encoder.logit_scale,
+        logit_bias=encoder.logit_bias,
+        contexts=None if result.contexts is None else _array(result.contexts),
+        encoder=_arrays(encoder.image_tower_state()),
+        triggers=_arrays(result.triggers),
+    )
+
+
+def _model(suspect: Checkpoint) -> dict[str, Any]:
+    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in suspect.state_dict.values())
+    return {
+        "config": suspect.model_config,
+        "preprocess": suspect.preprocess.to_dict(),
+        "source": suspect.source,
+        "format": suspect.format,
+        "sha256": suspect.sha256,
+        "size_bytes": suspect.size_bytes,
+        "dtype": kinds.most_common(1)[0][0],
+        "anomalies": list(suspect.anomalies),
+    }
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: _array(tensor) for name, tensor in tensors.items()}
