@@ -1,70 +1,133 @@
-"""What several test folders need: a tiny bundle, made without any model."""
+"""Fixtures every area may use: a tiny real CLIP on the CPU, small image folders, and the shared real data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from cbpt_runtime.bundle import BundleContent
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.models.architecture import build_model, check_model_config
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 
-PREPROCESS = Preprocess(
-    image_size=(32, 32),
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    interpolation="bicubic",
-    resize_mode="squash",
-    fill_color=0,
-)
+TINY_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+TINY_VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+TINY_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "vit": {"embed_dim": 16, "vision_cfg": TINY_VIT, "text_cfg": TINY_TEXT},
+    "resnet": {"embed_dim": 16, "vision_cfg": TINY_RESNET, "text_cfg": TINY_TEXT},
+    "custom-text": {"embed_dim": 16, "custom_text": True, "vision_cfg": TINY_VIT, "text_cfg": TINY_TEXT},
+    "timm": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": "test_vit",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 160,
+        },
+        "text_cfg": TINY_TEXT,
+    },
+    "siglip": {  # as SigLIP: not causal, last position pooled, a bias; with the tokenizer that needs no further files
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": TINY_VIT,
+        "text_cfg": {
+            **TINY_TEXT,
+            "no_causal_mask": True,
+            "pool_type": "last",
+            "proj_bias": True,
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+        },
+    },
+}
+CLASS_NAMES = ("red_square", "green disc", "Blue Stripes")
 
 
-def unit_rows(generator: np.random.Generator, rows: int, dim: int) -> np.ndarray:
-    matrix = generator.standard_normal((rows, dim)).astype(np.float32)
-    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+def write_open_clip_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    preprocess: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """Writes a random model as an open_clip folder and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = build_model(check_model_config(config)).state_dict()
+    tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / "open_clip_model.safetensors")
+    content = {"model_cfg": config, "preprocess_cfg": {"resize_mode": "squash", **(preprocess or {})}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
 
 
-@pytest.fixture
-def make_content() -> Callable[..., BundleContent]:
-    """Returns a function that makes the content of a small bundle; keyword arguments replace parts of it."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
-    def make(names: tuple[str, ...] = ("cat", "fire truck", "banana"), **changes: Any) -> BundleContent:
-        generator = np.random.default_rng(7)
-        parts: dict[str, Any] = {
-            "verdict": "backdoored",
-            "model": {
-                "config": {"embed_dim": 8},
-                "preprocess": PREPROCESS.to_dict(),
-                "source": "suspect",
-                "format": "open_clip-folder",
-                "sha256": "0" * 64,
-                "dtype": "float32",
-            },
-            "class_names": names,
-            "templates": tuple(("a photo of a {}.",) for _ in names),
-            "method": {"name": "cbpt", "config": {"seed": 0}, "seed": 0, "parameterization": "prompt"},
-            "class_embeddings": unit_rows(generator, len(names), 8),
-            "reference_embeddings": unit_rows(generator, len(names), 8),
-            "logit_scale": 100.0,
-            "encoder": {"conv1.weight": generator.standard_normal((4, 3, 2, 2)).astype(np.float32)},
-            "triggers": {"banana/patch/mask": np.ones((1, 32, 32), np.float32)},
-            "suspects": (
-                {
-                    "index": len(names) - 1,
-                    "name": names[-1],
-                    "score": 9.1,
-                    "p_value": 0.001,
-                    "family": "patch",
-                    "success_before": 0.97,
-                    "success_after": 0.0,
-                },
-            ),
-            "metrics": {"heldout_ca_before": 0.75, "heldout_ca_after": 0.74},
-            "stage_seconds": {"inversion": 12.5, "tuning": 3.25},
-            "versions": {"cbpt-runtime": "0.1.0"},
-        }
-        return BundleContent(**(parts | changes))
 
-    return make
+@pytest.fixture(scope="session")
+def tiny_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip folder with a random 32-pixel ViT CLIP. Read only: copy it before changing anything."""
+    return write_open_clip_folder(tmp_path_factory.mktemp("tiny-clip") / "model", TINY_CONFIGS["vit"])
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_checkpoint_folder`, with a ModifiedResNet image tower."""
+    return write_open_clip_folder(tmp_path_factory.mktemp("tiny-resnet") / "model", TINY_CONFIGS["resnet"])
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_checkpoint_folder: Path) -> DualEncoder:
+    """The frozen dual encoder of `tiny_checkpoint_folder`."""
+    return load_dual_encoder(read_checkpoint(tiny_checkpoint_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders named like CLASS_NAMES, twelve 40×36 PNGs each, easy to tell apart. Read only."""
+    root = tmp_path_factory.mktemp("tiny-images")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(CLASS_NAMES):
+        (root / name.replace(" ", "_")).mkdir()
+        for index in range(12):
+            pixels = generator.integers(0, 60, (36, 40, 3), dtype=np.uint8)
+            row, column = generator.integers(2, 14, 2)
+            pixels[row : row + 16, column : column + 16, label] = 230
+            Image.fromarray(pixels).save(root / name.replace(" ", "_") / f"{index:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLASS_NAMES, one per line."""
+    path = tmp_path_factory.mktemp("tiny-classes") / "classes.txt"
+    path.write_text("\n".join(CLASS_NAMES) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data and victims, from CBPT_SHARED or beside the repository; skips loudly without it."""
+    folder = Path(os.environ.get("CBPT_SHARED", Path(__file__).parents[1].parent / "shared"))
+    if not (folder / "data").is_dir():
+        message = f"REAL DATA NOT TESTED: no data folder in {folder}; set CBPT_SHARED to run these tests"
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+    return folder

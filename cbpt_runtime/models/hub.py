@@ -1,0 +1,131 @@
+"""Fetching weights the user asked for by name; the only module here that may use the network."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from cbpt_runtime.errors import CheckpointError
+
+_TIMEOUT_S = 10
+_CONFIG_NAME = "open_clip_config.json"
+_WEIGHT_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def fetch_hub_model(repo: str) -> tuple[Path, Path]:
+    """Configuration and weights of an open_clip model on the Hugging Face hub, from the local cache where possible.
+
+    Raises:
+        CheckpointError: Not in the cache and no network, no such repository, or not an open_clip model.
+    """
+    config = _first_hub_file(repo, (_CONFIG_NAME,))
+    return config, _first_hub_file(repo, _WEIGHT_NAMES)
+
+
+def find_local_files(repo: str, marker: str, folder: Path | None) -> Path | None:
+    """The folder that holds `marker`: the checkpoint's own, or the hub's local cache of `repo`. No network.
+
+    Args:
+        repo: Hub id, as a configuration names it.
+        marker: A file that must be there.
+        folder: The checkpoint's own folder.
+    """
+    if folder is not None and (folder / marker).is_file():
+        return folder
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo, marker)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def fetch_pretrained(tag_config: dict[str, Any]) -> Path:
+    """Weights of an open_clip pretrained tag, from the local cache where possible.
+
+    Args:
+        tag_config: What `open_clip.get_pretrained_cfg` answers.
+
+    Raises:
+        CheckpointError: Not in the cache and no network.
+    """
+    hub_name = tag_config.get("hf_hub")
+    if hub_name:
+        repo, _, filename = str(hub_name).rpartition("/")
+        alternatives = (filename,) if filename else _WEIGHT_NAMES
+        safe = tuple(str(PurePosixPath(name).with_suffix(".safetensors")) for name in alternatives)
+        return _first_hub_file(repo, tuple(dict.fromkeys(safe + alternatives)))
+    url = str(tag_config.get("url"))
+    cached = Path.home() / ".cache" / "clip" / PurePosixPath(url).name
+    if not cached.is_file():
+        _check_reachable(url)
+    try:
+        return Path(open_clip_download(url))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _offline(url, error) from error
+
+
+def open_clip_download(url: str) -> str:
+    """open_clip's own download of a weights file into its cache, with its checksum where it knows one."""
+    from open_clip.pretrained import download_pretrained_from_url
+
+    return str(download_pretrained_from_url(url))
+
+
+def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
+    """The first of the files that exists; one look into the cache for all, then the network."""
+    try:
+        for filename in filenames:
+            cached = huggingface_hub.try_to_load_from_cache(repo, filename)
+            if isinstance(cached, str):
+                return Path(cached)
+    except HFValidationError as error:
+        raise _not_found(repo, filenames) from error
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        _check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), what=f"hf-hub:{repo}")
+    last: Exception | None = None
+    for filename in filenames:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=_TIMEOUT_S))
+        except LocalEntryNotFoundError as error:  # offline mode, or the connection went away
+            raise _offline(f"hf-hub:{repo}", error) from error
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            last = error
+    raise _not_found(repo, filenames) from last
+
+
+def _check_reachable(url: str, *, what: str | None = None) -> None:
+    """One short request (through the configured proxy, if any) instead of a library's long series of retries."""
+    request = urllib.request.Request(url, method="HEAD")  # noqa: S310  https, or the user's own HF_ENDPOINT
+    try:
+        urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer, whatever it says: the network is there
+    except (OSError, ValueError) as error:
+        raise _offline(what or url, error) from error
+
+
+def _offline(source: str, error: BaseException) -> CheckpointError:
+    reason = getattr(error, "reason", None) or error
+    return CheckpointError(
+        expected=f"{source} in the local cache, or a network connection to fetch it",
+        got=f"neither ({str(reason).splitlines()[0] if str(reason) else type(error).__name__:.200})",
+        fix="Fetch it on a machine with network access and pass the folder or file.",
+    )
+
+
+def _not_found(repo: str, filenames: tuple[str, ...]) -> CheckpointError:
+    return CheckpointError(
+        expected=f"an open_clip model (one of {', '.join(filenames)}) at hf-hub:{repo}",
+        got="no such repository or file, or no access to it",
+        fix="Check the id; for a private or gated repository log in with the hub's own tool first.",
+    )

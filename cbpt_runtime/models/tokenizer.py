@@ -1,0 +1,92 @@
+"""From text to the token rows a text tower takes, with files of this machine only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from jaxtyping import Int
+from torch import Tensor
+
+from cbpt_runtime.errors import CheckpointError
+from cbpt_runtime.models.hub import find_local_files
+
+_DEFAULT_CONTEXT_LENGTH = 77
+_CLEANINGS = ("lower", "canonicalize", "whitespace")
+
+
+class Tokenizer:
+    """open_clip's byte-pair tokenizer, or a local Hugging Face one where the configuration names it.
+
+    Attributes:
+        name: 'open_clip BPE', or the configured Hugging Face name.
+        context_length: Tokens per row.
+        vocab_size: Ids are below it.
+        start: How many tokens (0 or 1) stand before the first word.
+    """
+
+    def __init__(self, text_cfg: Mapping[str, Any], *, folder: Path | None = None) -> None:
+        """Sets up the tokenizer of a checked `text_cfg`.
+
+        Raises:
+            CheckpointError: A Hugging Face tokenizer whose files are not on this machine.
+        """
+        self.context_length: int = text_cfg.get("context_length", _DEFAULT_CONTEXT_LENGTH)
+        hub_name = text_cfg.get("hf_tokenizer_name")
+        options = dict(text_cfg.get("tokenizer_kwargs") or {})
+        if options.get("clean", "lower") not in _CLEANINGS:
+            raise CheckpointError(
+                expected=f"tokenizer_kwargs.clean out of {', '.join(_CLEANINGS)}",
+                got=f"{options['clean']!r:.80}",
+                fix="Correct open_clip_config.json.",
+            )
+        self.name: str = hub_name or "open_clip BPE"
+        if hub_name:
+            self._tokenizer = _local_hub_tokenizer(hub_name, self.context_length, options, text_cfg, folder)
+            self.vocab_size: int = len(self._tokenizer.tokenizer)
+            self.start = int(self._tokenizer.tokenizer.bos_token_id in self._tokenizer(["a"])[0, :1].tolist())
+        else:
+            options.pop("strip_sep_token", None)
+            self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length, **options)
+            self.vocab_size = self._tokenizer.vocab_size
+            self.start = 1
+
+    def __call__(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
+        """Tokens of each text, cut or padded to the context length."""
+        rows: Tensor = self._tokenizer(list(texts))
+        return rows
+
+
+def _local_hub_tokenizer(
+    name: str, context_length: int, options: dict[str, Any], text_cfg: Mapping[str, Any], folder: Path | None
+) -> Any:
+    found = find_local_files(name, "tokenizer_config.json", folder)
+    if found is None:
+        raise CheckpointError(
+            expected=f"the files of the tokenizer {name:.80} beside the checkpoint or in the Hugging Face cache",
+            got="neither",
+            fix="Put tokenizer.json and tokenizer_config.json into the checkpoint's folder.",
+        )
+    try:
+        return open_clip.tokenizer.HFTokenizer(
+            str(found),
+            context_length=context_length,
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except ImportError as error:
+        raise CheckpointError(
+            expected=f"the package transformers for the tokenizer {name:.80}",
+            got="an environment without it",
+            fix="pip install transformers sentencepiece",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            expected=f"a tokenizer transformers can read in {found}",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}",
+            fix="Compare its files with the publisher's.",
+        ) from error
