@@ -1,0 +1,41 @@
+"""The command line: which verbs there are. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cbpt_runtime.cli import classify, demo, evaluate, inspect, purify
+
+app = typer.Typer(
+    help="Makes third-party CLIP checkpoints safe to serve.",
+    epilog="Results go to stdout, everything else to stderr. "
+    "Exit codes: 0 done, 1 the work failed, 2 wrong usage or bad input.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("purify")(purify.command)
+app.command("inspect")(inspect.command)
+app.command("classify")(classify.command)
+app.command("evaluate")(evaluate.command)
+app.command("demo")(demo.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"cbpt-runtime {version('cbpt-runtime')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""

@@ -1,0 +1,26 @@
+"""`cbpt-runtime inspect`: what a checkpoint or a bundle is, without running anything from it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cbpt_runtime.cli.output import print_json, print_pairs
+
+
+def command(
+    path: Annotated[str, typer.Argument(help="Checkpoint (as for purify --checkpoint) or bundle folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
+    from cbpt_runtime.inspection import inspect_path
+
+    found = inspect_path(path, model=model)
+    if as_json:
+        print_json(found)
+    else:
+        print_pairs(found)

@@ -1,0 +1,91 @@
+"""What the command line prints: results on stdout, everything else on stderr.
+
+rich decides about colour and width; it honours NO_COLOR, and plain pipes get no control codes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cbpt_runtime.errors import CbptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 120  # columns where no terminal says how many it has
+
+
+def printable(text: object) -> str:
+    """Text from a file made harmless for a terminal: control characters become '?'."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+
+
+def stdout() -> Console:
+    """The console results are printed on."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    return console
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_note(text: str) -> None:
+    """Print a line for people on stderr."""
+    sys.stderr.write(printable(text) + "\n")
+
+
+def print_error(error: CbptError) -> None:
+    """Print an error on stderr: what was expected, what came, what to do."""
+    print_note(f"error: expected {error.expected}")
+    print_note(f"       got {error.got}")
+    print_note(f"       {error.fix}")
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
+) -> None:
+    """Print a table; the first column is flush left, the others flush right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    stdout().print(table)
+
+
+def print_pairs(pairs: Mapping[str, Any]) -> None:
+    """Print names and values in two columns; lists get one line per item."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for number, item in enumerate(values or ["none"]):
+            table.add_row(Text("" if number else name.replace("_", " ")), Text(printable(item)))
+    stdout().print(table)
+
+
+def percent(rate: float | None) -> str:
+    """A fraction in [0, 1] for people."""
+    return "–" if rate is None else f"{100 * rate:.1f} %"
+
+
+def number(value: object) -> str:
+    """A score for people, four digits."""
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "–"

@@ -1,0 +1,112 @@
+"""`cbpt-runtime purify`: a suspect checkpoint in, a purified classifier out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
+from cbpt_runtime.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from cbpt_runtime.bundle import Bundle
+
+
+def command(
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="Suspect checkpoint: open_clip folder, .safetensors, .pt/.bin, pretrained tag or hf-hub: id."
+        ),
+    ],
+    classes: Annotated[Path, typer.Option(help="Class names: one per line, or JSON with templates.")],
+    images: Annotated[Path, typer.Option(help="A few clean images, one folder per class.")],
+    output: Annotated[Path, typer.Option(help="Bundle folder to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    parameterization: Annotated[
+        Literal["prompt", "embedding"] | None,
+        typer.Option(help="What is tuned: prompt contexts, or class embeddings directly. Default: prompt."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with purification settings; flags given here win.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last finished stage.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
+    from cbpt_runtime.pipeline import purify_checkpoint, read_config
+
+    settings = read_config(config, seed=seed, parameterization=parameterization)
+    try:
+        with shown_progress() as progress:
+            bundle = purify_checkpoint(
+                checkpoint,
+                classes,
+                images,
+                output,
+                model=model,
+                templates=template or None,
+                shots=shots,
+                config=settings,
+                device=device,
+                force=force,
+                resume=resume,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print_note("interrupted: no bundle was written; finished stages are kept, continue with --resume")
+        raise
+    for note in (*bundle.manifest["model"]["anomalies"], *bundle.manifest["method"]["notes"]):
+        print_note(f"note: {note}")
+    if as_json:
+        print_json(_summary(bundle))
+    else:
+        print_result(bundle)
+
+
+def print_result(bundle: Bundle) -> None:
+    """Print what purification found and did."""
+    metrics = bundle.metrics
+    if bundle.suspects:
+        print_table(
+            ("suspected target", "score", "p-value", "trigger family", "dummy-trigger success"),
+            [
+                (
+                    suspect["name"],
+                    number(suspect["score"]),
+                    number(suspect["p_value"]),
+                    suspect["family"],
+                    f"{percent(suspect['success_before'])} → {percent(suspect['success_after'])}",
+                )
+                for suspect in bundle.suspects
+            ],
+        )
+    print_table(("stage", "seconds"), [(s, f"{t:.1f}") for s, t in bundle.manifest["stage_seconds"].items()])
+    before, after = metrics.get("heldout_ca_before"), metrics.get("heldout_ca_after")
+    print_pairs(
+        {
+            "verdict": bundle.verdict,
+            "held-out clean accuracy": f"{percent(before)} → {percent(after)}",
+            "bundle": bundle.path,
+            "report": bundle.path / "report.html",
+        }
+    )
+
+
+def _summary(bundle: Bundle) -> dict[str, object]:
+    keys = ("verdict", "suspects", "metrics", "stage_seconds")
+    return {"bundle": str(bundle.path), "digest": bundle.digest} | {key: bundle.manifest[key] for key in keys}
