@@ -37,7 +37,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         },
         "text_cfg": TINY_TEXT,
     },
-    "siglip": {  # as SigLIP: not causal, last position pooled, a bias; with the tokenizer that needs no further files
+    "siglip": {  # as SigLIP (not causal, last position pooled, a bias), with open_clip's own tokenizer
         "embed_dim": 16,
         "init_logit_bias": -10,
         "custom_text": True,
@@ -122,7 +122,7 @@ def tiny_class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real data and victims, from CBPT_SHARED or beside the repository; skips loudly without it."""
+    """Real data and victims, from CBPT_SHARED or beside the repository; skips loudly without them."""
     folder = Path(os.environ.get("CBPT_SHARED", Path(__file__).parents[1].parent / "shared"))
     if not (folder / "data").is_dir():
         message = f"REAL DATA NOT TESTED: no data folder in {folder}; set CBPT_SHARED to run these tests"

@@ -1,0 +1,1 @@
+"""Suspect models and the data around them: checkpoints, frozen encoders, prompts, images, class lists."""

@@ -1,7 +1,8 @@
 """What a model configuration may say, and the open_clip modules it builds.
 
-A configuration comes with the suspect checkpoint and is as little trusted as its weights: every key and value is
-checked, sizes are bounded, and whatever would make open_clip, timm or transformers load other weights is switched off.
+A configuration comes with the suspect checkpoint and is as little trusted as its weights: every key and value
+is checked, sizes are bounded, and whatever would make open_clip, timm or transformers load other weights is
+switched off.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def build_image_tower(config: Mapping[str, Any]) -> nn.Module:
 
 
 def is_custom_text(config: Mapping[str, Any]) -> bool:
-    """Whether open_clip builds `CustomTextCLIP` (weights under `text.`) rather than `CLIP` for this configuration."""
+    """Whether open_clip builds `CustomTextCLIP` (text weights under `text.`) for this, rather than `CLIP`."""
     return bool(config.get("custom_text")) or bool(config["text_cfg"].get("hf_model_name"))
 
 
@@ -216,7 +217,7 @@ def _check_timm_name(name: object) -> None:
 
 
 def _local_text_model(name: str, folder: Path | None) -> Path:
-    """The local folder of a transformers text tower: only its configuration is read, and it may not bring code."""
+    """The local folder of a transformers text tower; only its configuration is read and no code run."""
     found = find_local_files(name, "config.json", folder)
     if found is None:
         raise _config_error(

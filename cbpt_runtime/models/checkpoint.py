@@ -1,7 +1,8 @@
 """A suspect checkpoint: where it came from, what it says it is, and its weights.
 
-Reading decides nothing about trust and runs nothing from the file. What is wrong with the weights (keys that do not
-fit the architecture, NaN) is collected in `anomalies`: inspection shows them, building an encoder refuses them.
+Reading decides nothing about trust and runs nothing from the file. What is wrong with the weights (keys that
+do not fit the architecture, NaN) is collected in `anomalies`: inspection shows them, building an encoder
+refuses them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Checkpoint:
         model_config: open_clip's `model_cfg`, checked, with every download switched off.
         preprocess: How images become input.
         state_dict: Named as open_clip names them, on the CPU, in the dtype of the file.
-        anomalies: Reasons not to use the weights: missing, unexpected or mis-shaped keys, NaN or infinite values.
+        anomalies: Reasons not to use the weights: missing, unexpected or mis-shaped keys, NaN or infinite
+            values.
         notes: What was adapted while reading.
         folder: Where further files of the model lie (a local tokenizer), if anywhere.
     """
@@ -83,13 +85,14 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
     """Reads a suspect checkpoint without executing anything from it.
 
     Args:
-        source: An open_clip folder; a .safetensors, .pt or .bin file with a state dict or a training checkpoint; an
-            open_clip pretrained tag (with `model`); or 'hf-hub:owner/name'. A path never uses the network.
+        source: An open_clip folder; a .safetensors, .pt or .bin file with a state dict or a training
+            checkpoint; an open_clip pretrained tag (with `model`); or 'hf-hub:owner/name'. A path never uses
+            the network.
         model: An open_clip architecture name or a JSON configuration file. Needed for a bare weights file.
 
     Raises:
-        CheckpointError: The source is missing, damaged, in no known format, wants to run code, or its configuration
-            is not one of a dual encoder.
+        CheckpointError: The source is missing, damaged, in no known format, wants to run code, or its
+            configuration is not one of a dual encoder.
     """
     located = locate(source, model=model)
     if located.settings is None:
@@ -145,7 +148,8 @@ def locate(source: str | Path, *, model: str | Path | None = None) -> Located:
 
 def key_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> Iterator[str]:
     """Says which weights the architecture lacks, does not know, or has in another shape."""
-    missing = [key for key in expected if key not in tensors]
+    # torch fills in this counter of batch norm; some converters leave it out.
+    missing = [key for key in expected if key not in tensors and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in tensors if key not in expected]
     misshaped = [
         f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
@@ -154,14 +158,14 @@ def key_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Siz
     ]
     for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
         if keys:
-            yield f"{len(keys)} {kind} of {len(expected)} weights: {first_few(keys)}"
+            yield f"{len(keys)} weights {kind}: {first_few(keys)}"
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Says which weights hold NaN or infinite values."""
     broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
-        yield f"NaN or infinite values in {len(broken)} of {len(tensors)} weights: {first_few(broken)}"
+        yield f"{len(broken)} weights with NaN or infinite values: {first_few(broken)}"
 
 
 def first_few(names: list[str]) -> str:
@@ -209,7 +213,7 @@ def _locate_tag(name: str, model: str | Path | None) -> Located:
         tags = [] if model is None else open_clip.list_pretrained_tags_by_model(architecture)
         known = f"; the pretrained tags of {architecture} are {', '.join(tags)}" if tags else ""
         raise CheckpointError(
-            expected="an open_clip folder, a weights file, hf-hub:owner/name, or a pretrained tag with its --model",
+            expected="an open_clip folder, a weights file, hf-hub:owner/name, or a tag with its --model",
             got=f"{name}, which is none of them{known}",
             fix="Check the path or the tag.",
         )
@@ -254,7 +258,7 @@ def _settings_file(path: Path) -> Mapping[str, Any]:
 
 
 def _usual_preprocess(architecture: str) -> dict[str, Any]:
-    """The preprocessing all published weights of an architecture agree on; open_clip's default where they do not."""
+    """The preprocessing all published weights of an architecture share; open_clip's default otherwise."""
     found = [
         _known_preprocess(open_clip.get_pretrained_cfg(architecture, tag))
         for tag in open_clip.list_pretrained_tags_by_model(architecture)

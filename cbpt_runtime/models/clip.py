@@ -84,15 +84,16 @@ class DualEncoder:
         self, model: nn.Module, model_config: Mapping[str, Any], preprocess: Preprocess, tokenizer: Tokenizer
     ) -> None:
         model.eval().requires_grad_(False)
+        parts: Any = model
         self.model_config = model_config
         self.preprocess = preprocess
-        self.image_encoder = ImageEncoder(model.visual, model_config, preprocess)  # type: ignore[arg-type]
+        self.image_encoder = ImageEncoder(parts.visual, model_config, preprocess)
         self.text_tower = TextTower.of(model)
         self.tokenizer = tokenizer
         self.device = self.image_encoder.device
         self.embed_dim = self.image_encoder.embed_dim
-        self.logit_scale = float(model.logit_scale.exp())  # type: ignore[operator, union-attr]
-        self.logit_bias = None if model.logit_bias is None else float(model.logit_bias)  # type: ignore[arg-type]
+        self.logit_scale = float(parts.logit_scale.exp())
+        self.logit_bias = None if parts.logit_bias is None else float(parts.logit_bias)
 
     def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit-norm image features; see `ImageEncoder.encode_images`."""
@@ -104,18 +105,19 @@ class DualEncoder:
         tokens = self.tokenizer(texts).to(self.device)
         lengths = (tokens != tokens[:, -1:]).sum(dim=1)  # padding repeats the last token
         order = lengths.argsort(stable=True)
-        features = torch.cat([self.text_tower.encode(tokens[batch]) for batch in order.split(_TEXT_BATCH)])
+        batches = torch.split(order, _TEXT_BATCH)
+        features = torch.cat([self.text_tower.encode(tokens[batch]) for batch in batches])
         return normalize(features, dim=-1)[order.argsort()]
 
     def class_embeddings(self, classes: ClassList) -> Float[Tensor, "classes dim"]:
-        """Zero-shot class embeddings: the normalised mean over each class's templates (as open_clip's classifier)."""
+        """Zero-shot class embeddings as open_clip makes them: the normalised mean over the templates."""
         texts = classes.texts()
         features = self.encode_texts([text for group in texts for text in group])
-        means = [group.mean(dim=0) for group in features.split([len(group) for group in texts])]
-        return normalize(torch.stack(means), dim=-1)
+        groups = torch.split(features, [len(group) for group in texts])
+        return normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
 
     def image_tower_state(self) -> dict[str, Tensor]:
-        """The image tower's weights by name, without the prefix `visual.`; the inverse of `load_image_encoder`."""
+        """The image tower's weights by name, without the prefix `visual.`, for `load_image_encoder`."""
         return self.image_encoder.state()
 
 
@@ -123,7 +125,8 @@ def load_dual_encoder(checkpoint: Checkpoint, *, device: str = "cpu") -> DualEnc
     """Builds the frozen dual encoder of a checkpoint.
 
     Raises:
-        CheckpointError: The weights do not fit the architecture or are not finite, or the tokenizer is not at hand.
+        CheckpointError: The weights do not fit the architecture or are not finite, or the tokenizer is not at
+            hand.
         ConfigError: A device that is not there.
     """
     where = resolve_device(device)

@@ -148,7 +148,8 @@ def find_class_folders(
         Per class its image files, sorted by name.
 
     Raises:
-        ImageDataError: No such folder, or class folders missing, unexpected, doubled or empty: all in one message.
+        ImageDataError: No such folder, or class folders missing, unexpected, doubled or empty: all in one
+            message.
     """
     names = classes.names if isinstance(classes, ClassList) else tuple(classes)
     folders = _folders_by_key(root)
@@ -195,8 +196,8 @@ def draw_clean_split(
 ) -> CleanSplit:
     """Draws clean images per class: some to tune on and, from the rest, some held out for selection.
 
-    A class with fewer than `shots + heldout_shots` images keeps one to hold out if it has two or more. The draw of a
-    class depends on the seed, its place in the list and its file names only.
+    A class with fewer than `shots + heldout_shots` images keeps one to hold out if it has two or more. The
+    draw of a class depends on the seed, its place in the list and its file names only.
 
     Raises:
         ConfigError: `shots` below 1 or `heldout_shots` or `seed` below 0.
@@ -297,10 +298,12 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def _load(paths: Sequence[Path], preprocess: Preprocess) -> tuple[UInt8[np.ndarray, "..."], list[str]]:
+def _load(
+    paths: Sequence[Path], preprocess: Preprocess
+) -> tuple[UInt8[np.ndarray, "batch height width 3"], list[str]]:
     """Pixels and SHA-256 of each file, each file read once."""
 
-    def load_one(path: Path) -> tuple[UInt8[np.ndarray, "..."], str] | str:
+    def load_one(path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], str] | str:
         try:
             content = path.read_bytes()
             return to_pixels(decode_image(content), preprocess), hashlib.sha256(content).hexdigest()

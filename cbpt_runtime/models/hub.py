@@ -23,7 +23,7 @@ _WEIGHT_NAMES = (
 
 
 def fetch_hub_model(repo: str) -> tuple[Path, Path]:
-    """Configuration and weights of an open_clip model on the Hugging Face hub, from the local cache where possible.
+    """Configuration and weights of an open_clip model on the Hugging Face hub, or in its local cache.
 
     Raises:
         CheckpointError: Not in the cache and no network, no such repository, or not an open_clip model.
@@ -104,7 +104,7 @@ def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
 
 
 def _check_reachable(url: str, *, what: str | None = None) -> None:
-    """One short request (through the configured proxy, if any) instead of a library's long series of retries."""
+    """One short request, through the configured proxy if any, instead of a library's many retries."""
     request = urllib.request.Request(url, method="HEAD")  # noqa: S310  https, or the user's own HF_ENDPOINT
     try:
         urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()  # noqa: S310

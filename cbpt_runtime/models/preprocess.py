@@ -1,7 +1,7 @@
 """From an encoded image to the uint8 pixels a model takes, byte for byte as open_clip does it.
 
-Serving uses this module, so it imports Pillow and numpy and nothing heavier. Normalisation with `mean` and `std` does
-not happen here: it belongs to the image encoder and to the exported graph.
+Serving uses this module, so it imports Pillow and numpy and nothing heavier. Normalisation with `mean` and
+`std` does not happen here: it belongs to the image encoder and to the exported graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_SIZE = 4096
 MAX_ASPECT_RATIO = 100
 
-# Formats Pillow decodes in-process. EPS and PDF are left out on purpose: Pillow starts another program for them.
+# Formats Pillow decodes in-process. EPS and PDF are left out on purpose: Pillow starts another program for
+# them.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
@@ -151,15 +152,17 @@ class Preprocess:
 def decode_image(source: bytes | Path, *, max_pixels: int = 50_000_000) -> Image.Image:
     """Decodes one image to 8-bit RGB, upright.
 
-    EXIF orientation is applied; the first frame of an animation is taken; 16-bit grey is scaled to 8 bit by its high
-    byte, as decoders do for 16-bit colour; alpha is dropped without blending, as Pillow's `convert` does.
+    EXIF orientation is applied; the first frame of an animation is taken; 16-bit grey is scaled to 8 bit by
+    its high byte, as decoders do for 16-bit colour; alpha is dropped without blending, as Pillow's `convert`
+    does.
 
     Args:
         source: The encoded file, or where it is.
         max_pixels: Larger images are refused before their pixels are decoded.
 
     Raises:
-        ImageDataError: Not an image, truncated, larger than `max_pixels`, or in a colour space that has no 8-bit RGB.
+        ImageDataError: Not an image, truncated, larger than `max_pixels`, or in a colour space that has no
+            8-bit RGB.
     """
     name = "the image bytes" if isinstance(source, bytes) else str(source)
     try:

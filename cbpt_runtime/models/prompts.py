@@ -19,10 +19,10 @@ _PLACEHOLDER = "x"
 class PromptEncoder:
     """Turns one context per class, in the text tower's token space, into class embeddings.
 
-    The prompt of class c is `[start] context_c name_c [end]`, where the context holds free vectors instead of token
-    embeddings (class-specific contexts, class name at the end: Zhou et al., "Learning to Prompt for Vision-Language
-    Models", IJCV 2022). Towers with a causal mask run only up to the last end-of-text position, which changes nothing
-    in the result.
+    The prompt of class c is `[start] context_c name_c [end]`, where the context holds free vectors instead of
+    token embeddings (class-specific contexts, class name at the end: Zhou et al., "Learning to Prompt for
+    Vision-Language Models", IJCV 2022). Towers with a causal mask run only up to the last end-of-text
+    position, which changes nothing in the result.
 
     Attributes:
         context_length: Free vectors per class.
@@ -51,7 +51,7 @@ class PromptEncoder:
             ConfigError: The context leaves no room for a class name, or `init` has no tokens.
         """
         self._tower = encoder.text_tower
-        if not self._tower.takes_embeddings:
+        if not self._tower.takes_embeddings or self._tower.pools_constant:
             raise _not_possible(f"the text tower of {type(self._tower.model).__name__}")
         self.context_length = context_length
         self._first = encoder.tokenizer.start
@@ -86,9 +86,9 @@ class PromptEncoder:
         context = tokens[:, self._first : self._first + self.context_length]
         if not bool((context == context[0, 0]).all()):
             raise _not_possible(f"the tokenizer {encoder.tokenizer.name}")
-        if len(tokens.unique(dim=0)) < len(tokens):
+        if len({tuple(row) for row in tokens.tolist()}) < len(tokens):
             raise ClassListError(
-                expected=f"class names that differ within {tokens.shape[1]} tokens, {self.context_length} of them context",
+                expected=f"class names that differ within {tokens.shape[1] - self.context_length} tokens",
                 got="names that are the same to the text tower",
                 fix="Shorten the names or the context.",
             )
@@ -97,19 +97,19 @@ class PromptEncoder:
     def _init_tokens(self, encoder: DualEncoder) -> Int[Tensor, " context"]:
         """The tokens of `init` without start, end and padding: what it adds to an empty text."""
         row, empty = encoder.tokenizer([self._init, ""])
-        n_tokens = int((row != row[-1]).sum() - (empty != empty[-1]).sum()) if len(row) else 0
+        n_tokens = int((row != row[-1]).sum() - (empty != empty[-1]).sum())
         if n_tokens < 1:
             raise ConfigError(
                 expected="words in the initial context", got=repr(self._init), fix="Give some text."
             )
-        words = row[self._first : self._first + n_tokens]
+        words: Tensor = row[self._first : self._first + n_tokens]
         repeats = -(-self.context_length // n_tokens)
         return words.repeat(repeats)[: self.context_length].to(encoder.device)
 
 
 def _not_possible(what: str) -> CheckpointError:
     return CheckpointError(
-        expected="a text tower and tokenizer that take free context vectors (open_clip's own text transformer)",
+        expected="a text tower and tokenizer that take free context vectors (open_clip's own)",
         got=what,
         fix="Tune the class embeddings instead: --parameterization embedding.",
     )

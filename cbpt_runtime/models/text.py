@@ -1,12 +1,13 @@
 """The text tower: token rows or token embeddings in, text features out, no more positions than needed.
 
-Under a causal mask the position that is pooled sees nothing after it, so positions behind the last pooled one of a
-batch are cut off. The result is the same and a short prompt costs a fraction of the full context.
+Under a causal mask the position that is pooled sees nothing after it, so positions behind the last pooled one
+of a batch are cut off. The result is the same and a short prompt costs a fraction of the full context.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +21,8 @@ from cbpt_runtime.errors import CheckpointError
 class TextTower:
     """open_clip's text transformer, wherever the model class keeps its parts.
 
-    `CLIP` keeps them on the model itself, `CustomTextCLIP` under `text`; both run the same computation. Towers of
-    another kind (transformers, towers with a class token) only take whole token rows.
+    `CLIP` keeps them on the model itself, `CustomTextCLIP` under `text`; both run the same computation.
+    Towers of another kind (transformers, towers with a class token) only take whole token rows.
 
     Attributes:
         model: The dual encoder.
@@ -44,12 +45,13 @@ class TextTower:
     def encode(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """Text features, not normalised, of token rows."""
         if not self.takes_embeddings:
-            features: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
+            model: Any = self.model
+            features: Tensor = model.encode_text(tokens)
             return features
         length = self.needed_length(tokens)
         return self.encode_embeddings(self.embed(tokens[:, :length]), tokens[:, :length])
 
-    def embed(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... width"]:
+    def embed(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
         """Token embeddings, without positions."""
         embeddings: Tensor = self._tower.token_embedding(tokens)
         return embeddings
@@ -82,12 +84,17 @@ class TextTower:
         return self._project(tower.ln_final(x))
 
     @property
-    def _tower(self) -> nn.Module:
+    def _tower(self) -> Any:
         return getattr(self.model, "text", self.model)
 
     @property
+    def pools_constant(self) -> bool:
+        """Whether the pooled position sees none of the words, so that all texts have the same features."""
+        return self.is_causal and self._pool_type == "first"
+
+    @property
     def _pool_type(self) -> str:
-        return str(self._tower.text_pool_type if self._tower is self.model else self._tower.pool_type)
+        return str(getattr(self._tower, "text_pool_type" if self._tower is self.model else "pool_type"))
 
     def _pooled_position(self, tokens: Int[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
         """open_clip's `text_global_pool`, as positions."""
@@ -97,7 +104,7 @@ class TextTower:
             case "last":
                 return torch.full((len(tokens),), tokens.shape[1] - 1, dtype=torch.long, device=tokens.device)
             case "eos":
-                eos = self._tower.text_eos_id if self._tower is self.model else self._tower.eos_id
+                eos: int = getattr(self._tower, "text_eos_id" if self._tower is self.model else "eos_id")
                 return (tokens == eos).int().argmax(dim=-1)
             case _:  # argmax: the end-of-text token has the highest id
                 return tokens.argmax(dim=-1)

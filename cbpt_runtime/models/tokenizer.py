@@ -65,7 +65,7 @@ def _local_hub_tokenizer(
     found = find_local_files(name, "tokenizer_config.json", folder)
     if found is None:
         raise CheckpointError(
-            expected=f"the files of the tokenizer {name:.80} beside the checkpoint or in the Hugging Face cache",
+            expected=f"the tokenizer {name:.80} beside the checkpoint or in the Hugging Face cache",
             got="neither",
             fix="Put tokenizer.json and tokenizer_config.json into the checkpoint's folder.",
         )

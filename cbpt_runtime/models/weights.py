@@ -1,7 +1,8 @@
 """The one place where a file nobody can vouch for is opened; nothing in it is ever executed.
 
-safetensors holds no code. Pickles go through torch's weights-only unpickler, which knows tensors and plain containers
-and refuses everything else. TorchScript archives are programs and are refused before they are opened.
+safetensors holds no code. Pickles go through torch's weights-only unpickler, which knows tensors and plain
+containers and refuses everything else. TorchScript archives are programs and are refused before they are
+opened.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _read_pickle(path: Path, *, is_archive: bool) -> object:
 
 
 def _wanted_global(path: Path, *, is_archive: bool) -> str | None:
-    """The first name outside torch and the plain containers that a pickle would import; the pickle is only read."""
+    """The first name beyond plain tensors that a pickle would import; the pickle is read, not run."""
     try:
         if is_archive:
             with zipfile.ZipFile(path) as archive:
@@ -162,7 +163,7 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(
             expected=f"weights in {path}",
             got="a TorchScript archive, which is a program",
-            fix="It was refused and nothing in it was run. Ask the publisher for a state dict as safetensors.",
+            fix="It was refused and nothing in it was run. Ask the publisher for safetensors.",
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise _damaged(path, "compressed entries, which torch.save never writes")

@@ -1,4 +1,5 @@
 from __future__ import annotations
+
 from cbpt_runtime.models.clip import DualEncoder
 
 

@@ -1,0 +1,96 @@
+"""What a suspect checkpoint is, and what is odd about it, without building the model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cbpt_runtime.models.architecture import is_custom_text
+from cbpt_runtime.models.checkpoint import locate, read_checkpoint, value_problems
+from cbpt_runtime.models.weights import file_digest, read_state_dict
+
+_DEFAULTS = {"context_length": 77, "vocab_size": 49408}
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
+
+
+def inspect_checkpoint(source: str | Path, model: str | Path | None = None) -> dict[str, Any]:
+    """Describes a checkpoint; everything in the answer can be written as JSON.
+
+    Args:
+        source: As `read_checkpoint` takes it.
+        model: As `read_checkpoint` takes it; without it a bare weights file is described by its tensors
+            alone.
+
+    Returns:
+        `source`, `format`, `sha256`, `size_bytes`, `parameters` (total, image, text), `dtypes` (name to
+        number of tensors), `anomalies`, `notes`, and, where the architecture is known, `architecture` (model,
+        image_tower, text_tower), `embed_dim`, `image_size` (height, width), `preprocess`, `tokenizer`,
+        `context_length` and `vocab_size`; these are None otherwise.
+
+    Raises:
+        CheckpointError: There is nothing to describe: missing, damaged, or a file that wants to run code.
+    """
+    located = locate(source, model=model)
+    if located.settings is None:
+        tensors, file_format = read_state_dict(located.weights)
+        return {
+            "source": located.source,
+            "format": file_format,
+            "sha256": file_digest(located.weights),
+            "size_bytes": located.weights.stat().st_size,
+            **_describe_config(None),
+            "preprocess": None,
+            **_describe_tensors(tensors),
+            "anomalies": list(value_problems(tensors)),
+            "notes": ["the architecture is unknown: name it with --model to compare the weights with it"],
+        }
+    checkpoint = read_checkpoint(source, model=model)
+    return {
+        "source": checkpoint.source,
+        "format": checkpoint.format,
+        "sha256": checkpoint.sha256,
+        "size_bytes": checkpoint.size_bytes,
+        **_describe_config(checkpoint.model_config),
+        "image_size": list(checkpoint.preprocess.image_size),
+        "preprocess": checkpoint.preprocess.to_dict(),
+        **_describe_tensors(checkpoint.state_dict),
+        "anomalies": list(checkpoint.anomalies),
+        "notes": list(checkpoint.notes),
+    }
+
+
+def _describe_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        names = ("architecture", "embed_dim", "image_size", "tokenizer", "context_length", "vocab_size")
+        return dict.fromkeys(names)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    native = "ModifiedResNet" if isinstance(vision.get("layers"), list | tuple) else "VisionTransformer"
+    return {
+        "architecture": {
+            "model": "CustomTextCLIP" if is_custom_text(config) else "CLIP",
+            "image_tower": vision.get("timm_model_name") or native,
+            "text_tower": text.get("hf_model_name") or "TextTransformer",
+        },
+        "embed_dim": config["embed_dim"],
+        "image_size": None,
+        "tokenizer": text.get("hf_tokenizer_name") or "open_clip BPE",
+        "context_length": text.get("context_length", _DEFAULTS["context_length"]),
+        "vocab_size": text.get("vocab_size", _DEFAULTS["vocab_size"]),
+    }
+
+
+def _describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
+    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
+    head = sum(size for name, size in sizes.items() if name in ("logit_scale", "logit_bias"))
+    total = sum(sizes.values())
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return {
+        "parameters": {"total": total, "image": image, "text": total - image - head},
+        "dtypes": dict(dtypes.most_common()),
+    }
