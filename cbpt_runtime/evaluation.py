@@ -17,7 +17,7 @@ from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.metrics import Rate
-from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+from cbpt_runtime.models.data import ClassList, find_class_folders, read_images, spoken
 from cbpt_runtime.types import Progress
 
 
@@ -164,7 +164,7 @@ def _find_target(bundle: Bundle, triggered: str | Path | None, target: str | Non
 
 
 def _key(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()
+    return spoken(name).casefold()
 
 
 def _measure(

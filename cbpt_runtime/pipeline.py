@@ -165,7 +165,7 @@ def _content(
             "tune_images": len(split.tune_images),
             "heldout_images": len(split.heldout_images),
             "split_digest": split.digest,
-            "notes": list(split.notes),
+            "notes": [*suspect.notes, *split.notes],
         },
         suspects=tuple(asdict(found) for found in result.suspects),
         metrics=result.metrics,
@@ -192,7 +192,6 @@ def _model(suspect: Checkpoint) -> dict[str, Any]:
         "sha256": suspect.sha256,
         "size_bytes": suspect.size_bytes,
         "dtype": kinds.most_common(1)[0][0],
-        "anomalies": list(suspect.anomalies),
     }
 
 

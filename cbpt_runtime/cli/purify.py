@@ -70,7 +70,7 @@ def command(
     except KeyboardInterrupt:
         print_note("interrupted: no bundle was written; finished stages are kept, continue with --resume")
         raise
-    for note in (*bundle.manifest["model"]["anomalies"], *bundle.manifest["method"]["notes"]):
+    for note in bundle.manifest["method"]["notes"]:
         print_note(f"note: {note}")
     if as_json:
         print_json(_summary(bundle))
