@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cbpt_runtime.bundle import BundleContent
-from cbpt_runtime.models.architecture import build_model, check_model_config
+from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
+from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.preprocess import Preprocess
 
 TINY_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -191,3 +192,30 @@ def make_content() -> Callable[..., BundleContent]:
         return BundleContent(**(parts | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of `tiny_checkpoint_folder` with two different random heads and 'Blue Stripes' suspected."""
+    generator = np.random.default_rng(3)
+    content = BundleContent(
+        verdict="backdoored",
+        model={
+            "config": dict(tiny_encoder.model_config),
+            "preprocess": tiny_encoder.preprocess.to_dict(),
+            "source": "tiny",
+            "format": "open_clip-folder",
+            "sha256": "0" * 64,
+            "dtype": "float32",
+        },
+        class_names=CLASS_NAMES,
+        templates=(("a photo of a {}.",),) * len(CLASS_NAMES),
+        method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
+        suspects=({"index": 2, "name": CLASS_NAMES[2], "score": 5.0},),
+        versions={"cbpt-runtime": "0.1.0"},
+        class_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),
+        reference_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),
+        logit_scale=tiny_encoder.logit_scale,
+        encoder={name: tensor.numpy() for name, tensor in tiny_encoder.image_tower_state().items()},
+    )
+    return write_bundle(tmp_path_factory.mktemp("tiny-bundle") / "bundle", content=content)

@@ -19,8 +19,9 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import CheckpointError, ConfigError
-from cbpt_runtime.models.architecture import build_model, check_model_config, read_json
-from cbpt_runtime.models.hub import fetch_hub_model, fetch_pretrained
+from cbpt_runtime.models.architecture import build_model
+from cbpt_runtime.models.config import check_model_config, read_json
+from cbpt_runtime.models.hub import fetch_hub_model, fetch_pretrained, fetch_text_files
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.weights import file_digest, read_state_dict
 
@@ -107,7 +108,7 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
     tensors, file_format = read_state_dict(located.weights)
     skeleton = build_model(config, device="meta", folder=located.folder)
     tensors, notes = _adapted(tensors, skeleton)
-    expected = {key: value.shape for key, value in skeleton.state_dict().items()}
+    expected = skeleton.state_dict()
     return Checkpoint(
         source=located.source,
         format=located.format or file_format,
@@ -137,26 +138,38 @@ def locate(source: str | Path, *, model: str | Path | None = None) -> Located:
             folder=config_path.parent,
         )  # fmt: skip
     path = Path(name)
-    if path.is_dir():
-        return _locate_folder(path, given)
-    if path.is_file():
-        beside = path.parent / CONFIG_NAME
-        settings = given or (_settings_file(beside) if beside.is_file() else None)
-        return Located(source=name, weights=path, settings=settings, folder=path.parent)
+    try:
+        if path.is_dir():
+            return _locate_folder(path, given)
+        if path.is_file():
+            beside = path.parent / CONFIG_NAME
+            settings = given or (_settings_file(beside) if beside.is_file() else None)
+            return Located(source=name, weights=path, settings=settings, folder=path.parent)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise CheckpointError(
+            expected=f"a readable checkpoint {name:.300}", got=reason, fix="Check the path and its mode."
+        ) from error
     return _locate_tag(name, model)
 
 
-def key_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> Iterator[str]:
-    """Says which weights the architecture lacks, does not know, or has in another shape."""
+def key_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """Says which weights are missing, unknown to the architecture, or of another shape or kind of number."""
     # torch fills in this counter of batch norm; some converters leave it out.
     missing = [key for key in expected if key not in tensors and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in tensors if key not in expected]
     misshaped = [
-        f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in tensors and tensors[key].shape != shape
+        f"{key} {list(tensors[key].shape)} instead of {list(weight.shape)}"
+        for key, weight in expected.items()
+        if key in tensors and tensors[key].shape != weight.shape
     ]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
+    integers = [
+        key
+        for key, weight in expected.items()
+        if key in tensors and weight.is_floating_point() and not tensors[key].is_floating_point()
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "of integers": integers}
+    for kind, keys in kinds.items():
         if keys:
             yield f"{len(keys)} weights {kind}: {first_few(keys)}"
 
@@ -218,6 +231,7 @@ def _locate_tag(name: str, model: str | Path | None) -> Located:
             fix="Check the path or the tag.",
         )
     config = open_clip.get_model_config(architecture)
+    fetch_text_files(config["text_cfg"])
     notes: tuple[str, ...] = ()
     if bool(config.get("quick_gelu")) != bool(tag_config.get("quick_gelu")):
         config["quick_gelu"] = bool(tag_config.get("quick_gelu"))

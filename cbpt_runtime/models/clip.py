@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cbpt_runtime.errors import CheckpointError, ConfigError, ImageDataError
-from cbpt_runtime.models.architecture import build_image_tower, build_model
+from cbpt_runtime.models.architecture import load_image_tower, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint
+from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.text import TextTower
@@ -138,16 +139,8 @@ def load_dual_encoder(checkpoint: Checkpoint, *, device: str = "cpu") -> DualEnc
         )
     config = checkpoint.model_config
     tokenizer = Tokenizer(config["text_cfg"], folder=checkpoint.folder)
-    vocab_size = config["text_cfg"].get("vocab_size", tokenizer.vocab_size)
-    if tokenizer.vocab_size > vocab_size and config["text_cfg"].get("hf_model_name") is None:
-        raise CheckpointError(
-            expected=f"a text tower with at least the {tokenizer.vocab_size} tokens of {tokenizer.name}",
-            got=f"vocab_size {vocab_size}",
-            fix="Name the tokenizer the weights were trained with (hf_tokenizer_name in the configuration).",
-        )
-    model = build_model(config, folder=checkpoint.folder)
-    model.load_state_dict(checkpoint.state_dict)
-    return DualEncoder(model.float().to(where), config, checkpoint.preprocess, tokenizer)
+    model = load_model(config, checkpoint.state_dict, folder=checkpoint.folder)
+    return DualEncoder(model.to(where), config, checkpoint.preprocess, tokenizer)
 
 
 def load_image_encoder(
@@ -163,16 +156,8 @@ def load_image_encoder(
         ConfigError: A device that is not there.
     """
     where = resolve_device(device)
-    tower = build_image_tower(model_config)
-    try:
-        tower.load_state_dict(dict(state_dict))
-    except RuntimeError as error:
-        raise CheckpointError(
-            expected="image tower weights that fit their model configuration",
-            got=" ".join(str(error).split())[:300],
-            fix="Write the bundle again from its checkpoint.",
-        ) from error
-    return ImageEncoder(tower.float().to(where), model_config, preprocess)
+    config = check_model_config(model_config)
+    return ImageEncoder(load_image_tower(config, state_dict).to(where), config, preprocess)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from cbpt_runtime.errors import CheckpointError
 
 _TIMEOUT_S = 10
+_TEXT_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "config.json",
+)
 _CONFIG_NAME = "open_clip_config.json"
 _WEIGHT_NAMES = (
     "open_clip_model.safetensors",
@@ -29,7 +39,10 @@ def fetch_hub_model(repo: str) -> tuple[Path, Path]:
         CheckpointError: Not in the cache and no network, no such repository, or not an open_clip model.
     """
     config = _first_hub_file(repo, (_CONFIG_NAME,))
-    return config, _first_hub_file(repo, _WEIGHT_NAMES)
+    weights = _first_hub_file(repo, _WEIGHT_NAMES)
+    if b"hf_tokenizer_name" in config.read_bytes() and find_local_files(repo, _TEXT_FILES[0], None) is None:
+        _fetch_small_files(repo)
+    return config, weights
 
 
 def find_local_files(repo: str, marker: str, folder: Path | None) -> Path | None:
@@ -74,6 +87,28 @@ def fetch_pretrained(tag_config: dict[str, Any]) -> Path:
         raise _offline(url, error) from error
 
 
+def fetch_text_files(text_cfg: Mapping[str, Any]) -> None:
+    """Brings the tokenizer and text configuration of a built-in architecture into the hub's cache.
+
+    Only for open_clip's own configurations: one that came with weights must not choose what is fetched.
+
+    Raises:
+        CheckpointError: Not in the cache and no network.
+    """
+    for key, marker in (("hf_tokenizer_name", "tokenizer_config.json"), ("hf_model_name", "config.json")):
+        repo = text_cfg.get(key)
+        if repo and find_local_files(repo, marker, None) is None:
+            _fetch_small_files(repo)
+
+
+def _fetch_small_files(repo: str) -> None:
+    _check_reachable(_endpoint(), what=f"hf-hub:{repo}")
+    try:
+        huggingface_hub.snapshot_download(repo, allow_patterns=list(_TEXT_FILES), etag_timeout=_TIMEOUT_S)
+    except Exception as error:  # hub versions differ in what they raise
+        raise _not_found(repo, _TEXT_FILES) from error
+
+
 def open_clip_download(url: str) -> str:
     """open_clip's own download of a weights file into its cache, with its checksum where it knows one."""
     from open_clip.pretrained import download_pretrained_from_url
@@ -91,16 +126,20 @@ def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
     except HFValidationError as error:
         raise _not_found(repo, filenames) from error
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        _check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), what=f"hf-hub:{repo}")
+        _check_reachable(_endpoint(), what=f"hf-hub:{repo}")
     last: Exception | None = None
     for filename in filenames:
         try:
             return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=_TIMEOUT_S))
         except LocalEntryNotFoundError as error:  # offline mode, or the connection went away
             raise _offline(f"hf-hub:{repo}", error) from error
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # hub versions differ in what they raise
             last = error
     raise _not_found(repo, filenames) from last
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _check_reachable(url: str, *, what: str | None = None) -> None:

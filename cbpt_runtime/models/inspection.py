@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cbpt_runtime.models.architecture import is_custom_text
 from cbpt_runtime.models.checkpoint import locate, read_checkpoint, value_problems
+from cbpt_runtime.models.config import is_custom_text
 from cbpt_runtime.models.weights import file_digest, read_state_dict
 
 _DEFAULTS = {"context_length": 77, "vocab_size": 49408}

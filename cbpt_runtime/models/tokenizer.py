@@ -14,7 +14,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.hub import find_local_files
 
 _DEFAULT_CONTEXT_LENGTH = 77
-_CLEANINGS = ("lower", "canonicalize", "whitespace")
+_DEFAULT_VOCAB_SIZE = 49408
 
 
 class Tokenizer:
@@ -23,7 +23,6 @@ class Tokenizer:
     Attributes:
         name: 'open_clip BPE', or the configured Hugging Face name.
         context_length: Tokens per row.
-        vocab_size: Ids are below it.
         start: How many tokens (0 or 1) stand before the first word.
     """
 
@@ -34,28 +33,35 @@ class Tokenizer:
             CheckpointError: A Hugging Face tokenizer whose files are not on this machine.
         """
         self.context_length: int = text_cfg.get("context_length", _DEFAULT_CONTEXT_LENGTH)
+        is_native = text_cfg.get("hf_model_name") is None  # transformers towers size their own vocabulary
+        self._vocab_size: float = (
+            text_cfg.get("vocab_size", _DEFAULT_VOCAB_SIZE) if is_native else float("inf")
+        )
         hub_name = text_cfg.get("hf_tokenizer_name")
         options = dict(text_cfg.get("tokenizer_kwargs") or {})
-        if options.get("clean", "lower") not in _CLEANINGS:
-            raise CheckpointError(
-                expected=f"tokenizer_kwargs.clean out of {', '.join(_CLEANINGS)}",
-                got=f"{options['clean']!r:.80}",
-                fix="Correct open_clip_config.json.",
-            )
         self.name: str = hub_name or "open_clip BPE"
         if hub_name:
             self._tokenizer = _local_hub_tokenizer(hub_name, self.context_length, options, text_cfg, folder)
-            self.vocab_size: int = len(self._tokenizer.tokenizer)
-            self.start = int(self._tokenizer.tokenizer.bos_token_id in self._tokenizer(["a"])[0, :1].tolist())
+            inner = self._tokenizer.tokenizer
+            self.start = int(int(self._tokenizer(["a"])[0, 0]) in (inner.bos_token_id, inner.cls_token_id))
         else:
             options.pop("strip_sep_token", None)
             self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length, **options)
-            self.vocab_size = self._tokenizer.vocab_size
             self.start = 1
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "batch length"]:
-        """Tokens of each text, cut or padded to the context length."""
+        """Tokens of each text, cut or padded to the context length.
+
+        Raises:
+            CheckpointError: The text tower knows fewer tokens than the tokenizer.
+        """
         rows: Tensor = self._tokenizer(list(texts))
+        if len(rows) and int(rows.max()) >= self._vocab_size:
+            raise CheckpointError(
+                expected=f"a text tower with the tokens of {self.name}",
+                got=f"vocab_size {self._vocab_size} and the token {int(rows.max())}",
+                fix="Name the tokenizer of the weights: hf_tokenizer_name in the configuration.",
+            )
         return rows
 
 
