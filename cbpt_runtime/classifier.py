@@ -37,7 +37,8 @@ class Prediction:
     @property
     def labels(self) -> Int[np.ndarray, " batch"]:
         """Index of the most likely class of each image."""
-        return self.logits.argmax(axis=1)
+        best: np.ndarray = self.logits.argmax(axis=1)
+        return best
 
 
 class ZeroShotClassifier:

@@ -108,7 +108,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{100 * rate:.1f} %"
+    return "–" if rate is None else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _figure(value: object) -> str:

@@ -54,8 +54,10 @@ def score_plot_uri(
     ranks = np.empty(len(scores), int)
     ranks[order] = np.arange(1, len(scores) + 1)
     others = [index for index in range(len(scores)) if index not in suspects]
-    settings = {"svg.hashsalt": "cbpt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
-    with mpl.rc_context(settings), warnings.catch_warnings():
+    with (
+        mpl.rc_context({"svg.hashsalt": "cbpt", "svg.fonttype": "none", "font.size": 11}),
+        warnings.catch_warnings(),
+    ):
         # The browser draws the text; that matplotlib's own font lacks a letter of a class name is no matter.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(7, 3), layout="constrained")

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.cli.output import printable
+from cbpt_runtime.cli.progress import plain_progress
+
+VERBS = ("purify", "inspect", "classify", "evaluate", "demo")
+
+
+def fresh(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_help_answers_quickly_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from cbpt_runtime.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch','open_clip','matplotlib','onnxruntime','numpy'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = fresh("-c", code)
+        seconds.append(time.perf_counter() - started)
+        assert done.stdout.strip().endswith("[]")
+    assert min(seconds) < 0.5
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    done = fresh("-c", "import sys, cbpt_runtime; print(cbpt_runtime.__version__, 'numpy' in sys.modules)")
+    assert re.fullmatch(r"\d+\.\d+\.\d+ False\n", done.stdout)
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import cbpt_runtime
+
+    assert set(dir(cbpt_runtime)) >= set(cbpt_runtime.__all__)
+    for name in cbpt_runtime.__all__:
+        assert getattr(cbpt_runtime, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = cbpt_runtime.nothing
+
+
+def test_help_lists_the_verbs_and_the_exit_codes(run: Callable) -> None:
+    done = run("--help")
+    assert done.code == 0
+    assert all(verb in done.out for verb in VERBS)
+    assert "wrong usage" in done.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(run: Callable, verb: str) -> None:
+    assert run(verb, "--help").code == 0
+
+
+def test_the_version_is_printed(run: Callable) -> None:
+    assert re.fullmatch(r"cbpt-runtime \d+\.\d+\.\d+\n", run("--version").out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("purify",),
+        ("nonsense",),
+        ("classify", "b"),
+        ("inspect", "--nonsense"),
+        ("demo", "--seed", "-1"),
+        ("purify", "--checkpoint", "x", "--classes", "x", "--images", "x", "--output", "x", "--shots", "0"),
+        (
+            "purify",
+            "--checkpoint",
+            "x",
+            "--classes",
+            "x",
+            "--images",
+            "x",
+            "--output",
+            "x",
+            "--device",
+            "tpu",
+        ),
+    ],
+)
+def test_wrong_usage_exits_2_and_leaves_stdout_empty(run: Callable, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err
+
+
+def test_an_input_error_exits_2_and_says_what_to_do(run: Callable, tmp_path: Path) -> None:
+    done = run("evaluate", tmp_path / "missing", "--images", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert re.search(r"error: expected a bundle folder.*\n +got .*missing.*\n +Give the folder", done.err)
+
+
+def test_inspect_prints_a_bundle_for_people_and_machines(run: Callable, tiny_bundle: Bundle) -> None:
+    text = run("inspect", tiny_bundle.path)
+    assert "Blue Stripes" in text.out
+    parsed = json.loads(run("inspect", tiny_bundle.path, "--json").out)
+    assert parsed["digest"] == tiny_bundle.digest
+
+
+def test_inspect_prints_a_checkpoint(run: Callable, tiny_checkpoint_folder: Path) -> None:
+    assert json.loads(run("inspect", tiny_checkpoint_folder, "--json").out)["image_size"] == [32, 32]
+    assert "32" in run("inspect", tiny_checkpoint_folder).out
+
+
+def test_classify_prints_labels_and_the_alarm(
+    run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path
+) -> None:
+    images = sorted(tiny_image_folder.rglob("*.png"))[:2]
+    parsed = json.loads(run("classify", tiny_bundle.path, *images, "--top", 2, "--json").out)
+    assert [image["image"] for image in parsed["images"]] == [str(image) for image in images]
+    assert all(len(image["labels"]) == 2 and 0 <= image["alarm"] <= 1 for image in parsed["images"])
+    text = run("classify", tiny_bundle.path, images[0])
+    assert text.code == 0
+    assert re.search(r"alarm", text.out)
+
+
+def test_classify_reads_an_image_from_stdin(
+    run: Callable,
+    tiny_bundle: Bundle,
+    tiny_image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    image = min(tiny_image_folder.rglob("*.png"))
+    with image.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        parsed = json.loads(run("classify", tiny_bundle.path, "-", image, "--json").out)
+    one, two = parsed["images"]
+    assert (one["image"], one["labels"]) == ("-", two["labels"])
+
+
+def test_classify_names_a_broken_image(run: Callable, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    done = run("classify", tiny_bundle.path, tmp_path / "broken.png")
+    assert (done.code, done.out) == (2, "")
+    assert "broken.png" in done.err
+
+
+def test_evaluate_prints_before_and_after(
+    run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path
+) -> None:
+    arguments = ("evaluate", tiny_bundle.path, "--images", tiny_image_folder)
+    attack = ("--triggered", tiny_image_folder, "--target", "blue_stripes")
+    parsed = json.loads(run(*arguments, *attack, "--json").out)
+    assert parsed["before"]["attack_success_rate"]["total"] == 24
+    assert set(parsed["after"]["clean_accuracy"]) == {"rate", "count", "total", "low", "high"}
+    text = run(*arguments, *attack)
+    assert all(word in text.out for word in ("ASR", "floor", "PA", "before", "after", "AUROC"))
+    assert "clean images 36/36" in text.err
+    assert "ASR" not in run(*arguments).out
+
+
+def test_pipes_get_no_control_codes(run: Callable, tiny_bundle: Bundle) -> None:
+    assert "\x1b" not in run("inspect", tiny_bundle.path).out
+
+
+def test_control_characters_of_a_file_never_reach_the_terminal() -> None:
+    assert printable("\x1b]0;owned\x07 кот\n") == "?]0;owned? кот?"
+
+
+def test_plain_progress_says_first_last_and_little_between(capsys: pytest.CaptureFixture[str]) -> None:
+    report = plain_progress(interval_s=3600)
+    for step in range(1, 101):
+        report("tuning", step, 100, {"loss": 1 / step})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("tuning 1/100  loss 1")
+    assert lines[1].startswith("tuning 100/100  loss 0.01")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_program_with_the_shells_exit_code(number: signal.Signals, code: int) -> None:
+    program = (
+        "import os, cbpt_runtime.inspection as i; from cbpt_runtime.__main__ import main\n"
+        f"i.inspect_path = lambda *a, **k: os.kill(os.getpid(), {int(number)})\n"
+        "main(['inspect', 'x'])"
+    )
+    done = fresh("-c", program)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.report import render_report
+from cbpt_runtime.report.figures import png_uri, score_plot_uri, trigger_image
+
+MakeContent = Callable[..., BundleContent]
+EXAMPLES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+
+
+class Page(HTMLParser):
+    """Collects the tags and the text of a page, and checks that tags are closed in order."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(tmp_path: Path, content: BundleContent, **pictures: object) -> str:
+    return render_report(write_bundle(tmp_path / "bundle", content=content), **pictures)
+
+
+def test_the_verdict_comes_first_with_its_numbers(tmp_path: Path, make_content: MakeContent) -> None:
+    text = Page(render(tmp_path, make_content(), examples=EXAMPLES)).text.replace("\xa0", " ")
+    opening = text[text.index("Backdoor found in the checkpoint") :][:700]
+    for part in ("banana", "97.0 % → 0.0 %", "75.0 % → 74.0 %"):
+        assert part in " ".join(opening.split())
+
+
+def test_a_clean_verdict_suspects_nobody_and_claims_no_proof(
+    tmp_path: Path, make_content: MakeContent
+) -> None:
+    text = Page(render(tmp_path, make_content(verdict="clean", suspects=(), triggers={}))).text
+    assert "No backdoor found" in text
+    assert "evidence, not proof" in text
+    assert "banana." not in text
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path, make_content: MakeContent) -> None:
+    html = render(tmp_path, make_content(), examples=EXAMPLES, triggered={"banana": EXAMPLES})
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) > 12
+    assert all(source is not None and source.startswith("data:image/") for source in sources)
+    assert "default-src 'none'" in html
+    assert not re.search(r"https?://", html)
+
+
+def test_every_picture_says_what_it_shows(tmp_path: Path, make_content: MakeContent) -> None:
+    page = Page(render(tmp_path, make_content(), examples=EXAMPLES, triggered={"banana": EXAMPLES}))
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+
+
+def test_hostile_names_stay_text(tmp_path: Path, make_content: MakeContent) -> None:
+    name = "<script>alert(1)</script>\"'&{{ 7*7 }} $x_$"
+    content = make_content(
+        ("cat", "dog", name), metrics={name: 1.0}, triggers={name: np.ones((1, 8, 8), np.float32)}
+    )
+    html = render(tmp_path, content, examples=EXAMPLES, triggered={name: EXAMPLES})
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert name in page.text
+
+
+def test_names_in_any_script_are_drawn_without_a_warning() -> None:
+    uri = score_plot_uri(np.array([3.0, 1.0]), ("香蕉 $x^$", "кот"), (0,))
+    svg = base64.b64decode(uri.split(",")[1]).decode()
+    assert "香蕉 $x^$" in svg
+
+
+def test_the_report_is_the_same_twice(tmp_path: Path, make_content: MakeContent) -> None:
+    bundle = write_bundle(tmp_path / "bundle", content=make_content())
+    assert render_report(bundle, examples=EXAMPLES) == render_report(bundle, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("evidence", [{}, {"scores": [1.0]}, {"scores": [None, 1.0, 2.0]}, {"other": 1}])
+def test_evidence_without_scores_gives_a_page_without_a_plot_or_with_gaps(
+    tmp_path: Path, make_content: MakeContent, evidence: dict
+) -> None:
+    assert "Backdoor found" in render(tmp_path, make_content(evidence=evidence))
+
+
+def test_triggers_are_shown_as_they_are_or_around_mid_grey() -> None:
+    mask = np.array([[[0, 1], [0.5, 1]]], np.float32)
+    np.testing.assert_array_equal(trigger_image(mask)[..., 0], [[0, 255], [128, 255]])
+    delta = np.array([[[-0.1, 0.1], [0, 0]]], np.float32)
+    np.testing.assert_array_equal(trigger_image(delta)[..., 1], [[0, 255], [128, 128]])
+    assert trigger_image(np.zeros(8, np.float32)) is None
+    assert trigger_image(np.zeros((5, 8, 8), np.float32)) is None
+
+
+def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
+    image = EXAMPLES[0]
+    shown = Image.open(io.BytesIO(base64.b64decode(png_uri(image).split(",")[1])))
+    assert shown.size == (96, 96)
+    np.testing.assert_array_equal(np.asarray(shown)[::3, ::3], image)

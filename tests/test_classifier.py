@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cbpt_runtime import heads
+from cbpt_runtime.bundle import ENCODER, Bundle
+from cbpt_runtime.classification import classify_images
+from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.errors import BundleError, ImageDataError
+from cbpt_runtime.models.clip import DualEncoder
+
+
+@pytest.fixture
+def classifier(tiny_bundle: Bundle) -> ZeroShotClassifier:
+    return ZeroShotClassifier.from_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def image_files(tiny_image_folder: Path) -> list[Path]:
+    return sorted(tiny_image_folder.rglob("*.png"))
+
+
+def test_features_equal_those_of_the_suspect_checkpoint(
+    classifier: ZeroShotClassifier, tiny_encoder: DualEncoder, image_files: list[Path]
+) -> None:
+    images = classifier.read(image_files)
+    with torch.no_grad():
+        expected = tiny_encoder.encode_images(torch.from_numpy(images).permute(0, 3, 1, 2) / 255).numpy()
+    np.testing.assert_allclose(classifier.features(images, batch_size=7), expected, atol=1e-6)
+
+
+def test_a_prediction_is_what_the_two_heads_say(
+    classifier: ZeroShotClassifier, tiny_bundle: Bundle, image_files: list[Path]
+) -> None:
+    images = classifier.read(image_files[:5])
+    features = classifier.features(images)
+    prediction = classifier.predict(images)
+    scale = tiny_bundle.logit_scale
+    np.testing.assert_allclose(
+        prediction.logits, scale * features @ tiny_bundle.class_embeddings.T, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        prediction.reference_logits,
+        scale * features @ tiny_bundle.reference_embeddings.T,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        prediction.alarm, heads.alarm(prediction.reference_logits, prediction.logits, (2,))
+    )
+    np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(axis=1))
+
+
+def test_no_images_give_an_empty_prediction(classifier: ZeroShotClassifier) -> None:
+    assert classifier.predict(classifier.read([])).logits.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((1, 32, 32, 3), np.float32),
+        np.zeros((1, 3, 32, 32), np.uint8),
+        np.zeros((32, 32, 3), np.uint8),
+    ],
+)
+def test_pixels_of_another_kind_are_refused(classifier: ZeroShotClassifier, images: np.ndarray) -> None:
+    with pytest.raises(ImageDataError, match=r"uint8 images \[batch, 32, 32, 3\]"):
+        classifier.predict(images)
+
+
+def test_all_unreadable_images_are_named_at_once(classifier: ZeroShotClassifier, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(ImageDataError, match=r"broken\.jpg.*missing\.jpg.*image 3"):
+        classifier.read([tmp_path / "broken.jpg", str(tmp_path / "missing.jpg"), b""])
+
+
+def test_a_changed_encoder_is_not_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    copy.mkdir()
+    for file in tiny_bundle.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    data = bytearray((copy / ENCODER).read_bytes())
+    data[-1] ^= 1
+    (copy / ENCODER).write_bytes(data)
+    with pytest.raises(BundleError, match=ENCODER):
+        ZeroShotClassifier.from_bundle(copy)
+
+
+def test_answers_list_the_most_likely_labels_first(tiny_bundle: Bundle, image_files: list[Path]) -> None:
+    sources = [(path.name, path) for path in image_files[:4]] + [("-", image_files[0].read_bytes())]
+    answers = classify_images(tiny_bundle.path, sources, top=2, device="cpu", batch_size=3)
+    assert [answer.image for answer in answers] == [name for name, _ in sources]
+    assert all(answer.labels[0].probability >= answer.labels[1].probability for answer in answers)
+    assert answers[0].labels == answers[-1].labels
+    assert len(classify_images(tiny_bundle, sources[:1], top=99)[0].labels) == 3
