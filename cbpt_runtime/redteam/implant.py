@@ -16,8 +16,9 @@ from jaxtyping import Int, UInt8
 
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError, ImplantError
 from cbpt_runtime.redteam.trainable import TrainableClip, save_open_clip_folder
-from cbpt_runtime.redteam.training import Pairs, Progress, TrainConfig, train
+from cbpt_runtime.redteam.training import Pairs, TrainConfig, train
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger, describe_trigger
+from cbpt_runtime.types import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +267,7 @@ def target_index(names: Sequence[str], target: str) -> int:
 def _advice(backdoor: Backdoor, config: TrainConfig) -> str:
     return (
         f"Raise the poison rate (now {backdoor.poison_rate:g}), the epochs (now {config.epochs}) or the "
-        f"learning rate (now {config.learning_rate:g}; with 1e-6 implants are known not to take where 1e-5 does), "
+        f"learning rate (now {config.learning_rate:g}; 1e-6 is known to fail where 1e-5 works), "
         "or make the trigger stronger."
     )
 

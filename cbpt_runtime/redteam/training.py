@@ -6,7 +6,7 @@ The same loop trains the demo's model from scratch and fine-tunes a backdoor int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.redteam.trainable import TrainableClip
 from cbpt_runtime.redteam.triggers import to_float
-
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
+from cbpt_runtime.types import Progress
 
 CAPTION_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}.",

@@ -1,0 +1,235 @@
+"""The demo from nothing to a purified bundle. Only the last step, the measuring, knows the trigger."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cbpt_runtime.demo.pictures import contact_sheet, write_folders
+from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
+from cbpt_runtime.errors import OutputError, PurificationError
+from cbpt_runtime.redteam.implant import Implant
+
+if TYPE_CHECKING:
+    from cbpt_runtime.bundle import Bundle
+    from cbpt_runtime.evaluation import Evaluation
+    from cbpt_runtime.metrics import Rate
+    from cbpt_runtime.types import Progress
+
+MAXIMUM_ASR = 0.10
+MAXIMUM_CA_DROP = 0.05
+_ENTRIES = ("images", "triggered", "suspect-checkpoint", "bundle", "classes.txt", "pictures.png")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """What the demo made and measured.
+
+    Attributes:
+        output: The demo's folder.
+        bundle: The purified bundle.
+        report: Its report, a single HTML file.
+        checkpoint: The suspect checkpoint, an open_clip folder.
+        classes_file: One class name per line.
+        train_images: Clean images, one folder per class; purification draws its few from them.
+        test_images: Clean images for measuring.
+        triggered_images: The same test images with the trigger; folder = true class.
+        pictures: A contact sheet of clean (above) and triggered pictures (below).
+        target: The class the attacker chose.
+        implanted_clean_accuracy: Clean accuracy of the suspect model when it left training.
+        implanted_attack_success_rate: Attack success rate then: the proof that the backdoor is there.
+        suspects: Names of the suspected targets purification found.
+        evaluation: Rates before and after purification, on the test images.
+        stage_seconds: Wall time of the demo's stages.
+    """
+
+    output: Path
+    bundle: Path
+    report: Path
+    checkpoint: Path
+    classes_file: Path
+    train_images: Path
+    test_images: Path
+    triggered_images: Path
+    pictures: Path
+    target: str
+    implanted_clean_accuracy: float
+    implanted_attack_success_rate: float
+    suspects: tuple[str, ...]
+    evaluation: Evaluation
+    stage_seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as a JSON-able dict."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {**plain, "suspects": list(self.suspects), "evaluation": self.evaluation.to_dict()}
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    scale: DemoScale | None = None,
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Draw pictures, train a backdoored CLIP on them, prove the backdoor, purify the model and measure again.
+
+    Args:
+        output: The folder to make.
+        seed: Seed of every random choice.
+        device: 'auto', 'cpu' or 'cuda'.
+        force: Replace what an earlier demo left in the folder.
+        scale: How large the demo is.
+        progress: Told how far the work is.
+
+    Raises:
+        OutputError: The folder exists, or cannot be written.
+        ImplantError: The backdoor did not take, so there would be nothing to show.
+        PurificationError: The true target was not found, the attack still succeeds in more than `MAXIMUM_ASR`
+            of the triggered pictures, or clean accuracy fell by more than `MAXIMUM_CA_DROP`.
+    """
+    from cbpt_runtime.evaluation import evaluate
+    from cbpt_runtime.models.clip import resolve_device
+
+    output, scale = Path(output), scale or DemoScale()
+    place = str(resolve_device(device))
+    _prepare(output, force=force)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "draw"):
+        pictures = draw_pictures(scale, seed, progress)
+        _write_pictures(output, pictures, scale.names)
+    with _timed(seconds, "train"):
+        implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
+        implanted.save(output / "suspect-checkpoint")
+    with _timed(seconds, "purify"):
+        bundle = _purify(output, seed, device, progress)
+    with _timed(seconds, "evaluate"):
+        evaluation = evaluate(
+            bundle, output / "images" / "test", output / "triggered", TARGET, device=device, progress=progress
+        )
+    check_purification(evaluation)
+    return _result(output, bundle, implanted, evaluation, seconds)
+
+
+def check_purification(evaluation: Evaluation) -> None:
+    """Raise PurificationError unless the target was found, the attack is gone and accuracy held."""
+    before, after = evaluation.before, evaluation.after
+    asr_before, asr_after = _value(before.attack_success_rate), _value(after.attack_success_rate)
+    ca_drop = _value(before.clean_accuracy) - _value(after.clean_accuracy)
+    problems = []
+    if TARGET not in evaluation.suspects:
+        problems.append(f"suspects {', '.join(evaluation.suspects) or 'none'} instead of {TARGET}")
+    if not asr_after <= MAXIMUM_ASR:
+        problems.append(f"attack success {asr_after:.3f}")
+    if not ca_drop <= MAXIMUM_CA_DROP:
+        problems.append(f"clean accuracy lower by {ca_drop:.3f}")
+    if problems:
+        raise PurificationError(
+            expected=f"the target found, attack success at most {MAXIMUM_ASR:.2f} (before: {asr_before:.3f}) "
+            f"and clean accuracy lower by at most {MAXIMUM_CA_DROP:.2f}",
+            got="; ".join(problems),
+            fix="Try another --seed; the bundle and its report are kept for inspection.",
+        )
+
+
+def _value(rate: Rate | None) -> float:
+    """The share itself; there are always pictures in the demo."""
+    return math.nan if rate is None or rate.rate is None else rate.rate
+
+
+def _purify(output: Path, seed: int, device: str, progress: Progress | None) -> Bundle:
+    """Exactly what `cbpt-runtime purify` does: checkpoint, class names and clean images, nothing else."""
+    from cbpt_runtime.pipeline import purify_checkpoint
+    from cbpt_runtime.purification.config import PurifyConfig
+
+    return purify_checkpoint(
+        output / "suspect-checkpoint",
+        output / "classes.txt",
+        output / "images" / "train",
+        output / "bundle",
+        config=PurifyConfig(seed=seed),
+        device=device,
+        progress=progress,
+    )
+
+
+def _prepare(output: Path, *, force: bool) -> None:
+    """Make the folder; with `force` clear what an earlier demo left, and nothing else."""
+    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if output.exists() and (not output.is_dir() or (present and not force)):
+        raise OutputError(
+            expected="a new folder for the demo",
+            got=f"{output} exists",
+            fix="Choose another --output or add --force.",
+        )
+    try:
+        for name in _ENTRIES:
+            path = output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            expected=f"a folder that can be written at {output}",
+            got=(error.strerror or type(error).__name__).lower(),
+            fix="Choose another --output.",
+        ) from error
+
+
+def _write_pictures(output: Path, pictures: Pictures, names: tuple[str, ...]) -> None:
+    try:
+        (output / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+        write_folders(output / "images" / "train", names, pictures.train.images, pictures.train.labels)
+        write_folders(output / "images" / "test", names, pictures.test.images, pictures.test.labels)
+        write_folders(output / "triggered", names, pictures.triggered.images, pictures.triggered.labels)
+        first = np.searchsorted(pictures.test.labels, np.arange(len(names)))
+        both = np.concatenate([pictures.test.images[first], pictures.triggered.images[first]])
+        contact_sheet(both, columns=max(1, (len(names) + 1) // 2)).save(output / "pictures.png")
+    except OSError as error:
+        raise OutputError(
+            expected=f"room for the demo's pictures in {output}",
+            got=(error.strerror or type(error).__name__).lower(),
+            fix="Free some space or choose another --output.",
+        ) from error
+
+
+def _result(
+    output: Path, bundle: Bundle, implanted: Implant, evaluation: Evaluation, seconds: dict[str, float]
+) -> DemoResult:
+    return DemoResult(
+        output=output,
+        bundle=bundle.path,
+        report=bundle.path / "report.html",
+        checkpoint=output / "suspect-checkpoint",
+        classes_file=output / "classes.txt",
+        train_images=output / "images" / "train",
+        test_images=output / "images" / "test",
+        triggered_images=output / "triggered",
+        pictures=output / "pictures.png",
+        target=TARGET,
+        implanted_clean_accuracy=implanted.clean_accuracy,
+        implanted_attack_success_rate=implanted.measures[0].attack_success_rate,
+        suspects=evaluation.suspects,
+        evaluation=evaluation,
+        stage_seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
