@@ -120,8 +120,7 @@ def train(
     optimizer = make_optimizer(clip.model, config)
     warmup = max(1, round(total * config.warmup_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, warmup, total))
-    tokens = clip.tokenize([template.format(name) for name in names for template in config.templates])
-    tokens = tokens.view(len(names), len(config.templates), -1)
+    tokens = clip.tokenize(names, config.templates)
     step, mean_loss = 0, math.nan
     for epoch in range(config.epochs):
         clip.model.train()
