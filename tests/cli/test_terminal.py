@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import subprocess
 import sys
 
 PROGRAM = """
@@ -15,22 +16,23 @@ with shown_progress() as progress:
 
 
 def on_a_terminal(**environment: str) -> str:
-    child, descriptor = pty.fork()
-    if child == 0:
-        os.environ.update(environment)
-        os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-c", PROGRAM]
+    child = subprocess.Popen(
+        command, stdin=writer, stdout=writer, stderr=writer, env=os.environ | environment
+    )
+    os.close(writer)
     written = b""
     while True:
         try:
-            data = os.read(descriptor, 4096)
-        except OSError:
+            data = os.read(reader, 4096)
+        except OSError:  # Linux says EIO where the other end is closed
             break
         if not data:
             break
         written += data
-    os.close(descriptor)
-    _, status = os.waitpid(child, 0)
-    assert status == 0, written.decode()
+    os.close(reader)
+    assert child.wait() == 0, written.decode()
     return written.decode()
 
 

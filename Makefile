@@ -1,0 +1,42 @@
+# make demo   the whole story on a tiny CLIP, from nothing
+# make test   what CI runs
+# make check  lint and types only
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+# uv installs many times faster than pip; where it cannot reach the index that pip is set up for, pip does it.
+INSTALL = { $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e $(1) || \
+	$(BIN)/pip install -c constraints.txt -e $(1); } && touch $@
+
+.PHONY: demo test check constraints clean
+
+demo: $(VENV)/installed
+	$(BIN)/cbpt-runtime demo
+
+test: check
+	$(BIN)/pytest
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+constraints: $(VENV)/uv
+	$(BIN)/uv pip compile --python-version 3.11 --extra server --extra test --extra dev --no-annotate --no-header \
+		--no-emit-index-url --upgrade --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) build dist demo-output
+
+$(VENV)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	touch $@
+
+$(VENV)/installed: $(VENV)/uv pyproject.toml constraints.txt
+	$(call INSTALL,.)
+
+$(VENV)/installed-test: $(VENV)/uv pyproject.toml constraints.txt
+	$(call INSTALL,'.[server$(comma)test]')
