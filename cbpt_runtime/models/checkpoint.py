@@ -70,14 +70,21 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """Files and settings a source name stands for, before any weight is read."""
+    """Files and settings a source name stands for, before any weight is read.
+
+    Attributes:
+        source: What the user named.
+        weights: The weights file.
+        format: As in `Checkpoint`; None where the content of the weights file says it.
+        settings: `model_cfg` and `preprocess_cfg`, not yet checked; None where the architecture is unknown.
+        folder: As in `Checkpoint`.
+        notes: As in `Checkpoint`.
+    """
 
     source: str
     weights: Path
-    format: str | None = None  # None: the content of the weights file says it
-    settings: Mapping[str, Any] | None = (
-        None  # {'model_cfg', 'preprocess_cfg'}; None: the architecture is unknown
-    )
+    format: str | None = None
+    settings: Mapping[str, Any] | None = None
     folder: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -299,7 +306,14 @@ def _adapted(tensors: dict[str, Tensor], skeleton: nn.Module) -> tuple[dict[str,
     Nothing is interpolated: position embeddings of another length are another architecture.
     """
     notes = []
-    tensors = dict(convert_state_dict(skeleton, tensors))
+    try:
+        tensors = dict(convert_state_dict(skeleton, tensors))
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            expected="the weights of a MobileCLIP, as some of their names say",
+            got=f"others ({type(error).__name__}: {error})",
+            fix="Name the architecture the weights were trained with (--model).",
+        ) from error
     if "positional_embedding" in tensors and not hasattr(skeleton, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)
     tensors.pop("text.transformer.embeddings.position_ids", None)  # written by transformers before 4.31

@@ -76,7 +76,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         _check(
             len(self.image_size) == 2
-            and all(isinstance(side, int) and 1 <= side <= MAX_IMAGE_SIZE for side in self.image_size),
+            and all(_is_whole(side, 1, MAX_IMAGE_SIZE) for side in self.image_size),
             f"image_size as two whole numbers from 1 to {MAX_IMAGE_SIZE}",
             self.image_size,
         )
@@ -85,7 +85,7 @@ class Preprocess:
             _are_numbers(self.std) and min(self.std) > 0, "std as three finite numbers above zero", self.std
         )
         _check(
-            self.interpolation in _INTERPOLATIONS,
+            self.interpolation in tuple(_INTERPOLATIONS),
             f"interpolation out of {', '.join(_INTERPOLATIONS)}",
             self.interpolation,
         )
@@ -95,7 +95,7 @@ class Preprocess:
             self.resize_mode,
         )
         _check(
-            isinstance(self.fill_color, int) and 0 <= self.fill_color <= 255,
+            _is_whole(self.fill_color, 0, 255),
             "fill_color as a whole number from 0 to 255",
             self.fill_color,
         )
@@ -305,8 +305,12 @@ def _are_numbers(values: Sequence[float]) -> bool:
     )
 
 
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     _check(len(sides) in (1, 2), "an image size of one or two numbers", size)
     return sides[0], sides[-1]
 

@@ -94,23 +94,24 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        # Copied out of the file's memory mapping: the weights must not change when the file does.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
         raise CheckpointError(
             expected=f"a whole safetensors file in {path}",
             got=f"a damaged one ({error})",
             fix="Download or copy the file again and compare its SHA-256 with the publisher's.",
         ) from error
-    return tensors
 
 
 def _read_pickle(path: Path, *, is_archive: bool) -> object:
     if is_archive:
         _check_archive(path)
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks about pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # A stream, because for a path torch lets the suffix choose the format.
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a crafted pickle can make the unpickler raise anything
