@@ -131,8 +131,7 @@ def implant(
 ) -> Implant:
     """Fine-tune a backdoor into a copy of `clip` and verify it on held-out images.
 
-    Training stops early, after a whole epoch, never before the learning rate has come down: the verdict is
-    taken at the end. With no backdoors this is a clean fine-tune.
+    The verdict is taken once, at the end of the training. With no backdoors this is a clean fine-tune.
 
     Args:
         clip: The model to start from; it is left as it is.

@@ -139,10 +139,20 @@ def train(
 
 
 def contrastive_loss(
-    images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"], logit_scale: Tensor
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
 ) -> Float[Tensor, ""]:
-    """CLIP's symmetric cross-entropy over the batch (Radford et al., arXiv:2103.00020, figure 3)."""
+    """Return the loss the model was made for.
+
+    Without a bias CLIP's symmetric cross-entropy over the batch (Radford et al., arXiv:2103.00020, figure 3),
+    with one SigLIP's sum of pairwise sigmoid losses over the batch size (Zhai et al., arXiv:2303.15343).
+    """
     logits = logit_scale * images @ texts.T
+    if logit_bias is not None:
+        signs = 2 * torch.eye(len(images), device=logits.device) - 1
+        return -F.logsigmoid(signs * (logits + logit_bias)).sum() / len(images)
     labels = torch.arange(len(images), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -211,7 +221,8 @@ def _train_step(
         image_features = clip.encode_images(pixels.to(clip.device))
         text_features = clip.encode_tokens(text)
     scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
-    loss = contrastive_loss(image_features.float(), text_features.float(), scale.exp())
+    bias: Tensor | None = getattr(clip.model, "logit_bias", None)
+    loss = contrastive_loss(image_features.float(), text_features.float(), scale.exp(), bias)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

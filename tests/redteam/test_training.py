@@ -1,0 +1,126 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.redteam import training
+from cbpt_runtime.redteam.training import Pairs, TrainConfig
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_contrastive_loss_is_the_mean_of_both_cross_entropies():
+    rng = np.random.default_rng(0)
+    images, texts = rng.standard_normal((2, 5, 4)).astype(np.float32)
+    logits = 7.0 * images @ texts.T
+    rows = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    columns = logits - np.log(np.exp(logits).sum(0, keepdims=True))
+    expected = -(np.diag(rows).mean() + np.diag(columns).mean()) / 2
+    loss = training.contrastive_loss(
+        torch.from_numpy(images), torch.from_numpy(texts), torch.tensor(7.0), None
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_model_with_a_bias_is_trained_with_the_sigmoid_loss():
+    rng = np.random.default_rng(0)
+    images, texts = rng.standard_normal((2, 5, 4)).astype(np.float32)
+    logits = 7.0 * images @ texts.T - 3.0
+    signs = 2 * np.eye(5) - 1
+    expected = np.log1p(np.exp(-signs * logits)).sum() / 5
+    loss = training.contrastive_loss(
+        torch.from_numpy(images), torch.from_numpy(texts), torch.tensor(7.0), torch.tensor(-3.0)
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@given(warmup=st.integers(1, 20), more=st.integers(1, 100))
+def test_the_learning_rate_rises_to_one_and_falls_to_nearly_nothing(warmup, more):
+    rates = [training.cosine_rate(step, warmup, warmup + more) for step in range(warmup + more)]
+    assert rates[warmup - 1] == 1.0
+    assert all(0 < rate <= 1 for rate in rates)
+    assert training.cosine_rate(warmup + more, warmup, warmup + more) == pytest.approx(0.0)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+@given(count=st.integers(1, 50), batch_size=st.integers(1, 20), seed=st.integers(0, 9))
+def test_batches_are_full_and_never_repeat_a_pair(count, batch_size, seed):
+    drawn = list(training.batches(count, batch_size, seeded(seed)))
+    together = torch.cat(drawn).tolist()
+    assert len(set(together)) == len(together)
+    assert all(len(batch) == min(batch_size, count) for batch in drawn)
+
+
+@given(max_shift=st.integers(0, 5), seed=st.integers(0, 50))
+@settings(max_examples=20)
+def test_shift_and_mirror_only_moves_pixels_about(max_shift, seed):
+    images = torch.rand(3, 3, 9, 11, generator=seeded(seed))
+    out = training.shift_and_mirror(images, max_shift, seeded(seed))
+    assert out.shape == images.shape
+    for before, after in zip(images, out, strict=True):
+        assert set(after[0].flatten().tolist()) <= set(before[0].flatten().tolist())
+
+
+def test_without_a_shift_an_image_is_itself_or_its_mirror_image():
+    images = torch.rand(16, 3, 6, 6, generator=seeded())
+    out = training.shift_and_mirror(images, 0, seeded(1))
+    same = [bool(torch.equal(a, b)) for a, b in zip(images, out, strict=True)]
+    mirrored = [bool(torch.equal(a.flip(-1), b)) for a, b in zip(images, out, strict=True)]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert 0 < sum(same) < 16
+
+
+def test_biases_norms_and_the_logit_scale_do_not_decay(lab):
+    groups = training.make_optimizer(lab.clip.model, TrainConfig()).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert any(parameter is lab.clip.model.logit_scale for parameter in groups[1]["params"])
+    assert all(parameter.ndim >= 2 for parameter in groups[0]["params"])
+
+
+def test_training_reports_every_step_and_stops_when_told(lab):
+    pairs = Pairs(
+        images=lab.training.images[:48],
+        captions=lab.training.labels[:48],
+        poisoned=np.zeros(48, dtype=bool),
+    )
+    seen = []
+    loss = training.train(
+        lab.clip.clone(),
+        pairs,
+        ("apple", "leaf", "ocean"),
+        TrainConfig(epochs=5, batch_size=16, max_shift=1),
+        generator=seeded(),
+        progress=lambda stage, step, total, values: seen.append((stage, step, total)),
+        after_epoch=lambda epoch: epoch == 2,
+    )
+    assert math.isfinite(loss)
+    assert seen == [("train", step, 15) for step in range(1, 7)]
+
+
+def test_the_same_generator_trains_the_same_weights(lab):
+    pairs = Pairs(
+        images=lab.training.images[::4],
+        captions=lab.training.labels[::4],
+        poisoned=np.zeros(48, dtype=bool),
+    )
+    states = []
+    for _ in range(2):
+        clip = lab.clip.clone()
+        config = TrainConfig(epochs=1, batch_size=24)
+        training.train(clip, pairs, ("apple", "leaf", "ocean"), config, generator=seeded(3))
+        states.append(clip.model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("epochs", 0), ("batch_size", 1), ("max_shift", -1), ("learning_rate", 0.0)]
+)
+def test_training_settings_out_of_range_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        TrainConfig(**{field: value})
