@@ -13,7 +13,7 @@ INSTALL = { $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e $
 .PHONY: demo test check constraints clean
 
 demo: $(VENV)/installed
-	$(BIN)/cbpt-runtime demo
+	$(BIN)/cbpt-runtime demo --force
 
 test: check
 	$(BIN)/pytest

@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbpt_runtime.cli.output import print_json
+from cbpt_runtime.cli.evaluate import print_evaluation
+from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from cbpt_runtime.demo import DemoResult
 
 
 def command(
     output: Annotated[Path, typer.Option(help="Folder to make.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Draw images, train a backdoored CLIP, prove the backdoor, purify it, show before and after."""
     from cbpt_runtime.demo import run_demo
 
     with shown_progress() as progress:
-        result = run_demo(output, seed=seed, progress=progress)
+        result = run_demo(output, seed=seed, force=force, progress=progress)
     if as_json:
         print_json(result.to_dict())
     else:
-        raise NotImplementedError
+        _print_result(result)
+
+
+def _print_result(result: DemoResult) -> None:
+    print_table(("stage", "seconds"), [(s, f"{t:.1f}") for s, t in result.stage_seconds.items()])
+    print_pairs(
+        {
+            "the attacker's target": result.target,
+            "attack success when the model left training": percent(result.implanted_attack_success_rate),
+        }
+    )
+    print_evaluation(result.evaluation)
+    print_pairs(
+        {
+            "pictures": result.pictures,
+            "bundle": result.bundle,
+            "report": result.report,
+            "try": f"cbpt-runtime classify {result.bundle} {_example(result.triggered_images)}",
+        }
+    )
+
+
+def _example(folder: Path) -> Path:
+    """One triggered picture to try."""
+    return min(folder.rglob("*.png"), default=folder)
