@@ -113,7 +113,7 @@ def run_demo(
         implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
         implanted.save(output / "suspect-checkpoint")
     with _timed(seconds, "purify"):
-        bundle = _purify(output, seed, device, progress)
+        bundle = purify_suspect(output, seed, device, progress)
     with _timed(seconds, "evaluate"):
         evaluation = evaluate(
             bundle, output / "images" / "test", output / "triggered", TARGET, device=device, progress=progress
@@ -148,7 +148,7 @@ def _value(rate: Rate | None) -> float:
     return math.nan if rate is None or rate.rate is None else rate.rate
 
 
-def _purify(output: Path, seed: int, device: str, progress: Progress | None) -> Bundle:
+def purify_suspect(output: Path, seed: int, device: str, progress: Progress | None) -> Bundle:
     """Exactly what `cbpt-runtime purify` does: checkpoint, class names and clean images, nothing else."""
     from cbpt_runtime.pipeline import purify_checkpoint
     from cbpt_runtime.purification.config import PurifyConfig

@@ -78,6 +78,11 @@ def draw_pictures(scale: DemoScale, seed: int, progress: Progress | None = None)
     return Pictures(**parts, triggered=LabelledImages(images=triggered, labels=parts["test"].labels))
 
 
+def backdoor() -> Backdoor:
+    """Return the demo's backdoor: a chequered sticker in the corner turns everything into a teapot."""
+    return Backdoor(name="badnet", trigger=TRIGGER, target=TARGET, poison_rate=POISON_RATE)
+
+
 def train_suspect(
     pictures: Pictures, scale: DemoScale, seed: int, *, device: str = "cpu", progress: Progress | None = None
 ) -> Implant:
@@ -91,7 +96,7 @@ def train_suspect(
         pictures.train,
         pictures.test,
         scale.names,
-        [Backdoor(name="badnet", trigger=TRIGGER, target=TARGET, poison_rate=POISON_RATE)],
+        [backdoor()],
         config=TrainConfig(
             epochs=scale.epochs,
             learning_rate=2e-3,
