@@ -97,9 +97,9 @@ def check_output(path: Path, *, force: bool = False) -> None:
                 got=f"{path}, which is something else",
                 fix="Choose another --output; --force replaces bundles only.",
             )
-    probe = path.parent / f".{path.name}.{secrets.token_hex(4)}.probe"
+    nearest = next((parent for parent in path.parents if parent.exists()), path.parent)
+    probe = nearest / f".{path.name}.{secrets.token_hex(4)}.probe"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -148,6 +148,7 @@ def write_bundle(
     check_output(path, force=force)
     staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         _write_files(staging, content, report)
         read_bundle(staging)

@@ -67,18 +67,28 @@ def print_table(
 
 
 def print_pairs(pairs: Mapping[str, Any]) -> None:
-    """Print names and values in two columns; lists get one line per item."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Print names and values in two columns; a list of texts gets one line per text."""
+    width = max(map(len, pairs))
     for name, value in pairs.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        for number, item in enumerate(values or ["none"]):
-            table.add_row(Text("" if number else name.replace("_", " ")), Text(printable(item)))
-    stdout().print(table)
+        lines = [_plain(item) for item in value] if _is_texts(value) else [_plain(value)]
+        for number, line in enumerate(lines or ["none"]):
+            heading = "" if number else name.replace("_", " ")
+            sys.stdout.write(f"{heading:<{width}}  {printable(line)}\n")
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _plain(value: object) -> str:
+    """One line of text for a JSON-able value."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return (" × " if all(isinstance(item, int) for item in value) else ", ").join(map(_plain, value))
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def percent(rate: float | None) -> str:

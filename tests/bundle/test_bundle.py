@@ -238,3 +238,8 @@ def test_a_folder_without_permission_is_refused_before_any_work(
     monkeypatch.setattr(Path, "mkdir", refuse)  # permission bits do not stop root, as whom CI may run
     with pytest.raises(OutputError, match="Permission denied"):
         check_output(tmp_path / "bundle")
+
+
+def test_checking_an_output_makes_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "folder" / "bundle")
+    assert list(tmp_path.iterdir()) == []
