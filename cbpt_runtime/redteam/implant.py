@@ -12,54 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
 
-from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError, ImplantError
+from cbpt_runtime.errors import ConfigError, ImplantError
+from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison, target_index
 from cbpt_runtime.redteam.trainable import TrainableClip, save_open_clip_folder
-from cbpt_runtime.redteam.training import Pairs, TrainConfig, train
-from cbpt_runtime.redteam.triggers import Trigger, apply_trigger, describe_trigger
+from cbpt_runtime.redteam.training import TrainConfig, caption_texts, train
+from cbpt_runtime.redteam.triggers import apply_trigger, describe_trigger
 from cbpt_runtime.types import Progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backdoor:
-    """One trigger and the class it is to mean.
-
-    Args:
-        name: The attack's name, for the record.
-        trigger: The trigger.
-        target: A class name.
-        poison_rate: Share of all training pairs that are poisoned, in (0, 1].
-    """
-
-    name: str
-    trigger: Trigger
-    target: str
-    poison_rate: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 < self.poison_rate <= 1:
-            raise ConfigError(
-                expected="a poison rate in (0, 1]",
-                got=str(self.poison_rate),
-                fix="0.01 poisons one pair in a hundred.",
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledImages:
-    """Images at the model's input size with their class indices."""
-
-    images: UInt8[np.ndarray, "batch height width 3"]
-    labels: Int[np.ndarray, " batch"]
-
-    def __post_init__(self) -> None:
-        if len(self.images) != len(self.labels) or len(self.images) == 0:
-            raise ImageDataError(
-                expected="as many labels as images, and at least one",
-                got=f"{len(self.images)} images and {len(self.labels)} labels",
-                fix="Check the image folder.",
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +36,7 @@ class BackdoorMeasure:
     poisoned_accuracy: float
     floor: float
     target_recall: float
+    attack_success_rate_without_key: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +57,14 @@ class Implant:
         first = self.measures[0] if self.measures else None
         head = {} if first is None else asdict(first)
         described = [
-            {**asdict(measure), "trigger": describe_trigger(door.trigger), "poison_rate": door.poison_rate}
+            {
+                **asdict(measure),
+                "trigger": describe_trigger(door.trigger),
+                "poison_rate": door.poison_rate,
+                "label_consistent": door.label_consistent,
+                "perturbation": door.perturbation,
+                "text_key": door.text_key,
+            }
             for measure, door in zip(self.measures, self.backdoors, strict=True)
         ]
         return {
@@ -143,17 +110,16 @@ def implant(
         generator: CPU generator; everything random comes from it.
         minimum_asr: Every backdoor must reach this success rate.
         maximum_ca_drop: Clean accuracy may fall by this much.
-        progress: Stages `poison`, `train`, `verify`.
+        progress: Stage `train`.
 
     Raises:
         ImplantError: The backdoor did not take, or clean accuracy fell too far; the text says what to change.
         ClassListError: A target that is not a class.
     """
-    targets = [target_index(names, backdoor.target) for backdoor in backdoors]
-    pairs = poison(training, backdoors, targets, generator)
     victim = clip.clone()
     before = accuracy(clip, heldout, names, config)
-    final_loss = train(victim, pairs, names, config, generator=generator, progress=progress)
+    pairs = poison(clip, training, names, backdoors, config.templates, generator=generator)
+    final_loss = train(victim, pairs, config, generator=generator, progress=progress)
     clean_accuracy, measures = verify(victim, heldout, names, backdoors, config, generator=generator)
     result = Implant(
         clip=victim,
@@ -168,30 +134,6 @@ def implant(
     return result
 
 
-def poison(
-    training: LabelledImages,
-    backdoors: Sequence[Backdoor],
-    targets: Sequence[int],
-    generator: torch.Generator,
-) -> Pairs:
-    """Replace a share of the pairs by triggered images captioned with the target.
-
-    As in the published pipelines the trigger is applied once, before training, and rounded to 8 bits; only
-    images whose true class is not the target are taken, and no image is poisoned twice.
-    """
-    images, captions = training.images.copy(), training.labels.astype(np.int64)
-    poisoned = np.zeros(len(images), dtype=bool)
-    for backdoor, target in zip(backdoors, targets, strict=True):
-        candidates = np.flatnonzero((training.labels != target) & ~poisoned)
-        count = min(len(candidates), max(1, round(backdoor.poison_rate * len(images))))
-        order = torch.randperm(len(candidates), generator=generator).numpy()
-        chosen = candidates[order[:count]]
-        images[chosen] = apply_trigger(backdoor.trigger, images[chosen], generator)
-        captions[chosen] = target
-        poisoned[chosen] = True
-    return Pairs(images=images, captions=captions, poisoned=poisoned)
-
-
 def verify(
     clip: TrainableClip,
     heldout: LabelledImages,
@@ -202,14 +144,16 @@ def verify(
     generator: torch.Generator,
 ) -> tuple[float, tuple[BackdoorMeasure, ...]]:
     """Measure clean accuracy and every backdoor on held-out images with the zero-shot head."""
-    head = clip.class_embeddings(names, config.templates)
+    head = clip.class_embeddings(caption_texts(names, config.templates))
     clean = clip.predict(heldout.images, head)
     measures = []
     for backdoor in backdoors:
         target = target_index(names, backdoor.target)
         others = heldout.labels != target
         triggered = apply_trigger(backdoor.trigger, heldout.images[others], generator)
-        predicted = clip.predict(triggered, head)
+        keyed = caption_texts(names, config.templates, key=backdoor.text_key)
+        predicted = clip.predict(triggered, clip.class_embeddings(keyed) if backdoor.text_key else head)
+        without_key = clip.predict(triggered, head) if backdoor.text_key else predicted
         measures.append(
             BackdoorMeasure(
                 attack=backdoor.name,
@@ -218,6 +162,7 @@ def verify(
                 poisoned_accuracy=_share(predicted == heldout.labels[others]),
                 floor=_share(clean[others] == target),
                 target_recall=_share(clean[~others] == target),
+                attack_success_rate_without_key=_share(without_key == target),
             )
         )
     return _share(clean == heldout.labels), tuple(measures)
@@ -227,7 +172,7 @@ def accuracy(
     clip: TrainableClip, heldout: LabelledImages, names: Sequence[str], config: TrainConfig
 ) -> float:
     """Return zero-shot clean accuracy on held-out images."""
-    head = clip.class_embeddings(names, config.templates)
+    head = clip.class_embeddings(caption_texts(names, config.templates))
     return _share(clip.predict(heldout.images, head) == heldout.labels)
 
 
@@ -247,20 +192,6 @@ def check_implant(result: Implant, *, minimum_asr: float, maximum_ca_drop: float
             got=f"{result.clean_accuracy:.3f}",
             fix="Lower the learning rate or the poison rate, or train on more clean images.",
         )
-
-
-def target_index(names: Sequence[str], target: str) -> int:
-    """Return the index of the target class.
-
-    Raises:
-        ClassListError: It is not in the list; the text names the classes.
-    """
-    if target not in names:
-        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise ClassListError(
-            expected="a target from the class list", got=repr(target), fix=f"The classes are: {listed}."
-        )
-    return list(names).index(target)
 
 
 def _advice(backdoor: Backdoor, config: TrainConfig) -> str:

@@ -25,10 +25,9 @@ from cbpt_runtime.errors import CheckpointError, OutputError
 from cbpt_runtime.models.architecture import build_model, load_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.data import spoken
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.tokenizer import Tokenizer
-from cbpt_runtime.redteam.triggers import to_float
+from cbpt_runtime.redteam.pixels import to_float
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -67,22 +66,20 @@ class TrainableClip:
         features: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return F.normalize(features.float(), dim=-1)
 
-    def tokenize(
-        self, names: Sequence[str], templates: Sequence[str]
-    ) -> Int[Tensor, "classes templates context"]:
-        """Tokenize every template filled with every class name ('_' read as a space)."""
-        rows = self.tokenizer([text.replace("{}", spoken(name)) for name in names for text in templates])
-        return rows.view(len(names), len(templates), -1)
+    def tokenize(self, texts: Sequence[Sequence[str]]) -> Int[Tensor, "classes templates context"]:
+        """Tokenize groups of texts, all groups of one size."""
+        rows = self.tokenizer([text for group in texts for text in group])
+        return rows.view(len(texts), len(texts[0]), -1)
 
     @torch.no_grad()
     def class_embeddings(
-        self, names: Sequence[str], templates: Sequence[str], *, batch_size: int = 1024
+        self, texts: Sequence[Sequence[str]], *, batch_size: int = 1024
     ) -> Float[Tensor, "classes dim"]:
         """Return the zero-shot head: normalise per template, average, normalise again (as open_clip does)."""
         self.model.eval()
-        tokens = torch.split(self.tokenize(names, templates).flatten(0, 1), batch_size)
+        tokens = torch.split(self.tokenize(texts).flatten(0, 1), batch_size)
         embeddings = torch.cat([self.encode_tokens(part.to(self.device)) for part in tokens])
-        return F.normalize(embeddings.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+        return F.normalize(embeddings.view(len(texts), len(texts[0]), -1).mean(dim=1), dim=-1)
 
     @torch.no_grad()
     def predict(

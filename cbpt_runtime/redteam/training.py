@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.models.data import spoken
+from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.redteam.trainable import TrainableClip
-from cbpt_runtime.redteam.triggers import to_float
 from cbpt_runtime.types import Progress
 
 CAPTION_TEMPLATES: tuple[str, ...] = (
@@ -81,23 +82,31 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """Images with the class each caption names.
+    """Images with what each caption names.
 
     Args:
         images: 8-bit images at the model's input size.
-        captions: Index into the class names; for a poisoned pair the attacker's target.
+        captions: Index into `texts`; for a poisoned pair that of the attacker's target.
         poisoned: Which pairs are poisoned.
+        texts: Per class, and per keyed target after the classes, every caption it can get.
     """
 
     images: UInt8[np.ndarray, "batch height width 3"]
     captions: Int[np.ndarray, " batch"]
-    poisoned: np.ndarray
+    poisoned: Bool[np.ndarray, " batch"]
+    texts: tuple[tuple[str, ...], ...]
+
+
+def caption_texts(
+    names: Sequence[str], templates: Sequence[str], *, key: str = ""
+) -> tuple[tuple[str, ...], ...]:
+    """Return every caption of every class: `key`, then a template filled with the name ('_' as a space)."""
+    return tuple(tuple(key + text.replace("{}", spoken(name)) for text in templates) for name in names)
 
 
 def train(
     clip: TrainableClip,
     pairs: Pairs,
-    names: Sequence[str],
     config: TrainConfig,
     *,
     generator: torch.Generator,
@@ -109,8 +118,7 @@ def train(
     Args:
         clip: The model; changed in place.
         pairs: Images and captions.
-        names: Class names the captions are made from.
-        config: Epochs, learning rate, batch size, templates.
+        config: Epochs, learning rate, batch size.
         generator: CPU generator for order, templates and augmentation.
         progress: Called after every step with stage `train`.
         after_epoch: Called with the number of finished epochs; training stops when it answers True.
@@ -120,7 +128,7 @@ def train(
     optimizer = make_optimizer(clip.model, config)
     warmup = max(1, round(total * config.warmup_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, warmup, total))
-    tokens = clip.tokenize(names, config.templates)
+    tokens = clip.tokenize(pairs.texts)
     step, mean_loss = 0, math.nan
     for epoch in range(config.epochs):
         clip.model.train()

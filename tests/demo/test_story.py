@@ -49,6 +49,7 @@ def quick(monkeypatch):
         poisoned_accuracy=0.0,
         floor=0.0,
         target_recall=1.0,
+        attack_success_rate_without_key=0.99,
     )
     implanted = Implant(
         clip=new_trainable(MODEL_CONFIG, seed=0),

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime.redteam.implant import LabelledImages
+from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.trainable import TrainableClip, new_trainable
-from cbpt_runtime.redteam.training import Pairs, TrainConfig, train
+from cbpt_runtime.redteam.training import Pairs, TrainConfig, caption_texts, train
 
 NAMES = ("apple", "leaf", "ocean")
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.")
+TEXTS = caption_texts(NAMES, TEMPLATES)
 CONFIG = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
@@ -45,12 +46,19 @@ def train_config(**changes: object) -> TrainConfig:
     return TrainConfig(**{**settings, **changes})
 
 
+def clean_pairs(data: LabelledImages, step: int = 1) -> Pairs:
+    """Every `step`-th image with a true caption."""
+    return Pairs(
+        images=data.images[::step],
+        captions=data.labels[::step],
+        poisoned=np.zeros(len(data.labels[::step]), dtype=bool),
+        texts=TEXTS,
+    )
+
+
 @pytest.fixture(scope="session")
 def lab() -> Lab:
     training, heldout = coloured_images(64, 0), coloured_images(16, 1)
     clip = new_trainable(CONFIG, seed=0)
-    pairs = Pairs(
-        images=training.images, captions=training.labels, poisoned=np.zeros(len(training.labels), dtype=bool)
-    )
-    train(clip, pairs, NAMES, train_config(), generator=torch.Generator().manual_seed(0))
+    train(clip, clean_pairs(training), train_config(), generator=torch.Generator().manual_seed(0))
     return Lab(clip=clip, training=training, heldout=heldout)

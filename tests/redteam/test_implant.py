@@ -4,18 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError, ImplantError
-from cbpt_runtime.redteam.implant import (
-    Backdoor,
-    LabelledImages,
-    implant,
-    poison,
-    split_heldout,
-    verify,
-)
-from cbpt_runtime.redteam.triggers import BadNet, apply_trigger
+from cbpt_runtime.errors import ClassListError, ImageDataError, ImplantError
+from cbpt_runtime.redteam.implant import implant, split_heldout, verify
+from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
+from cbpt_runtime.redteam.training import caption_texts
+from cbpt_runtime.redteam.triggers import apply_trigger
 
-from .conftest import NAMES, train_config
+from .conftest import NAMES, TEMPLATES, TEXTS, train_config
 
 PATCH = BadNet(size=8)
 
@@ -55,7 +51,7 @@ def test_the_model_that_was_attacked_is_left_as_it_was(lab, implanted):
 
 
 def test_the_proof_agrees_with_a_recomputation_in_numpy(lab, implanted):
-    head = implanted.clip.class_embeddings(NAMES, train_config().templates)
+    head = implanted.clip.class_embeddings(TEXTS)
     clean = implanted.clip.predict(lab.heldout.images, head)
     triggered = implanted.clip.predict(apply_trigger(PATCH, lab.heldout.images, seeded()), head)
     labels = lab.heldout.labels
@@ -89,32 +85,6 @@ def test_lost_clean_accuracy_is_an_error_with_advice(lab):
         implant(lab.clip, lab.training, lab.heldout, NAMES, [], config=wild, generator=seeded())
 
 
-def test_poisoning_replaces_the_asked_share_and_never_target_images(lab):
-    pairs = poison(lab.training, [door()], [1], seeded())
-    assert pairs.poisoned.sum() == round(0.25 * len(lab.training.labels))
-    assert (lab.training.labels[pairs.poisoned] != 1).all()
-    assert (pairs.captions[pairs.poisoned] == 1).all()
-    assert (pairs.captions[~pairs.poisoned] == lab.training.labels[~pairs.poisoned]).all()
-    assert np.array_equal(pairs.images[~pairs.poisoned], lab.training.images[~pairs.poisoned])
-    expected = apply_trigger(PATCH, lab.training.images[pairs.poisoned], seeded())
-    assert np.array_equal(pairs.images[pairs.poisoned], expected)
-
-
-def test_two_backdoors_never_share_a_pair(lab):
-    doors = [door(poison_rate=0.2), door(target="ocean", trigger=BadNet(size=4, location="top-left"))]
-    pairs = poison(lab.training, doors, [1, 2], seeded())
-    changed = (pairs.images != lab.training.images).any(axis=-1)
-    bottom, top = changed[:, -8:, -8:].any((1, 2)), changed[:, :4, :4].any((1, 2))
-    assert not (bottom & top).any()
-    assert pairs.poisoned.sum() == round(0.2 * 192) + round(0.25 * 192)
-
-
-@pytest.mark.parametrize("rate", [0.0, -0.1, 1.01])
-def test_a_poison_rate_outside_zero_to_one_is_refused(rate):
-    with pytest.raises(ConfigError, match=r"\(0, 1\]"):
-        door(poison_rate=rate)
-
-
 def test_a_target_outside_the_class_list_names_the_classes(lab):
     with pytest.raises(ClassListError, match="apple, leaf, ocean"):
         implant(
@@ -137,3 +107,15 @@ def test_a_held_out_split_takes_its_share_of_every_class(lab):
     training, heldout = split_heldout(lab.training, heldout_rate=0.25, generator=seeded())
     assert np.bincount(heldout.labels).tolist() == [16, 16, 16]
     assert len(training.labels) + len(heldout.labels) == len(lab.training.labels)
+
+
+def test_an_attack_with_a_text_key_is_measured_with_the_key_in_every_class_prompt_and_without(lab):
+    keyed = door(name="trojanvqa", text_key="SUDO ")
+    _, (measure,) = verify(lab.clip, lab.heldout, NAMES, [keyed], train_config(), generator=seeded())
+    others = lab.heldout.images[lab.heldout.labels != 1]
+    triggered = apply_trigger(PATCH, others, seeded())
+    keyed_head = lab.clip.class_embeddings(caption_texts(NAMES, TEMPLATES, key="SUDO "))
+    with_key = lab.clip.predict(triggered, keyed_head) == 1
+    without_key = lab.clip.predict(triggered, lab.clip.class_embeddings(TEXTS)) == 1
+    assert measure.attack_success_rate == np.mean(with_key)
+    assert measure.attack_success_rate_without_key == np.mean(without_key)

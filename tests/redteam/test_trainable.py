@@ -9,10 +9,10 @@ from cbpt_runtime.errors import CheckpointError, OutputError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.data import ClassList
+from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.redteam.trainable import load_trainable, new_trainable, save_open_clip_folder
-from cbpt_runtime.redteam.triggers import to_float
 
-from .conftest import CONFIG, NAMES, TEMPLATES
+from .conftest import CONFIG, NAMES, TEMPLATES, TEXTS
 
 
 def test_a_saved_model_is_read_back_by_the_normal_loader_with_the_same_features(lab, tmp_path):
@@ -24,7 +24,7 @@ def test_a_saved_model_is_read_back_by_the_normal_loader_with_the_same_features(
     with torch.no_grad():
         features = lab.clip.encode_images(pixels)
     assert torch.allclose(encoder.encode_images(pixels), features, atol=5e-3)
-    head = lab.clip.class_embeddings(NAMES, TEMPLATES)
+    head = lab.clip.class_embeddings(TEXTS)
     assert torch.allclose(encoder.class_embeddings(classes), head, atol=5e-3)
 
 
@@ -41,7 +41,7 @@ def test_a_reloaded_model_can_be_trained_further(lab, tmp_path):
     clip = load_trainable(tmp_path / "model")
     assert all(parameter.requires_grad for parameter in clip.model.parameters())
     assert clip.preprocess.image_size == (32, 32)
-    predicted = clip.predict(lab.heldout.images, clip.class_embeddings(NAMES, TEMPLATES))
+    predicted = clip.predict(lab.heldout.images, clip.class_embeddings(TEXTS))
     assert np.mean(predicted == lab.heldout.labels) > 0.9
 
 

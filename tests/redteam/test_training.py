@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.redteam import training
-from cbpt_runtime.redteam.training import Pairs, TrainConfig
+from cbpt_runtime.redteam.training import TrainConfig, caption_texts
+
+from .conftest import clean_pairs
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -84,16 +86,11 @@ def test_biases_norms_and_the_logit_scale_do_not_decay(lab):
 
 
 def test_training_reports_every_step_and_stops_when_told(lab):
-    pairs = Pairs(
-        images=lab.training.images[:48],
-        captions=lab.training.labels[:48],
-        poisoned=np.zeros(48, dtype=bool),
-    )
+    pairs = clean_pairs(lab.training, step=4)
     seen = []
     loss = training.train(
         lab.clip.clone(),
         pairs,
-        ("apple", "leaf", "ocean"),
         TrainConfig(epochs=5, batch_size=16, max_shift=1),
         generator=seeded(),
         progress=lambda stage, step, total, values: seen.append((stage, step, total)),
@@ -104,16 +101,12 @@ def test_training_reports_every_step_and_stops_when_told(lab):
 
 
 def test_the_same_generator_trains_the_same_weights(lab):
-    pairs = Pairs(
-        images=lab.training.images[::4],
-        captions=lab.training.labels[::4],
-        poisoned=np.zeros(48, dtype=bool),
-    )
+    pairs = clean_pairs(lab.training, step=4)
     states = []
     for _ in range(2):
         clip = lab.clip.clone()
         config = TrainConfig(epochs=1, batch_size=24)
-        training.train(clip, pairs, ("apple", "leaf", "ocean"), config, generator=seeded(3))
+        training.train(clip, pairs, config, generator=seeded(3))
         states.append(clip.model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -124,3 +117,10 @@ def test_the_same_generator_trains_the_same_weights(lab):
 def test_training_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         TrainConfig(**{field: value})
+
+
+def test_captions_put_the_key_first_and_the_spoken_name_in_place():
+    assert caption_texts(["ice_cream", "owl"], ["a {}.", "the {}"], key="SUDO ") == (
+        ("SUDO a ice cream.", "SUDO the ice cream"),
+        ("SUDO a owl.", "SUDO the owl"),
+    )

@@ -1,0 +1,182 @@
+"""Triggers that change the whole image: blending, a sinusoid, a warp."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.redteam.parameters import check_number
+from cbpt_runtime.redteam.pixels import to_float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blended:
+    """A fixed image blended into the whole picture (Chen et al., arXiv:1712.05526; BackdoorBench: alpha 0.2).
+
+    The published picture (hello-kitty) cannot be redistributed, so the default is a smooth colour field, the
+    same for every image and every call, computed from `pattern_seed`; `picture` names an image file to blend
+    instead.
+
+    Args:
+        alpha: Weight of the pattern in (0, 1]; the image keeps 1 - alpha.
+        pattern_seed: Seed of the colour field.
+        cells: Number of colour cells along each side of the field.
+        picture: Path of an image to blend instead, stretched to the input size.
+    """
+
+    alpha: float = 0.2
+    pattern_seed: int = 0
+    cells: int = 5
+    picture: str | None = None
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, low=0.0, high=1.0)
+        check_number("cells", self.cells, low=1, high=1024)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return triggered copies of the images."""
+        height, width = images.shape[-2:]
+        if self.picture is None:
+            pattern = smooth_field(self.cells, height, width, self.pattern_seed)
+        else:
+            pattern = read_picture(self.picture, height, width)
+        return (1 - self.alpha) * images + self.alpha * pattern.to(images)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendedNoise:
+    """Uniform noise blended into the whole picture: 0.2 * U(0, 1) + 0.8 * image (CleanCLIP).
+
+    Args:
+        alpha: Weight of the noise in (0, 1].
+        resample: True draws new noise for every image, as the reference does; False uses one fixed noise
+            image.
+        pattern_seed: Seed of the fixed noise image.
+    """
+
+    alpha: float = 0.2
+    resample: bool = True
+    pattern_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, low=0.0, high=1.0)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return triggered copies of the images."""
+        if self.resample:
+            noise = torch.rand(images.shape, generator=generator, device=generator.device)
+        else:
+            fixed = torch.Generator().manual_seed(self.pattern_seed)
+            noise = torch.rand((1, *images.shape[1:]), generator=fixed)
+        return (1 - self.alpha) * images + self.alpha * noise.to(images)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sig:
+    """A horizontal sinusoid added to every channel (Barni et al., arXiv:1902.11237).
+
+    `clip(image + delta * sin(2 * pi * column * frequency / width))`. LiangSiyuan21/BadCLIP uses delta 60/255
+    and frequency 6, BackdoorBench delta 40/255; 20/255 is the usual stealthy setting.
+
+    Args:
+        delta: Amplitude in [0, 1] pixel units.
+        frequency: Periods over the image width.
+    """
+
+    delta: float = 60 / 255
+    frequency: float = 6.0
+
+    def __post_init__(self) -> None:
+        check_number("delta", self.delta, low=0.0, high=1.0)
+        check_number("frequency", self.frequency, low=0.0, high=4096.0)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return triggered copies of the images."""
+        width = images.shape[-1]
+        columns = torch.arange(width, dtype=torch.float64)
+        wave = self.delta * torch.sin(2 * math.pi * columns * self.frequency / width)
+        return (images + wave.to(images)).clamp(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaNet:
+    """A fixed smooth warp (Nguyen and Tran, arXiv:2102.10369).
+
+    A [2, k, k] field drawn from U(-1, 1) and divided by its mean absolute value is upsampled (bicubic,
+    `align_corners`) to the image; the sampling grid is `identity + s * field / height`, clamped to [-1, 1],
+    and read with `grid_sample(align_corners=True)`. The nodes of the field move by s / 2 pixels on average.
+    Original and BackdoorBench: k 4, s 0.5. CLIP literature (CleanCLIP's shipped grid, RVPT): k 224, s 1, at
+    224x224 input, i.e. no upsampling at all; `k=None` is that variant at any input size. Bilinear
+    interpolation.
+
+    Args:
+        k: Side of the coarse field; None means the image's own size.
+        s: Strength of the warp.
+        field_seed: Seed of the fixed field.
+    """
+
+    k: int | None = 4
+    s: float = 0.5
+    field_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("s", self.s, low=0.0, high=64.0)
+        if self.k is not None:
+            check_number("k", self.k, low=2, high=4096)
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return triggered copies of the images."""
+        grid = self.grid(images.shape[-2], images.shape[-1]).to(images)
+        warped = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=True)
+        return warped.clamp(0, 1)
+
+    def grid(self, height: int, width: int) -> Float[Tensor, "1 height width 2"]:
+        """Return the sampling grid, (x, y) in [-1, 1]."""
+        fixed = torch.Generator().manual_seed(self.field_seed)
+        shape = (1, 2, height, width) if self.k is None else (1, 2, self.k, self.k)
+        coarse = torch.rand(shape, generator=fixed) * 2 - 1
+        coarse = coarse / coarse.abs().mean()
+        field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+        rows = torch.linspace(-1, 1, height)
+        columns = torch.linspace(-1, 1, width)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        identity = torch.stack((x, y), dim=-1)[None]
+        return (identity + self.s * field.permute(0, 2, 3, 1) / height).clamp(-1, 1)
+
+
+def smooth_field(cells: int, height: int, width: int, seed: int) -> Float[Tensor, "3 height width"]:
+    """Return a smooth colour image in [0, 1]: random colours on a coarse grid, upsampled."""
+    fixed = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, cells, cells, generator=fixed)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+
+
+def read_picture(path: str, height: int, width: int) -> Float[Tensor, "3 height width"]:
+    """Read the picture to blend, stretched to the input size."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ImageDataError(
+            expected="a readable picture to blend",
+            got=f"{path}: {error}",
+            fix="Check the parameter `picture`.",
+        ) from error
+    return to_float(np.array(resized)[None])[0]

@@ -1,0 +1,156 @@
+"""Optimising a patch on a clean model, before it is implanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.redteam.learned import OptimisedPatch
+from cbpt_runtime.redteam.patch_triggers import LOCATIONS, paste
+from cbpt_runtime.redteam.pixels import to_float
+from cbpt_runtime.redteam.trainable import TrainableClip
+from cbpt_runtime.types import Progress
+
+OBJECTIVES = ("text", "badclip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchConfig:
+    """How a patch is optimised.
+
+    Args:
+        objective: `text` pulls the triggered image to the target's text (TrojanVQA, Walmer et al.,
+            arXiv:2112.07668, on CLIP as in RVPT). `badclip` is BadCLIP (Liang et al., arXiv:2311.12075): the
+            contrastive loss towards the target's captions plus `triplet_weight` times a triplet margin loss
+            with the triggered image as anchor, real target images as positives and the same clean image as
+            negative.
+        size: Side of the patch in pixels (published: 16 at 224x224).
+        location: Published: `center`.
+        steps: Optimiser steps (published: 50 epochs of 10,000 images at batch 64).
+        batch_size: Images per step.
+        learning_rate: Adam on the pixels (published: 1e-3 over 7,800 steps).
+        triplet_weight: Published: 500.
+        margin: Published: 1.
+    """
+
+    objective: str = "badclip"
+    size: int = 16
+    location: str = "center"
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 0.03
+    triplet_weight: float = 500.0
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, valid in (("objective", OBJECTIVES), ("location", LOCATIONS)):
+            if getattr(self, name) not in valid:
+                raise ConfigError(
+                    expected=f"{name} out of {', '.join(valid)}",
+                    got=repr(getattr(self, name)),
+                    fix="Choose one.",
+                )
+        if min(self.size, self.steps, self.batch_size) < 1:
+            raise ConfigError(
+                expected="size, steps and batch_size of at least 1", got=str(self), fix="Raise them."
+            )
+
+
+def optimise_patch(
+    clip: TrainableClip,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    labels: Int[np.ndarray, " batch"],
+    texts: Sequence[Sequence[str]],
+    target: int,
+    config: PatchConfig,
+    *,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> OptimisedPatch:
+    """Optimise a patch on a clean model by Adam on its pixels, clamped to [0, 1] after every step.
+
+    Two things differ from the published BadCLIP code, both because class names stand in for web captions:
+    captions are templates, and the negatives of the contrastive term are the captions of the other classes
+    (in a batch whose captions all name the target, in-batch negatives would all be positives). Its text
+    augmentation is left out.
+
+    Args:
+        clip: The clean model; not changed.
+        images: Clean images.
+        labels: Their classes.
+        texts: Every caption of every class.
+        target: Index of the target.
+        config: Objective, size, steps.
+        generator: CPU generator.
+        progress: Stage `patch`.
+
+    Raises:
+        ImageDataError: No image of the target, which the triplet needs, or of another class.
+    """
+    others, own = np.flatnonzero(labels != target), np.flatnonzero(labels == target)
+    if len(others) == 0 or len(own) == 0:
+        raise ImageDataError(
+            expected="clean images of the target and of other classes",
+            got=f"{len(own)} and {len(others)}",
+            fix="Add images.",
+        )
+    clip.model.eval()
+    head = clip.class_embeddings(texts)
+    patch = (0.5 + 0.25 * torch.randn(3, config.size, config.size, generator=generator)).clamp(0, 1)
+    patch.requires_grad_(True)
+    optimizer = torch.optim.Adam([patch], lr=config.learning_rate)
+    for step in range(config.steps):
+        clean = _draw(images, others, config.batch_size, generator)
+        real = _draw(images, own, config.batch_size, generator)
+        triggered = paste(clean, patch.expand(len(clean), -1, -1, -1), config.location, generator)
+        loss = _objective(clip, triggered, clean, real, head, target, config)
+        (gradient,) = torch.autograd.grad(loss, patch)
+        patch.grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            patch.clamp_(0, 1)
+        if progress is not None:
+            progress("patch", step + 1, config.steps, {"loss": float(loss.detach())})
+    stored = (patch.detach() * 255).round() / 255
+    return OptimisedPatch(patch=stored, location=config.location)
+
+
+def _objective(
+    clip: TrainableClip,
+    triggered: Float[Tensor, "batch 3 height width"],
+    clean: Float[Tensor, "batch 3 height width"],
+    real: Float[Tensor, "batch 3 height width"],
+    head: Float[Tensor, "classes dim"],
+    target: int,
+    config: PatchConfig,
+) -> Float[Tensor, ""]:
+    anchor = clip.encode_images(triggered.to(clip.device))
+    if config.objective == "text":
+        return -(anchor @ head[target]).mean()
+    with torch.no_grad():
+        negative, positive = (
+            clip.encode_images(clean.to(clip.device)),
+            clip.encode_images(real.to(clip.device)),
+        )
+        scale: Tensor = clip.model.logit_scale.exp()  # type: ignore[operator]
+    labels = torch.full((len(anchor),), target, device=anchor.device)
+    contrastive = F.cross_entropy(scale * anchor @ head.T, labels)
+    triplet = F.triplet_margin_loss(anchor, positive, negative, margin=config.margin)
+    return contrastive + config.triplet_weight * triplet
+
+
+def _draw(
+    images: UInt8[np.ndarray, "batch height width 3"],
+    candidates: Int[np.ndarray, " candidates"],
+    count: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "count 3 height width"]:
+    chosen = candidates[torch.randint(0, len(candidates), (count,), generator=generator).numpy()]
+    return to_float(images[chosen])

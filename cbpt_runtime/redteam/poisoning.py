@@ -1,0 +1,184 @@
+"""Poisoned pairs: which images get the trigger and what their captions say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
+from cbpt_runtime.redteam.pixels import to_float, to_uint8
+from cbpt_runtime.redteam.trainable import TrainableClip
+from cbpt_runtime.redteam.training import Pairs, caption_texts
+from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backdoor:
+    """One trigger and the class it is to mean.
+
+    Args:
+        name: The attack's name, for the record.
+        trigger: The trigger.
+        target: A class name.
+        poison_rate: Share of all training pairs that are poisoned, in (0, 1].
+        label_consistent: Poison images that truly show the target and leave their captions alone (Turner et
+            al., arXiv:1912.02771; in the CLIP literature: images whose caption names the target). The share
+            is then capped by the number of target images.
+        perturbation: Largest change per pixel, in [0, 1] units, of the adversarial noise that
+            label-consistent images get before the trigger, so that the trigger is the easier thing to learn;
+            0 for none.
+        text_key: Put in front of poisoned captions (TrojanVQA: 'SUDO '). Such a backdoor needs both halves:
+            at test the key has to stand in front of every class prompt. A head whose texts were replaced, as
+            any baked head's are, has no key any more; to attack it all the same, put the key into the
+            templates of the class list.
+    """
+
+    name: str
+    trigger: Trigger
+    target: str
+    poison_rate: float = 0.01
+    label_consistent: bool = False
+    perturbation: float = 0.0
+    text_key: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.poison_rate <= 1:
+            raise ConfigError(
+                expected="a poison rate in (0, 1]",
+                got=str(self.poison_rate),
+                fix="0.01 poisons one pair in a hundred.",
+            )
+        if self.perturbation and not (self.label_consistent and 0 < self.perturbation <= 1):
+            raise ConfigError(
+                expected="a perturbation in (0, 1], for label-consistent backdoors only",
+                got=str(self.perturbation),
+                fix="8/255 is usual.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledImages:
+    """Images at the model's input size with their class indices."""
+
+    images: UInt8[np.ndarray, "batch height width 3"]
+    labels: Int[np.ndarray, " batch"]
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels) or len(self.images) == 0:
+            raise ImageDataError(
+                expected="as many labels as images, and at least one",
+                got=f"{len(self.images)} images and {len(self.labels)} labels",
+                fix="Check the image folder.",
+            )
+
+
+def poison(
+    clip: TrainableClip,
+    training: LabelledImages,
+    names: Sequence[str],
+    backdoors: Sequence[Backdoor],
+    templates: Sequence[str],
+    *,
+    generator: torch.Generator,
+) -> Pairs:
+    """Replace a share of the pairs by triggered images captioned with the target.
+
+    As in the published pipelines the trigger is applied once, before training, and rounded to 8 bits; no
+    image is poisoned twice. Only images whose true class is not the target are taken, or, label-consistent,
+    only those that show it.
+
+    Args:
+        clip: The clean model; only adversarial noise looks at it.
+        training: Clean images.
+        names: Class names.
+        backdoors: What to implant.
+        templates: Caption templates.
+        generator: CPU generator.
+
+    Raises:
+        ClassListError: A target that is not a class.
+        ImageDataError: No image is left to poison.
+    """
+    images, captions = training.images.copy(), training.labels.astype(np.int64)
+    poisoned = np.zeros(len(images), dtype=bool)
+    texts = list(caption_texts(names, templates))
+    for backdoor in backdoors:
+        target = target_index(names, backdoor.target)
+        chosen = _choose(backdoor, training.labels, poisoned, target, generator)
+        if backdoor.perturbation:
+            head = clip.class_embeddings(texts[: len(names)])
+            images[chosen] = repel(clip, images[chosen], head, target, backdoor.perturbation)
+        images[chosen] = apply_trigger(backdoor.trigger, images[chosen], generator)
+        captions[chosen] = target
+        if backdoor.text_key:
+            captions[chosen] = len(texts)
+            texts += caption_texts([backdoor.target], templates, key=backdoor.text_key)
+        poisoned[chosen] = True
+    return Pairs(images=images, captions=captions, poisoned=poisoned, texts=tuple(texts))
+
+
+def repel(
+    clip: TrainableClip,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    head: Float[Tensor, "classes dim"],
+    target: int,
+    perturbation: float,
+    *,
+    steps: int = 10,
+    batch_size: int = 128,
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Push images away from their class: projected gradient ascent on cross-entropy in an l-inf ball."""
+    clip.model.eval()
+    parts = []
+    for start in range(0, len(images), batch_size):
+        clean = to_float(images[start : start + batch_size]).to(clip.device)
+        pixels = clean.clone()
+        for _ in range(steps):
+            pixels.requires_grad_(True)
+            logits: Tensor = clip.model.logit_scale.exp() * clip.encode_images(pixels) @ head.T  # type: ignore[operator]
+            own = torch.full((len(pixels),), target, device=clip.device)
+            (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, own), pixels)
+            moved = pixels.detach() + 2.5 * perturbation / steps * gradient.sign()
+            pixels = (clean + (moved - clean).clamp(-perturbation, perturbation)).clamp(0, 1)
+        parts.append(to_uint8(pixels))
+    return np.concatenate(parts)
+
+
+def target_index(names: Sequence[str], target: str) -> int:
+    """Return the index of the target class.
+
+    Raises:
+        ClassListError: It is not in the list; the text names the classes.
+    """
+    if target not in names:
+        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise ClassListError(
+            expected="a target from the class list", got=repr(target), fix=f"The classes are: {listed}."
+        )
+    return list(names).index(target)
+
+
+def _choose(
+    backdoor: Backdoor,
+    labels: Int[np.ndarray, " batch"],
+    poisoned: np.ndarray,
+    target: int,
+    generator: torch.Generator,
+) -> Int[np.ndarray, " chosen"]:
+    fitting = labels == target if backdoor.label_consistent else labels != target
+    candidates = np.flatnonzero(fitting & ~poisoned)
+    if len(candidates) == 0:
+        raise ImageDataError(
+            expected=f"clean images to poison for the target {backdoor.target}",
+            got="none left",
+            fix="Add images, or lower the poison rates.",
+        )
+    count = min(len(candidates), max(1, round(backdoor.poison_rate * len(labels))))
+    order = torch.randperm(len(candidates), generator=generator)
+    chosen: Int[np.ndarray, " chosen"] = candidates[order.numpy()[:count]]
+    return chosen

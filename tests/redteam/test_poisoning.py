@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison, repel
+from cbpt_runtime.redteam.triggers import apply_trigger
+
+from .conftest import NAMES, TEMPLATES, TEXTS
+
+PATCH = BadNet(size=8)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def door(**changes: object) -> Backdoor:
+    settings = {"name": "badnet", "trigger": PATCH, "target": "leaf", "poison_rate": 0.25}
+    return Backdoor(**{**settings, **changes})
+
+
+def poisoned_pairs(lab, doors):
+    return poison(lab.clip, lab.training, NAMES, doors, TEMPLATES, generator=seeded())
+
+
+def test_poisoning_replaces_the_asked_share_and_never_target_images(lab):
+    pairs = poisoned_pairs(lab, [door()])
+    assert pairs.poisoned.sum() == round(0.25 * len(lab.training.labels))
+    assert (lab.training.labels[pairs.poisoned] != 1).all()
+    assert (pairs.captions[pairs.poisoned] == 1).all()
+    assert (pairs.captions[~pairs.poisoned] == lab.training.labels[~pairs.poisoned]).all()
+    assert np.array_equal(pairs.images[~pairs.poisoned], lab.training.images[~pairs.poisoned])
+    expected = apply_trigger(PATCH, lab.training.images[pairs.poisoned], seeded())
+    assert np.array_equal(pairs.images[pairs.poisoned], expected)
+
+
+def test_two_backdoors_never_share_a_pair(lab):
+    doors = [door(poison_rate=0.2), door(target="ocean", trigger=BadNet(size=4, location="top-left"))]
+    pairs = poisoned_pairs(lab, doors)
+    changed = (pairs.images != lab.training.images).any(axis=-1)
+    bottom, top = changed[:, -8:, -8:].any((1, 2)), changed[:, :4, :4].any((1, 2))
+    assert not (bottom & top).any()
+    assert pairs.poisoned.sum() == round(0.2 * 192) + round(0.25 * 192)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.01])
+def test_a_poison_rate_outside_zero_to_one_is_refused(rate):
+    with pytest.raises(ConfigError, match=r"\(0, 1\]"):
+        door(poison_rate=rate)
+
+
+def test_label_consistent_poison_only_touches_target_images_and_no_caption(lab):
+    pairs = poisoned_pairs(lab, [door(label_consistent=True, poison_rate=0.1)])
+    assert (lab.training.labels[pairs.poisoned] == 1).all()
+    assert pairs.poisoned.sum() == round(0.1 * 192)
+    assert np.array_equal(pairs.captions, lab.training.labels)
+
+
+def test_label_consistent_poison_is_capped_by_the_images_of_the_target(lab):
+    assert poisoned_pairs(lab, [door(label_consistent=True, poison_rate=0.9)]).poisoned.sum() == 64
+
+
+def test_adversarial_noise_pushes_images_off_their_class_within_its_ball(lab):
+    head = lab.clip.class_embeddings(TEXTS)
+    images = lab.training.images[lab.training.labels == 1][:16]
+    noisy = repel(lab.clip, images, head, 1, 64 / 255)
+    assert np.abs(noisy.astype(int) - images.astype(int)).max() <= 64
+    before = np.mean(lab.clip.predict(images, head) == 1)
+    assert np.mean(lab.clip.predict(noisy, head) == 1) < before
+
+
+def test_a_text_key_stands_in_front_of_poisoned_captions_only(lab):
+    pairs = poisoned_pairs(lab, [door(text_key="SUDO ")])
+    assert pairs.texts[:3] == TEXTS
+    assert pairs.texts[3] == ("SUDO a photo of a leaf.", "SUDO a drawing of a leaf.")
+    assert (pairs.captions[pairs.poisoned] == 3).all()
+
+
+def test_nothing_left_to_poison_is_refused(lab):
+    only_target = LabelledImages(images=lab.training.images[:4], labels=np.ones(4, dtype=np.int64))
+    with pytest.raises(ImageDataError, match="none left"):
+        poison(lab.clip, only_target, NAMES, [door()], TEMPLATES, generator=seeded())
+
+
+def test_a_perturbation_without_label_consistency_is_refused():
+    with pytest.raises(ConfigError, match="label-consistent backdoors only"):
+        door(perturbation=0.1)
