@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.data import spoken
+from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.redteam.trainable import TrainableClip
 from cbpt_runtime.types import Progress
@@ -58,6 +59,7 @@ class TrainConfig:
             time; 0
             trains on the images as they are. Poisoned images are never changed.
         templates: Captions; `{}` is the class name. One is drawn for every pair and step.
+        precision: `fp32`, `bf16` (mixed precision), or `auto`: `bf16` on a GPU and `fp32` elsewhere.
     """
 
     epochs: int = 3
@@ -67,6 +69,7 @@ class TrainConfig:
     warmup_rate: float = 0.1
     max_shift: int = 0
     templates: tuple[str, ...] = CAPTION_TEMPLATES
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 2), ("max_shift", 0)):
@@ -74,6 +77,7 @@ class TrainConfig:
                 raise ConfigError(
                     expected=f"`{name}` of at least {low}", got=str(getattr(self, name)), fix="Change it."
                 )
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         if not 0 < self.learning_rate < 1:
             raise ConfigError(
                 expected="`learning_rate` in (0, 1)", got=str(self.learning_rate), fix="Change it."
@@ -129,6 +133,7 @@ def train(
     warmup = max(1, round(total * config.warmup_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, warmup, total))
     tokens = clip.tokenize(pairs.texts)
+    clip.model.to(memory_format=torch.channels_last)  # faster convolutions
     step, mean_loss = 0, math.nan
     for epoch in range(config.epochs):
         clip.model.train()
@@ -224,8 +229,8 @@ def _train_step(
         pixels[clean] = shift_and_mirror(pixels[clean], config.max_shift, generator)
     template = torch.randint(0, tokens.shape[1], (len(chosen),), generator=generator)
     text = tokens[torch.from_numpy(pairs.captions[chosen]), template].to(clip.device)
-    mixed = torch.autocast(clip.device.type, dtype=torch.bfloat16, enabled=clip.device.type == "cuda")
-    with mixed:
+    is_mixed = config.precision == "bf16" or (config.precision == "auto" and clip.device.type == "cuda")
+    with torch.autocast(clip.device.type, dtype=torch.bfloat16, enabled=is_mixed):
         image_features = clip.encode_images(pixels.to(clip.device))
         text_features = clip.encode_tokens(text)
     scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
