@@ -276,26 +276,27 @@ def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
 
 
 def _folders_by_key(root: Path) -> dict[str, list[Path]]:
-    try:
-        entries = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise ImageDataError(
-            expected=f"a folder of class folders at {root}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check the path and its mode.",
-        ) from error
     folders = defaultdict(list)
-    for path in entries:
-        folders[_key(path.name)].append(path)
+    for path in _entries(root):
+        if path.is_dir():
+            folders[_key(path.name)].append(path)
     return dict(folders)
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    return [path for path in _entries(folder) if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ImageDataError(
+            expected=f"a folder of class folders at {folder}",
+            got=(error.strerror or type(error).__name__).lower(),
+            fix="Check the path and its mode.",
+        ) from error
 
 
 def _load(

@@ -19,9 +19,12 @@ _TEXT_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "*.model",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
     "config.json",
 )
 _CONFIG_NAME = "open_clip_config.json"

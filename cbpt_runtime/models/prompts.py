@@ -47,12 +47,12 @@ class PromptEncoder:
 
         Raises:
             CheckpointError: The text tower takes no embeddings.
-            ClassListError: Two prompts are the same to the tower.
+            ClassListError: No classes, or two prompts that are the same to the tower.
             ConfigError: The context leaves no room for a class name, or `init` has no tokens.
         """
         self._tower = encoder.text_tower
         if not self._tower.takes_embeddings or self._tower.pools_constant:
-            raise _not_possible(f"the text tower of {type(self._tower.model).__name__}")
+            raise _not_possible(f"the text tower {self._tower.name}")
         self.context_length = context_length
         self._first = encoder.tokenizer.start
         self._init = init
@@ -81,6 +81,8 @@ class PromptEncoder:
         return normalize(self._tower.encode_embeddings(torch.cat(parts, dim=1), self._tokens), dim=-1)
 
     def _prompt_rows(self, encoder: DualEncoder, class_names: Sequence[str]) -> Int[Tensor, "classes length"]:
+        if not class_names:
+            raise ClassListError(expected="one or more class names", got="none", fix="Give the class names.")
         placeholder = " ".join([_PLACEHOLDER] * self.context_length)
         tokens = encoder.tokenizer([f"{placeholder} {spoken(name)}" for name in class_names])
         context = tokens[:, self._first : self._first + self.context_length]

@@ -73,7 +73,7 @@ class TextTower:
         if not self.takes_embeddings:
             raise CheckpointError(
                 expected="a text tower that takes token embeddings (open_clip's own transformer)",
-                got=type(self._tower).__name__,
+                got=self.name,
                 fix="Tune the class embeddings instead: --parameterization embedding.",
             )
         tower, length = self._tower, embeddings.shape[1]
@@ -86,6 +86,11 @@ class TextTower:
     @property
     def _tower(self) -> Any:
         return getattr(self.model, "text", self.model)
+
+    @property
+    def name(self) -> str:
+        """The class that holds the text tower's parts."""
+        return type(self._tower).__name__
 
     @property
     def pools_constant(self) -> bool:

@@ -134,7 +134,8 @@ JSON_VALUES = st.recursive(
 )
 PATHS = [
     "embed_dim", "vision_cfg", "text_cfg", "custom_text", "init_logit_bias", "vision_cfg.layers",
-    "vision_cfg.width", "vision_cfg.timm_model_name", "text_cfg.pool_type", "text_cfg.tokenizer_kwargs", "text_cfg.hf_model_name",
+    "vision_cfg.width", "vision_cfg.timm_model_name", "text_cfg.pool_type", "text_cfg.tokenizer_kwargs",
+    "text_cfg.hf_model_name",
 ]  # fmt: skip
 
 
