@@ -53,7 +53,7 @@ def build_model(config: Mapping[str, Any], *, device: str = "cpu", folder: Path 
 def load_model(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, folder: Path | None = None
 ) -> nn.Module:
-    """The dual encoder with the given weights, in float32 on the CPU.
+    """The dual encoder with the given weights, in float32 on the CPU; it may share their memory.
 
     Args:
         config: A configuration that went through `check_model_config`.
