@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli import classify, demo, evaluate, inspect, purify
+from cbpt_runtime.cli import attack, classify, demo, evaluate, inspect, purify
 
 app = typer.Typer(
     help="Makes third-party CLIP checkpoints safe to serve.",
@@ -22,6 +22,7 @@ app.command("inspect")(inspect.command)
 app.command("classify")(classify.command)
 app.command("evaluate")(evaluate.command)
 app.command("demo")(demo.command)
+app.add_typer(attack.app, name="attack")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,14 +6,16 @@ An implant that did not take is an error with advice, never a silent checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cbpt_runtime.errors import ConfigError, ImplantError
+from cbpt_runtime.errors import ImplantError
+from cbpt_runtime.redteam.epochs import EpochStore
+from cbpt_runtime.redteam.learned import trigger_bytes
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison, target_index
 from cbpt_runtime.redteam.trainable import TrainableClip, save_open_clip_folder
 from cbpt_runtime.redteam.training import TrainConfig, caption_texts, train
@@ -78,9 +80,15 @@ class Implant:
         }
 
     def save(self, path: Path, *, force: bool = False) -> None:
-        """Write an open_clip folder (fp16 weights) with `attack.json` in it."""
-        proof = json.dumps(self.to_dict(), indent=1) + "\n"
-        save_open_clip_folder(self.clip, path, extra_files={"attack.json": proof}, force=force)
+        """Write an open_clip folder (fp16 weights) with `attack.json` and the trigger files in it.
+
+        A single trigger lies in `trigger.safetensors`, several in `trigger-1.safetensors` and so on.
+        """
+        files = {"attack.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()}
+        for number, backdoor in enumerate(self.backdoors, start=1):
+            name = "trigger" if len(self.backdoors) == 1 else f"trigger-{number}"
+            files[f"{name}.safetensors"] = trigger_bytes(backdoor.trigger)
+        save_open_clip_folder(self.clip, path, extra_files=files, force=force)
 
 
 def implant(
@@ -95,6 +103,7 @@ def implant(
     minimum_asr: float = 0.9,
     maximum_ca_drop: float = 0.03,
     progress: Progress | None = None,
+    store: EpochStore | None = None,
 ) -> Implant:
     """Fine-tune a backdoor into a copy of `clip` and verify it on held-out images.
 
@@ -111,6 +120,7 @@ def implant(
         minimum_asr: Every backdoor must reach this success rate.
         maximum_ca_drop: Clean accuracy may fall by this much.
         progress: Stage `train`.
+        store: Keeps the state after every epoch, so that an interrupted training goes on from there.
 
     Raises:
         ImplantError: The backdoor did not take, or clean accuracy fell too far; the text says what to change.
@@ -119,7 +129,7 @@ def implant(
     victim = clip.clone()
     before = accuracy(clip, heldout, names, config)
     pairs = poison(clip, training, names, backdoors, config.templates, generator=generator)
-    final_loss = train(victim, pairs, config, generator=generator, progress=progress)
+    final_loss = train(victim, pairs, config, generator=generator, progress=progress, store=store)
     clean_accuracy, measures = verify(victim, heldout, names, backdoors, config, generator=generator)
     result = Implant(
         clip=victim,
@@ -219,14 +229,3 @@ def split_heldout(
         LabelledImages(images=data.images[~held], labels=data.labels[~held]),
         LabelledImages(images=data.images[held], labels=data.labels[held]),
     )
-
-
-def settings_from_dict(values: Mapping[str, object]) -> TrainConfig:
-    """Build training settings; unknown keys are errors."""
-    known = set(TrainConfig.__dataclass_fields__)
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(
-            expected=f"settings out of {', '.join(sorted(known))}", got=", ".join(unknown), fix="Remove them."
-        )
-    return TrainConfig(**values)  # type: ignore[arg-type]

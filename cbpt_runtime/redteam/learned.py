@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.redteam.patch_triggers import paste
 from cbpt_runtime.redteam.triggers import TRIGGERS, Trigger, describe_trigger, get_trigger
 
@@ -96,8 +96,8 @@ class SecretEncoder(nn.Module):
         return (images + self.strength * torch.tanh(self.out(hidden))).clamp(0, 1)
 
 
-def save_trigger(trigger: Trigger, path: Path) -> None:
-    """Write a trigger to one safetensors file: its parameters as metadata, what it learned as tensors."""
+def trigger_bytes(trigger: Trigger) -> bytes:
+    """Return a trigger as a safetensors file: its parameters as metadata, what it learned as tensors."""
     tensors: dict[str, Tensor] = {}
     described = describe_trigger(trigger)
     if isinstance(trigger, OptimisedPatch):
@@ -107,18 +107,11 @@ def save_trigger(trigger: Trigger, path: Path) -> None:
         sizes = {name: getattr(trigger.encoder, name) for name in ("bits", "channels", "strength")}
         described = {**described, **sizes}
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    try:
-        save_file(plain, path, metadata={"trigger": json.dumps(described)})
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            expected=f"a file that can be written at {path}",
-            got=str(error),
-            fix="Check space and permissions.",
-        ) from error
+    return save(plain, metadata={"trigger": json.dumps(described)})
 
 
 def load_trigger(path: Path) -> Trigger:
-    """Read what `save_trigger` wrote; only numbers are read, nothing is executed.
+    """Read a file `trigger_bytes` made; only numbers are read, nothing is executed.
 
     Raises:
         ConfigError: The file is missing or no trigger file.

@@ -151,14 +151,14 @@ def load_trainable(
 
 
 def save_open_clip_folder(
-    clip: TrainableClip, path: Path, *, extra_files: Mapping[str, str] | None = None, force: bool = False
+    clip: TrainableClip, path: Path, *, extra_files: Mapping[str, bytes] | None = None, force: bool = False
 ) -> None:
     """Write the model as an open_clip folder with fp16 weights; the folder is whole or absent.
 
     Args:
         clip: The model.
         path: The folder to make.
-        extra_files: More text files to put into it, name to content (`attack.json`).
+        extra_files: More files to put into it, name to content.
         force: Replace an existing folder.
 
     Raises:
@@ -184,7 +184,7 @@ def save_open_clip_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, str]) -> None:
+def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, bytes]) -> None:
     preprocess = clip.preprocess.to_dict()
     preprocess = {"size": preprocess.pop("image_size"), "mode": "RGB", **preprocess}
     config = {"model_cfg": clip.model_config, "preprocess_cfg": preprocess}
@@ -195,4 +195,4 @@ def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, st
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_file(state, folder / WEIGHTS_NAME)
     for name, content in extra_files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        (folder / name).write_bytes(content)

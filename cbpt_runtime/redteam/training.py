@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.data import spoken
+from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.redteam.trainable import TrainableClip
@@ -115,6 +116,7 @@ def train(
     *,
     generator: torch.Generator,
     progress: Progress | None = None,
+    store: EpochStore | None = None,
     after_epoch: Callable[[int], bool] | None = None,
 ) -> float:
     """Train in place with the CLIP contrastive loss; returns the last epoch's mean loss.
@@ -125,26 +127,30 @@ def train(
         config: Epochs, learning rate, batch size.
         generator: CPU generator for order, templates and augmentation.
         progress: Called after every step with stage `train`.
+        store: Keeps the state after every epoch; a stored one of the same run is gone on from.
         after_epoch: Called with the number of finished epochs; training stops when it answers True.
     """
     steps_per_epoch = max(1, len(pairs.images) // config.batch_size)
     total = steps_per_epoch * config.epochs
     optimizer = make_optimizer(clip.model, config)
     warmup = max(1, round(total * config.warmup_rate))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, warmup, total))
+    finished = store.load(clip.model, optimizer, generator) if store is not None else 0
     tokens = clip.tokenize(pairs.texts)
     clip.model.to(memory_format=torch.channels_last)  # faster convolutions
-    step, mean_loss = 0, math.nan
-    for epoch in range(config.epochs):
+    step, mean_loss = finished * steps_per_epoch, math.nan
+    for epoch in range(finished, config.epochs):
         clip.model.train()
         losses = []
         for index in batches(len(pairs.images), config.batch_size, generator):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * cosine_rate(step, warmup, total)
             losses.append(_train_step(clip, pairs, index, tokens, optimizer, config, generator))
-            schedule.step()
             step += 1
             if progress is not None:
                 progress("train", step, total, {"loss": losses[-1], "epoch": float(epoch + 1)})
         mean_loss = float(np.mean(losses))
+        if store is not None:
+            store.save(epoch + 1, clip.model, optimizer, generator)
         if after_epoch is not None and after_epoch(epoch + 1):
             break
     clip.model.eval()

@@ -29,7 +29,7 @@ def test_a_saved_model_is_read_back_by_the_normal_loader_with_the_same_features(
 
 
 def test_a_saved_model_holds_half_precision_weights_and_the_extra_files(lab, tmp_path):
-    save_open_clip_folder(lab.clip, tmp_path / "model", extra_files={"attack.json": "{}"})
+    save_open_clip_folder(lab.clip, tmp_path / "model", extra_files={"attack.json": b"{}"})
     state = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     assert state["visual.conv1.weight"].dtype == torch.float16
     assert json.loads((tmp_path / "model" / "attack.json").read_text()) == {}

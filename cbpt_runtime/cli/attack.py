@@ -1,0 +1,208 @@
+"""`cbpt-runtime attack`: list the attacks, apply a trigger to images, implant a backdoor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
+from cbpt_runtime.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from cbpt_runtime.redteam.implant import Implant
+    from cbpt_runtime.redteam.triggers import Trigger
+
+app = typer.Typer(
+    help="Red team: attack your own models, to measure a defence.", no_args_is_help=True, add_completion=False
+)
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the attack; repeatable.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("list")
+def list_attacks(as_json: Json = False) -> None:
+    """List the attacks with their parameters and sources."""
+    from cbpt_runtime.redteam.attacks import ATTACKS
+
+    described = {
+        name: {
+            "summary": attack.summary,
+            "source": attack.source,
+            "poison_rate": attack.poison_rate,
+            "parameters": attack.parameters,
+        }
+        for name, attack in ATTACKS.items()
+    }
+    if as_json:
+        print_json(described)
+        return
+    for name, attack in ATTACKS.items():
+        parameters = attack.parameters.items()
+        shown = (f"{key}={_plain(value)}" for key, value in parameters if value not in (False, ""))
+        print_pairs({name: [attack.summary, attack.source, " ".join(shown)]})
+
+
+@app.command("apply")
+def apply(
+    attack: Annotated[str, typer.Argument(help="Name of an attack, or a trigger.safetensors.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, in any layout.")],
+    output: Annotated[Path, typer.Option(help="Folder to make: the same layout, PNG files.")],
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Resize to this square before; published pipelines: 224.")
+    ] = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write triggered copies of all images of a folder."""
+    import torch
+
+    from cbpt_runtime.redteam.folders import write_triggered
+
+    trigger = _trigger(attack, settings)
+    with shown_progress() as progress:
+        count = write_triggered(
+            trigger,
+            images,
+            output,
+            size=size,
+            generator=torch.Generator().manual_seed(seed),
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"attack": attack, "images": count, "output": str(output)})
+    else:
+        print_pairs({"triggered images": count, "folder": output})
+
+
+@app.command("implant")
+def implant(
+    attack: Annotated[str, typer.Argument(help="Name of an attack; 'badnet+sig' implants both.")],
+    checkpoint: Annotated[str, typer.Option(help="The clean checkpoint to start from.")],
+    images: Annotated[Path, typer.Option(help="Clean training images, one folder per class.")],
+    classes: Annotated[Path, typer.Option(help="Class list: one name per line, or JSON.")],
+    target: Annotated[list[str], typer.Option(help="Target class; once per attack.")],
+    output: Annotated[Path, typer.Option(help="Folder of the victim to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="open_clip architecture or config, for checkpoints that do not say.")
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Images to prove the implant on; a tenth of --images otherwise.")
+    ] = None,
+    poison_rate: Annotated[
+        float | None, typer.Option(help="Share of poisoned pairs, in (0, 1]; see `attack list`.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate; full-size models 1e-5, small ones up to 1e-3.")
+    ] = 1e-4,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
+    minimum_asr: Annotated[float, typer.Option(min=0, max=1, help="Success rate it must reach.")] = 0.9,
+    maximum_ca_drop: Annotated[float, typer.Option(min=0, max=1, help="Clean accuracy it may cost.")] = 0.03,
+    settings: Settings = None,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    force: Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a backdoor into a clean checkpoint and prove on held-out images that it took."""
+    from cbpt_runtime.redteam.training import TrainConfig
+    from cbpt_runtime.redteam.victims import implant_checkpoint
+
+    config = TrainConfig(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    with shown_progress() as progress:
+        result = implant_checkpoint(
+            attack,
+            checkpoint,
+            images,
+            classes,
+            target,
+            output,
+            model=model,
+            heldout=heldout,
+            poison_rate=poison_rate,
+            parameters=_parsed(settings),
+            config=config,
+            minimum_asr=minimum_asr,
+            maximum_ca_drop=maximum_ca_drop,
+            seed=seed,
+            device=device,
+            force=force,
+            resume=resume,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_implant(result, output)
+
+
+def _print_implant(result: Implant, output: Path) -> None:
+    rows = [
+        (
+            f"{measure.attack} → {measure.target}",
+            percent(measure.attack_success_rate),
+            percent(measure.poisoned_accuracy),
+            percent(measure.floor),
+        )
+        for measure in result.measures
+    ]
+    print_table(("attack, on held-out images", "ASR", "PA", "floor"), rows)
+    print_pairs(
+        {
+            "clean accuracy before": percent(result.clean_accuracy_before),
+            "clean accuracy after": percent(result.clean_accuracy),
+            "victim": output,
+        }
+    )
+
+
+def _trigger(attack: str, settings: list[str] | None) -> Trigger:
+    """A trigger by the name of its attack, or from a file."""
+    from cbpt_runtime.errors import ConfigError
+    from cbpt_runtime.redteam.attacks import fixed_trigger
+    from cbpt_runtime.redteam.learned import load_trigger
+
+    path = Path(attack)
+    if path.suffix != ".safetensors":
+        return fixed_trigger(attack, _parsed(settings))
+    if settings:
+        raise ConfigError(
+            expected="a trigger file as it is",
+            got="--set with a file",
+            fix="Leave --set away, or name an attack.",
+        )
+    return load_trigger(path)
+
+
+def _parsed(settings: list[str] | None) -> dict[str, object]:
+    """Parse KEY=VALUE; values are numbers, true, false, none, or text."""
+    import json
+
+    from cbpt_runtime.errors import ConfigError
+
+    parsed: dict[str, object] = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(expected="--set KEY=VALUE", got=setting, fix="For example --set size=8.")
+        try:
+            value: object = json.loads({"none": "null"}.get(text.lower(), text.lower()))
+        except ValueError:
+            value = text
+        parsed[key] = value if isinstance(value, (bool, int, float, type(None))) else text
+    return parsed
+
+
+def _plain(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

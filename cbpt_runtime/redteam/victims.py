@@ -1,0 +1,164 @@
+"""From a clean checkpoint on disk to a victim on disk: what `cbpt-runtime attack implant` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.models.clip import resolve_device
+from cbpt_runtime.models.data import read_class_list
+from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
+from cbpt_runtime.redteam.epochs import EpochStore
+from cbpt_runtime.redteam.folders import read_labelled
+from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
+from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
+from cbpt_runtime.redteam.trainable import TrainableClip, load_trainable
+from cbpt_runtime.redteam.training import TrainConfig
+from cbpt_runtime.types import Progress
+
+HELDOUT_RATE = 0.1
+
+
+def implant_checkpoint(
+    attack: str,
+    checkpoint: str | Path,
+    images: Path,
+    classes: Path,
+    targets: Sequence[str],
+    output: Path,
+    *,
+    model: str | Path | None = None,
+    heldout: Path | None = None,
+    poison_rate: float | None = None,
+    parameters: Mapping[str, object] | None = None,
+    config: TrainConfig | None = None,
+    minimum_asr: float = 0.9,
+    maximum_ca_drop: float = 0.03,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Implant:
+    """Fine-tune a backdoor into a checkpoint, prove it on held-out images, and write the victim.
+
+    Args:
+        attack: Name of an attack; several joined with `+` go into one victim, each with its own target.
+        checkpoint: The clean checkpoint, in any format purification takes.
+        images: Clean training images, one folder per class.
+        classes: The class list.
+        targets: One target per attack.
+        output: The victim's folder: an open_clip folder with `attack.json` and trigger files.
+        model: An open_clip architecture or a config file, for checkpoints that do not say.
+        heldout: Images the proof is measured on; a tenth of `images`, never trained on, if None.
+        poison_rate: Share of poisoned pairs per attack; each attack's usual one if None.
+        parameters: Parameters that differ from the attack's defaults; for a single attack only.
+        config: Training settings.
+        minimum_asr: Success rate the implant must reach.
+        maximum_ca_drop: Clean accuracy it may cost.
+        seed: Seed of every random choice.
+        device: 'auto', 'cpu' or 'cuda'.
+        force: Replace an existing folder.
+        resume: Go on from the last whole epoch of an interrupted run with the same input.
+        progress: Told how far the work is.
+
+    Raises:
+        InputError: Something given is wrong.
+        ImplantError: The backdoor did not take; nothing is written.
+    """
+    if output.exists() and not force:
+        raise OutputError(
+            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
+        )
+    attacks = _attack_names(attack, targets, parameters or {})
+    names = read_class_list(classes).names
+    for target in targets:
+        target_index(names, target)
+    clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
+    generator = torch.Generator().manual_seed(seed)
+    training, proof = _read_images(clip, images, heldout, names, generator)
+    config = TrainConfig() if config is None else config
+    backdoors = [
+        make_backdoor(
+            name,
+            target,
+            clip,
+            training,
+            names,
+            config.templates,
+            poison_rate=poison_rate,
+            parameters=parameters,
+            generator=generator,
+            progress=progress,
+        )
+        for name, target in zip(attacks, targets, strict=True)
+    ]
+    partial = output.with_name(output.name + ".partial")
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    settings = {
+        "attack": attack,
+        "targets": list(targets),
+        "parameters": dict(parameters or {}),
+        "seed": seed,
+    }
+    settings |= {"poison_rate": poison_rate, "config": asdict(config)}
+    result = implant(
+        clip,
+        training,
+        proof,
+        names,
+        backdoors,
+        config=config,
+        generator=generator,
+        minimum_asr=minimum_asr,
+        maximum_ca_drop=maximum_ca_drop,
+        progress=progress,
+        store=EpochStore(folder=partial, fingerprint=_fingerprint(clip, training, settings)),
+    )
+    result.save(output, force=force)
+    shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _attack_names(attack: str, targets: Sequence[str], parameters: Mapping[str, object]) -> list[str]:
+    names = attack.split("+")
+    for name in names:
+        get_attack(name)
+    if len(names) != len(targets):
+        raise ConfigError(
+            expected=f"a target for each of the attacks {', '.join(names)}",
+            got=f"{len(targets)}",
+            fix="Give --target once per attack, in their order.",
+        )
+    if len(names) > 1 and parameters:
+        raise ConfigError(
+            expected="parameters for a single attack", got=f"{len(names)} attacks", fix="Leave --set away."
+        )
+    return names
+
+
+def _read_images(
+    clip: TrainableClip, images: Path, heldout: Path | None, names: Sequence[str], generator: torch.Generator
+) -> tuple[LabelledImages, LabelledImages]:
+    training = read_labelled(images, names, clip.preprocess)
+    if heldout is None:
+        return split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
+    return training, read_labelled(heldout, names, clip.preprocess)
+
+
+def _fingerprint(clip: TrainableClip, training: LabelledImages, settings: Mapping[str, object]) -> str:
+    """SHA-256 over the weights, the images and the settings a training depends on."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for value in clip.model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(training.labels.tobytes())
+    digest.update(training.images.tobytes())
+    return digest.hexdigest()
