@@ -8,7 +8,6 @@ opened.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickletools
 import re
 import struct
@@ -96,7 +95,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         # Copied out of the file's memory mapping: the weights must not change when the file does.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             expected=f"a whole safetensors file in {path}",
             got=f"a damaged one ({error})",

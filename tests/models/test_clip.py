@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from cbpt_runtime.errors import CheckpointError, ConfigError, ImageDataError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, load_image_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, default_templates
+from cbpt_runtime.models.data import ClassList, default_templates, find_class_folders, read_images
 
 KINDS = ("vit", "resnet", "custom-text", "timm", "siglip")
 NAMES = ("tench", "golden_retriever", "Space shuttle", "maillot, tank suit")
@@ -84,7 +86,7 @@ def test_many_texts_keep_their_order_across_batches(tiny_encoder: DualEncoder) -
 
 def test_scale_and_bias_are_the_models(folder: Path) -> None:
     encoder, model = load_dual_encoder(read_checkpoint(folder)), reference(folder)
-    assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())  # type: ignore[operator, union-attr]
+    assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())  # type: ignore[operator]
     if model.logit_bias is None:
         assert encoder.logit_bias is None
     else:
@@ -115,9 +117,8 @@ def test_half_precision_weights_give_nearly_the_same_features(tiny_folder: Calla
 def test_features_are_differentiable_with_respect_to_pixels(folder: Path) -> None:
     encoder = load_dual_encoder(read_checkpoint(folder))
     pixels = random_pixels(encoder).requires_grad_()
-    encoder.encode_images(pixels)[:, 0].sum().backward()
-    assert pixels.grad is not None
-    assert pixels.grad.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(encoder.encode_images(pixels)[:, 0].sum(), pixels)
+    assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 32, 32, 3), (1, 3, 64, 64), (1, 1, 32, 32)])
@@ -162,10 +163,23 @@ def test_devices_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-def test_a_victim_classifies_as_its_card_says(shared_data: Path) -> None:
+def test_a_victim_classifies_real_images_as_well_as_its_card_says(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "victims" / "tiny-clean"
     encoder = load_dual_encoder(read_checkpoint(folder))
+    with zipfile.ZipFile(shared_data / "data" / "tiny-imagenet-100.zip") as archive:
+        names = sorted(name for name in archive.namelist() if "/val/" in name and name.endswith(".JPEG"))
+        archive.extractall(tmp_path, members=names[::10])
+    root = tmp_path / "tiny-imagenet-100" / "val"
+    classes = sorted(path.name for path in root.iterdir())
+    files = find_class_folders(root, classes)
+    images = read_images([path for paths in files for path in paths], encoder.preprocess)
+    labels = torch.tensor([label for label, paths in enumerate(files) for _ in paths])
+    embeddings = encoder.class_embeddings(
+        ClassList(names=tuple(classes), templates=(("a photo of a {}.", "a picture of the {}."),) * 100)
+    )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        expected = reference(folder).encode_image(torch.zeros(1, 3, 64, 64), normalize=True)  # type: ignore[operator]
-    mean = torch.tensor(encoder.preprocess.mean).view(1, 3, 1, 1)
-    torch.testing.assert_close(encoder.encode_images(mean.expand(1, 3, 64, 64)), expected)
+        features = torch.cat([encoder.encode_images(batch) for batch in torch.split(pixels, 100)])
+    accuracy = ((features @ embeddings.T).argmax(dim=1) == labels).float().mean().item()
+    expected = json.loads((folder / "attack.json").read_text())["clean_accuracy"]
+    assert accuracy == pytest.approx(expected, abs=0.07)  # 500 images: one standard error is 0.022

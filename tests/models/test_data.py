@@ -195,7 +195,8 @@ def test_folders_without_permission_are_refused(images: Path, monkeypatch: pytes
 def test_images_are_read_in_order(images: Path) -> None:
     paths = [path for files in find_class_folders(images, NAMES) for path in files]
     batch = read_images(paths, PREPROCESS)
-    assert (batch.shape, batch.dtype) == ((36, 32, 32, 3), np.uint8)
+    assert batch.shape == (36, 32, 32, 3)
+    assert batch.dtype == np.uint8
     assert batch.mean(axis=(1, 2)).argmax(axis=1).tolist() == [0] * 12 + [1] * 12 + [2] * 12
     np.testing.assert_array_equal(read_images(paths[20:21], PREPROCESS)[0], batch[20])
 

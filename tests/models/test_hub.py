@@ -161,10 +161,12 @@ def test_a_cached_tag_is_read_and_its_activation_is_the_one_it_was_trained_with(
 def test_only_built_in_configurations_choose_what_else_is_fetched(
     cache: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **options: fetched.append((repo, options)) or ""
-    )
+    fetched: list[tuple[str, dict[str, Any]]] = []
+
+    def download(repo: str, **options: Any) -> None:
+        fetched.append((repo, options))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     hub.fetch_text_files({"hf_tokenizer_name": "someone/tokenizer"})
     hub.fetch_text_files({"hf_model_name": None})
     assert [repo for repo, _ in fetched] == ["someone/tokenizer"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cbpt_runtime.errors import CheckpointError
+from cbpt_runtime.models import architecture
 from cbpt_runtime.models import checkpoint as checkpoint_module
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
@@ -104,7 +105,7 @@ def test_inspecting_runs_nothing_from_the_file(tmp_path: Path) -> None:
 
 
 def test_inspecting_builds_no_weights(tiny_checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint_module.build_model
+    original = architecture.build_model
 
     def build(*arguments: object, device: str = "cpu", **options: object) -> object:
         assert device == "meta"

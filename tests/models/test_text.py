@@ -63,13 +63,14 @@ def test_a_tower_without_projection_is_supported(tiny_configs: dict[str, Any]) -
 
 
 def test_only_causal_towers_that_pool_before_the_end_are_cut(tiny_configs: dict[str, Any]) -> None:
-    for text_cfg, length in [
+    cases: list[tuple[dict[str, Any], int]] = [
         ({}, 8),
         ({"pool_type": "eos", "eos_id": 49407}, 8),
         ({"pool_type": "last"}, 16),
         ({"no_causal_mask": True}, 16),
         ({"pool_type": "first"}, 1),
-    ]:
+    ]
+    for text_cfg, length in cases:
         tower, tokens = tower_and_tokens(tiny_configs["custom-text"], **text_cfg)
         assert tower.needed_length(tokens[:3]) == length, text_cfg
         assert tower.is_causal is not text_cfg.get("no_causal_mask", False)

@@ -68,19 +68,14 @@ def test_a_local_tokenizer_without_transformers_says_what_to_install(
 @pytest.fixture
 def hub_folder(tmp_path: Path) -> Path:
     """A SigLIP-like model with a word-level Hugging Face tokenizer beside it."""
-    if "transformers" not in sys.modules:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pytest.importorskip(
-                "transformers", reason="TRANSFORMERS NOT TESTED: the package is not installed"
-            )
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import models, pre_tokenizers, processors
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers", reason="TRANSFORMERS NOT TESTED: the package is not installed")
+        tokenizers: Any = pytest.importorskip("tokenizers")
     vocabulary = {word: index for index, word in enumerate(WORDS)}
-    fast = Fast(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     fast.save(str(tmp_path / "tokenizer.json"))

@@ -120,7 +120,10 @@ def zipped_protocol_4(payload: object, path: Path) -> None:
 
 
 def raw(protocol: int) -> Callable[[object, Path], None]:
-    return lambda payload, path: path.write_bytes(pickle.dumps({"a": payload}, protocol=protocol)) and None
+    def write(payload: object, path: Path) -> None:
+        path.write_bytes(pickle.dumps({"a": payload}, protocol=protocol))
+
+    return write
 
 
 WRITERS = {
@@ -162,7 +165,7 @@ def test_objects_of_other_classes_are_refused_by_name(tmp_path: Path, content: o
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)  # type: ignore[no-untyped-call]
     with pytest.raises(CheckpointError, match="a TorchScript archive, which is a program"):
         read_state_dict(path)
 
@@ -273,7 +276,8 @@ def test_torch_files_without_named_tensors_are_refused(tmp_path: Path, content: 
 
 def test_other_values_among_the_tensors_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.save({**TENSORS, "epoch": 3, 7: torch.ones(1)}, path)
+    content: dict[object, object] = {"a": torch.ones(1), "epoch": 3, 7: torch.ones(1)}
+    torch.save(content, path)
     with pytest.raises(CheckpointError, match="other values under epoch, 7"):
         read_state_dict(path)
 
