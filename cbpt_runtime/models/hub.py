@@ -65,29 +65,19 @@ def find_local_files(repo: str, marker: str, folder: Path | None) -> Path | None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def fetch_pretrained(tag_config: dict[str, Any]) -> Path:
+def fetch_pretrained(tag_config: Mapping[str, Any]) -> Path:
     """Weights of an open_clip pretrained tag, from the local cache where possible.
 
     Args:
-        tag_config: What `open_clip.get_pretrained_cfg` answers.
+        tag_config: What `open_clip.get_pretrained_cfg` answers; every tag since open_clip 3.0 is on the hub.
 
     Raises:
         CheckpointError: Not in the cache and no network.
     """
-    hub_name = tag_config.get("hf_hub")
-    if hub_name:
-        repo, _, filename = str(hub_name).rpartition("/")
-        alternatives = (filename,) if filename else _WEIGHT_NAMES
-        safe = tuple(str(PurePosixPath(name).with_suffix(".safetensors")) for name in alternatives)
-        return _first_hub_file(repo, tuple(dict.fromkeys(safe + alternatives)))
-    url = str(tag_config.get("url"))
-    cached = Path.home() / ".cache" / "clip" / PurePosixPath(url).name
-    if not cached.is_file():
-        _check_reachable(url)
-    try:
-        return Path(open_clip_download(url))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _offline(url, error) from error
+    repo, _, filename = str(tag_config["hf_hub"]).rpartition("/")
+    names = (filename,) if filename else _WEIGHT_NAMES
+    safe = tuple(str(PurePosixPath(name).with_suffix(".safetensors")) for name in names)
+    return _first_hub_file(repo, tuple(dict.fromkeys(safe + names)))
 
 
 def fetch_text_files(text_cfg: Mapping[str, Any]) -> None:
@@ -105,18 +95,11 @@ def fetch_text_files(text_cfg: Mapping[str, Any]) -> None:
 
 
 def _fetch_small_files(repo: str) -> None:
-    _check_reachable(_endpoint(), what=f"hf-hub:{repo}")
+    _check_reachable(repo)
     try:
         huggingface_hub.snapshot_download(repo, allow_patterns=list(_TEXT_FILES), etag_timeout=_TIMEOUT_S)
     except Exception as error:  # hub versions differ in what they raise
         raise _not_found(repo, _TEXT_FILES) from error
-
-
-def open_clip_download(url: str) -> str:
-    """open_clip's own download of a weights file into its cache, with its checksum where it knows one."""
-    from open_clip.pretrained import download_pretrained_from_url
-
-    return str(download_pretrained_from_url(url))
 
 
 def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
@@ -129,37 +112,34 @@ def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
     except HFValidationError as error:
         raise _not_found(repo, filenames) from error
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        _check_reachable(_endpoint(), what=f"hf-hub:{repo}")
+        _check_reachable(repo)
     last: Exception | None = None
     for filename in filenames:
         try:
             return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=_TIMEOUT_S))
         except LocalEntryNotFoundError as error:  # offline mode, or the connection went away
-            raise _offline(f"hf-hub:{repo}", error) from error
+            raise _offline(repo, error) from error
         except Exception as error:  # hub versions differ in what they raise
             last = error
     raise _not_found(repo, filenames) from last
 
 
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def _check_reachable(url: str, *, what: str | None = None) -> None:
+def _check_reachable(repo: str) -> None:
     """One short request, through the configured proxy if any, instead of a library's many retries."""
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     request = urllib.request.Request(url, method="HEAD")  # noqa: S310  https, or the user's own HF_ENDPOINT
     try:
         urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()  # noqa: S310
     except urllib.error.HTTPError as error:
         error.close()  # an answer, whatever it says: the network is there
     except (OSError, ValueError) as error:
-        raise _offline(what or url, error) from error
+        raise _offline(repo, error) from error
 
 
-def _offline(source: str, error: BaseException) -> CheckpointError:
+def _offline(repo: str, error: BaseException) -> CheckpointError:
     reason = getattr(error, "reason", None) or error
     return CheckpointError(
-        expected=f"{source} in the local cache, or a network connection to fetch it",
+        expected=f"hf-hub:{repo} in the local cache, or a network connection to fetch it",
         got=f"neither ({str(reason).splitlines()[0] if str(reason) else type(error).__name__:.200})",
         fix="Fetch it on a machine with network access and pass the folder or file.",
     )
