@@ -176,4 +176,4 @@ def test_one_hundred_classes_of_a_victim_take_a_few_milliseconds(shared_data: Pa
             start = time.perf_counter()
             prompts.encode(contexts)
             times_s.append(time.perf_counter() - start)
-    assert min(times_s) < 0.1  # about 0.006 on an idle core; loose, because the cores are shared
+    assert min(times_s) < 0.1  # 0.0125 was measured on one busy core; loose, because test machines differ
