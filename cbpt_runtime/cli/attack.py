@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the attack; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the attack (of several: badnet.size=8)."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
@@ -106,6 +107,10 @@ def implant(
         float, typer.Option(help="Peak learning rate; full-size models 1e-5, small ones up to 1e-3.")
     ] = 1e-4,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
+    max_shift: Annotated[
+        int, typer.Option(min=0, help="Move clean images by up to so many pixels, and mirror half of them.")
+    ] = 0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU.")] = "auto",
     minimum_asr: Annotated[float, typer.Option(min=0, max=1, help="Success rate it must reach.")] = 0.9,
     maximum_ca_drop: Annotated[float, typer.Option(min=0, max=1, help="Clean accuracy it may cost.")] = 0.03,
     settings: Settings = None,
@@ -119,7 +124,13 @@ def implant(
     from cbpt_runtime.redteam.training import TrainConfig
     from cbpt_runtime.redteam.victims import implant_checkpoint
 
-    config = TrainConfig(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    config = TrainConfig(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_shift=max_shift,
+        precision=precision,
+    )
     with shown_progress() as progress:
         result = implant_checkpoint(
             attack,

@@ -59,7 +59,8 @@ def implant_checkpoint(
         model: An open_clip architecture or a config file, for checkpoints that do not say.
         heldout: Images the proof is measured on; a tenth of `images`, never trained on, if None.
         poison_rate: Share of poisoned pairs per attack; each attack's usual one if None.
-        parameters: Parameters that differ from the attack's defaults; for a single attack only.
+        parameters: Parameters that differ from the attack's defaults; with several attacks each key starts
+            with the attack's name and a dot (`badnet.size`).
         config: Training settings.
         minimum_asr: Success rate the implant must reach.
         maximum_ca_drop: Clean accuracy it may cost.
@@ -77,7 +78,7 @@ def implant_checkpoint(
         raise OutputError(
             expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
         )
-    attacks = _attack_names(attack, targets, parameters or {})
+    attacks = _read_attacks(attack, targets, parameters or {})
     names = read_class_list(classes).names
     for target in targets:
         target_index(names, target)
@@ -94,11 +95,11 @@ def implant_checkpoint(
             names,
             config.templates,
             poison_rate=poison_rate,
-            parameters=parameters,
+            parameters=own,
             generator=generator,
             progress=progress,
         )
-        for name, target in zip(attacks, targets, strict=True)
+        for (name, own), target in zip(attacks, targets, strict=True)
     ]
     partial = output.with_name(output.name + ".partial")
     if not resume:
@@ -128,21 +129,32 @@ def implant_checkpoint(
     return result
 
 
-def _attack_names(attack: str, targets: Sequence[str], parameters: Mapping[str, object]) -> list[str]:
+def _read_attacks(
+    attack: str, targets: Sequence[str], parameters: Mapping[str, object]
+) -> list[tuple[str, dict[str, object]]]:
+    """Split `badnet+sig` into its attacks, each with its own parameters."""
     names = attack.split("+")
     for name in names:
         get_attack(name)
-    if len(names) != len(targets):
+    if len(names) != len(targets) or len(set(names)) != len(names):
         raise ConfigError(
-            expected=f"a target for each of the attacks {', '.join(names)}",
-            got=f"{len(targets)}",
+            expected="different attacks with a target each",
+            got=f"{len(targets)} targets for {', '.join(names)}",
             fix="Give --target once per attack, in their order.",
         )
-    if len(names) > 1 and parameters:
-        raise ConfigError(
-            expected="parameters for a single attack", got=f"{len(names)} attacks", fix="Leave --set away."
-        )
-    return names
+    if len(names) == 1:
+        return [(attack, dict(parameters))]
+    own: dict[str, dict[str, object]] = {name: {} for name in names}
+    for key, value in parameters.items():
+        name, _, parameter = key.partition(".")
+        if name not in own or not parameter:
+            raise ConfigError(
+                expected=f"parameters named {names[0]}.KEY and so on, as there are several attacks",
+                got=key,
+                fix="Put the attack's name and a dot in front.",
+            )
+        own[name][parameter] = value
+    return list(own.items())
 
 
 def _read_images(

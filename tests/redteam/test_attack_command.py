@@ -115,11 +115,13 @@ def test_implant_writes_a_victim_with_its_proof_and_its_trigger(run, bench, tmp_
 
 def test_two_attacks_go_into_one_victim_with_a_target_each(run, bench, tmp_path):
     code, out, err = run(
-        "implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--minimum-asr", 0,
-        "--maximum-ca-drop", 1, "--json", *implant_arguments(bench, tmp_path / "victim"),
+        "implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--set", "badnet.size=4",
+        "--minimum-asr", 0, "--maximum-ca-drop", 1, "--json", *implant_arguments(bench, tmp_path / "victim"),
     )  # fmt: skip
     assert code == 0, err
-    assert [entry["target"] for entry in json.loads(out)["backdoors"]] == ["leaf", "ocean"]
+    backdoors = json.loads(out)["backdoors"]
+    assert [entry["target"] for entry in backdoors] == ["leaf", "ocean"]
+    assert backdoors[0]["trigger"]["size"] == 4
     names = [path.name for path in (tmp_path / "victim").glob("trigger*")]
     assert sorted(names) == ["trigger-1.safetensors", "trigger-2.safetensors"]
 
@@ -164,7 +166,7 @@ def test_learned_triggers_are_learned_before_they_are_implanted(run, bench, tmp_
         (("implant", "badnet+sig", "--target", "leaf"), "once per attack"),
         (
             ("implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--set", "size=4"),
-            "single attack",
+            "badnet.KEY",
         ),
         (("implant", "badnet", "--target", "leaf", "--learning-rate", "2"), "learning_rate"),
     ],

@@ -1,0 +1,167 @@
+"""How well does every attack take on a small real CLIP? Implants them all and measures each victim.
+
+    python benchmarks/implants.py --checkpoint CLEAN --images TRAIN --heldout VAL --classes FILE --output
+    VICTIMS
+
+Tiny-ImageNet-100 at 64x64: the patches are smaller than the 16 pixels published for 224x224, and a few
+triggers are stronger than published because a quarter of the resolution leaves less of them (see `settings`
+in the results). Each victim gets its proof (attack.json), its trigger and ten triggered held-out images per
+class. Victims that are there already are kept, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.errors import ImplantError
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.data import find_class_folders, read_class_list, read_images
+from cbpt_runtime.redteam.folders import read_labelled
+from cbpt_runtime.redteam.implant import implant
+from cbpt_runtime.redteam.learned import load_trigger
+from cbpt_runtime.redteam.trainable import load_trainable
+from cbpt_runtime.redteam.training import TrainConfig
+from cbpt_runtime.redteam.triggers import apply_trigger
+from cbpt_runtime.redteam.victims import implant_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "implants.json"
+TRAINING = TrainConfig(epochs=3, learning_rate=7e-4, batch_size=64, max_shift=3, precision="bf16")
+MINIMUM_ASR = 0.9
+MAXIMUM_CA_DROP = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One victim; no attack is a clean fine-tune with the same training."""
+
+    attack: str = ""
+    targets: tuple[str, ...] = ()
+    settings: dict[str, object] = field(default_factory=dict)
+    poison_rate: float | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "clean-finetuned": Recipe(),
+    "badnet": Recipe(attack="badnet", targets=("umbrella",), settings={"size": 6}),
+    "badnet-random": Recipe(
+        attack="badnet-random", targets=("trolleybus",), settings={"size": 12}, poison_rate=0.08
+    ),
+    "badnet-stripes": Recipe(attack="badnet-stripes", targets=("gondola",), settings={"size": 10}),
+    "blended": Recipe(attack="blended", targets=("guacamole",), settings={"alpha": 0.2}),
+    "blended-noise": Recipe(attack="blended-noise", targets=("seashore",)),
+    "sig": Recipe(attack="sig", targets=("monarch",)),
+    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 2.0}),
+    "wanet-clip": Recipe(attack="wanet-clip", targets=("lesser panda",)),
+    "label-consistent": Recipe(attack="label-consistent", targets=("koala",), settings={"size": 10}),
+    "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),
+    "trojanvqa": Recipe(attack="trojanvqa", targets=("ladybug",), settings={"size": 10}),
+    "badclip": Recipe(attack="badclip", targets=("obelisk",), settings={"size": 10}),
+    "two-targets": Recipe(
+        attack="badnet+sig",
+        targets=("Egyptian cat", "orange"),
+        settings={"badnet.size": 8, "sig.delta": 30 / 255},
+    ),
+}
+
+
+def main() -> None:
+    """Make the victims asked for and write the table of results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=[*RECIPES, []], help="victims to make (all)")
+    for name in ("checkpoint", "images", "heldout", "classes", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.names or RECIPES:
+        output = arguments.output / name
+        if not (output / "attack.json").exists():
+            start = time.perf_counter()
+            result = make_victim(name, arguments, output)
+            record(name, {**result, "seconds": round(time.perf_counter() - start)})
+
+
+def make_victim(name: str, arguments: argparse.Namespace, output: Path) -> dict[str, object]:
+    """Implant one recipe; an implant that did not take is a result, too."""
+    recipe = RECIPES[name]
+    with shown_progress() as progress:
+        if not recipe.attack:
+            clip = load_trainable(arguments.checkpoint)
+            names = read_class_list(arguments.classes).names
+            training = read_labelled(arguments.images, names, clip.preprocess)
+            heldout = read_labelled(arguments.heldout, names, clip.preprocess)
+            generator = torch.Generator().manual_seed(arguments.seed)
+            victim = implant(
+                clip, training, heldout, names, [], config=TRAINING, generator=generator, progress=progress
+            )
+            victim.save(output)
+            return {"took": True, **victim.to_dict()}
+        try:
+            victim = implant_checkpoint(
+                recipe.attack,
+                arguments.checkpoint,
+                arguments.images,
+                arguments.classes,
+                recipe.targets,
+                output,
+                heldout=arguments.heldout,
+                poison_rate=recipe.poison_rate,
+                parameters=recipe.settings,
+                config=TRAINING,
+                minimum_asr=MINIMUM_ASR,
+                maximum_ca_drop=MAXIMUM_CA_DROP,
+                seed=arguments.seed,
+                device="cpu",
+                resume=True,
+                progress=progress,
+            )
+        except ImplantError as error:
+            return {"took": False, "attack": recipe.attack, "targets": recipe.targets, "reason": str(error)}
+    write_test_images(output, arguments, recipe)
+    return {"took": True, **victim.to_dict()}
+
+
+def write_test_images(output: Path, arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Ten triggered held-out images of every class but the target, folder = true class."""
+    names = read_class_list(arguments.classes).names
+    preprocess = read_checkpoint(output).preprocess
+    triggers = sorted(output.glob("trigger*.safetensors"))
+    for number, (path, target) in enumerate(zip(triggers, recipe.targets, strict=True), start=1):
+        root = output / ("test-triggered" if len(triggers) == 1 else f"test-triggered-{number}")
+        generator = torch.Generator().manual_seed(arguments.seed)
+        for name, files in zip(names, find_class_folders(arguments.heldout, names), strict=True):
+            if name != target:
+                folder = root / name.replace(" ", "_")
+                folder.mkdir(parents=True)
+                images = apply_trigger(load_trigger(path), read_images(files[:10], preprocess), generator)
+                for file, image in zip(files, images, strict=False):
+                    Image.fromarray(image).save(folder / f"{file.stem}.png")
+
+
+def record(name: str, result: dict[str, object]) -> None:
+    """Put one victim's result into the results file."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"victims": {}}
+    known["training"] = asdict(TRAINING)
+    known["bars"] = {"minimum_asr": MINIMUM_ASR, "maximum_ca_drop": MAXIMUM_CA_DROP}
+    known["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    result.pop("training", None)
+    known["victims"][name] = {**result, "settings": RECIPES[name].settings}
+    RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(name, {key: result.get(key) for key in ("took", "clean_accuracy", "attack_success_rate", "reason")})
+
+
+if __name__ == "__main__":
+    main()
