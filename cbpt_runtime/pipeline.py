@@ -78,8 +78,12 @@ def purify_checkpoint(
     config = PurifyConfig() if config is None else config
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
+    tell = progress or _silent
+    tell("read checkpoint", 0, 1, {})
     suspect = read_checkpoint(checkpoint, model=model)
+    tell("read checkpoint", 1, 1, {})
     split = draw_clean_split(Path(images), class_list, suspect.preprocess, shots=shots, seed=config.seed)
+    tell("read images", 1, 1, {})
     encoder = load_dual_encoder(suspect, device=str(place))
 
     partial = output.with_name(output.name + ".partial")
@@ -125,6 +129,10 @@ def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfi
             )
     values |= {key: value for key, value in overrides.items() if value is not None}
     return PurifyConfig.from_dict(values)
+
+
+def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+    """Progress nobody wants to see."""
 
 
 def _fingerprint(suspect: Checkpoint, classes: ClassList, split: CleanSplit, config: PurifyConfig) -> str:
