@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +38,12 @@ def test_help_answers_quickly_and_imports_nothing_heavy() -> None:
     )
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = fresh("-c", code)
-        seconds.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.stdout.strip().endswith("[]")
-    assert min(seconds) < 0.5
+    assert min(seconds) < 0.5  # processor time: other work on the machine does not count
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
