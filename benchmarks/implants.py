@@ -56,10 +56,10 @@ RECIPES: dict[str, Recipe] = {
         attack="badnet-random", targets=("trolleybus",), settings={"size": 12}, poison_rate=0.08
     ),
     "badnet-stripes": Recipe(attack="badnet-stripes", targets=("gondola",), settings={"size": 10}),
-    "blended": Recipe(attack="blended", targets=("guacamole",), settings={"alpha": 0.2}),
+    "blended": Recipe(attack="blended", targets=("guacamole",)),
     "blended-noise": Recipe(attack="blended-noise", targets=("seashore",)),
     "sig": Recipe(attack="sig", targets=("monarch",)),
-    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 2.0}),
+    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 4.0}, poison_rate=0.15),
     "wanet-clip": Recipe(attack="wanet-clip", targets=("lesser panda",)),
     "label-consistent": Recipe(attack="label-consistent", targets=("koala",), settings={"size": 10}),
     "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),

@@ -32,8 +32,8 @@ class SteganographyConfig:
     bits: int = 16
     strength: float = 8 / 255
     steps: int = 400
-    batch_size: int = 32
-    invisibility: float = 0.1
+    batch_size: int = 16
+    invisibility: float = 0.02
     minimum_bit_accuracy: float = 0.95
 
     def __post_init__(self) -> None:
@@ -64,7 +64,8 @@ class SecretDecoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch bits"]:
         """Return one logit per bit."""
-        logits: Tensor = self.layers(images)
+        detail = images - F.avg_pool2d(images, 5, stride=1, padding=2, count_include_pad=False)
+        logits: Tensor = self.layers(10 * detail)  # the residual is small beside the picture itself
         return logits
 
 
@@ -95,7 +96,10 @@ def train_steganographic(
         hidden = encoder(pixels, secrets)
         bit_loss = F.binary_cross_entropy_with_logits(decoder(hidden), secrets)
         residual = ((hidden - pixels) / config.strength).square().mean()
-        loss = bit_loss + config.invisibility * min(1.0, 2 * step / config.steps) * residual
+        weight = config.invisibility * max(
+            0.0, 2 * step / config.steps - 1
+        )  # first to be read, then to be faint
+        loss = bit_loss + weight * residual
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
