@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,7 @@ class Implant:
     measures: tuple[BackdoorMeasure, ...]
     backdoors: tuple[Backdoor, ...]
     config: TrainConfig
-    final_loss: float
-    notes: dict[str, object] = field(default_factory=dict)
+    final_loss: float | None
 
     def to_dict(self) -> dict[str, object]:
         """Return what `attack.json` holds; the first backdoor is repeated at the top level."""
@@ -76,7 +75,6 @@ class Implant:
             "backdoors": described,
             "training": asdict(self.config),
             "final_loss": self.final_loss,
-            **self.notes,
         }
 
     def save(self, path: Path, *, force: bool = False) -> None:
@@ -130,6 +128,7 @@ def implant(
     before = accuracy(clip, heldout, names, config)
     pairs = poison(clip, training, names, backdoors, config.templates, generator=generator)
     final_loss = train(victim, pairs, config, generator=generator, progress=progress, store=store)
+    victim.round_to_half()  # what is measured is what will be saved
     clean_accuracy, measures = verify(victim, heldout, names, backdoors, config, generator=generator)
     result = Implant(
         clip=victim,

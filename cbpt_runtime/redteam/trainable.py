@@ -97,6 +97,13 @@ class TrainableClip:
             parts.append((features @ head.T).argmax(dim=1).cpu())
         return torch.cat(parts).numpy()
 
+    @torch.no_grad()
+    def round_to_half(self) -> None:
+        """Round the weights in place to what an fp16 file can hold."""
+        for value in self.model.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
+
     def clone(self) -> TrainableClip:
         """Return a copy with its own weights, so that training leaves the original alone."""
         return TrainableClip(

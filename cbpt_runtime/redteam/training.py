@@ -6,7 +6,7 @@ The same loop trains the demo's model from scratch and fine-tunes a backdoor int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +51,12 @@ class TrainConfig:
     Args:
         epochs: Passes over the pairs.
         learning_rate: Peak of the cosine schedule. Fine-tuning a full-size pre-trained CLIP: 1e-5 (1e-6 often
-            does
-            not implant at all); small models: 1e-4 to 1e-3.
+            does not implant at all); small models: 1e-4 to 1e-3.
         weight_decay: AdamW decay; none on biases, norms and the logit scale.
         batch_size: Pairs per step.
         warmup_rate: Share of the steps with a rising learning rate.
         max_shift: Clean images are moved by up to so many pixels (edges repeated) and mirrored half of the
-            time; 0
-            trains on the images as they are. Poisoned images are never changed.
+            time; 0 trains on the images as they are. Poisoned images are never changed.
         templates: Captions; `{}` is the class name. One is drawn for every pair and step.
         precision: `fp32`, `bf16` (mixed precision), or `auto`: `bf16` on a GPU and `fp32` elsewhere.
     """
@@ -117,9 +115,10 @@ def train(
     generator: torch.Generator,
     progress: Progress | None = None,
     store: EpochStore | None = None,
-    after_epoch: Callable[[int], bool] | None = None,
-) -> float:
-    """Train in place with the CLIP contrastive loss; returns the last epoch's mean loss.
+) -> float | None:
+    """Train in place with the contrastive loss; returns the last epoch's mean loss.
+
+    None means that a stored state had finished already.
 
     Args:
         clip: The model; changed in place.
@@ -128,7 +127,6 @@ def train(
         generator: CPU generator for order, templates and augmentation.
         progress: Called after every step with stage `train`.
         store: Keeps the state after every epoch; a stored one of the same run is gone on from.
-        after_epoch: Called with the number of finished epochs; training stops when it answers True.
     """
     steps_per_epoch = max(1, len(pairs.images) // config.batch_size)
     total = steps_per_epoch * config.epochs
@@ -137,7 +135,7 @@ def train(
     finished = store.load(clip.model, optimizer, generator) if store is not None else 0
     tokens = clip.tokenize(pairs.texts)
     clip.model.to(memory_format=torch.channels_last)  # faster convolutions
-    step, mean_loss = finished * steps_per_epoch, math.nan
+    step, mean_loss = finished * steps_per_epoch, None
     for epoch in range(finished, config.epochs):
         clip.model.train()
         losses = []
@@ -151,8 +149,6 @@ def train(
         mean_loss = float(np.mean(losses))
         if store is not None:
             store.save(epoch + 1, clip.model, optimizer, generator)
-        if after_epoch is not None and after_epoch(epoch + 1):
-            break
     clip.model.eval()
     return mean_loss
 

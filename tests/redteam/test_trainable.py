@@ -36,6 +36,15 @@ def test_a_saved_model_holds_half_precision_weights_and_the_extra_files(lab, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_rounded_model_is_saved_without_loss(lab, tmp_path):
+    clip = lab.clip.clone()
+    clip.round_to_half()
+    save_open_clip_folder(clip, tmp_path / "model")
+    again = load_trainable(tmp_path / "model").model.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in clip.model.state_dict().items())
+    assert not torch.equal(again["visual.conv1.weight"], lab.clip.model.state_dict()["visual.conv1.weight"])
+
+
 def test_a_reloaded_model_can_be_trained_further(lab, tmp_path):
     save_open_clip_folder(lab.clip, tmp_path / "model")
     clip = load_trainable(tmp_path / "model")
