@@ -1,0 +1,75 @@
+"""The losses of purification; equations and reasons stand in `docs/method.md`."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def contrastive_inversion(
+    triggered: Float[Tensor, "triggers batch dim"],
+    clean: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "classes dim"],
+    targets: Int[Tensor, " triggers"],
+    scale: float,
+) -> Float[Tensor, " triggers"]:
+    """InfoNCE per trigger: towards the target's text, away from the other texts and the image's own origin.
+
+    Anchor: a triggered feature. Positive: the text of the target. Negatives: the texts of the other classes,
+    among them the image's own, and the feature of the same image without the trigger.
+
+    Args:
+        triggered: Unit features of the same images under each trigger.
+        clean: Unit features of these images without trigger.
+        texts: Unit class embeddings.
+        targets: The class each trigger is for.
+        scale: Inverse temperature.
+
+    Returns:
+        Mean loss of each trigger over the batch.
+    """
+    count, batch, _ = triggered.shape
+    to_clean = (triggered * clean).sum(dim=-1, keepdim=True)
+    logits = scale * torch.cat([triggered @ texts.T, to_clean], dim=-1)
+    labels = targets.unsqueeze(1).expand(count, batch)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, batch).mean(dim=1)
+
+
+def clean_alignment(
+    logits: Float[Tensor, "batch classes"],
+    known: Float[Tensor, "batch classes"],
+    weights: Float[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy on clean images to what is known of them: what the head could do, it keeps.
+
+    Args:
+        logits: Of the head being tuned.
+        known: Class probabilities to keep to.
+        weights: Non-negative weight per image; normalised to sum one here.
+    """
+    per_image = -(known * logits.log_softmax(dim=1)).sum(dim=1)
+    return (weights * per_image).sum() / weights.sum()
+
+
+def backdoor_alignment(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of dummy-triggered images to their own class."""
+    return cross_entropy(logits, labels)
+
+
+def prompt_consistency(
+    embeddings: Float[Tensor, "classes dim"],
+    reference: Float[Tensor, "classes dim"],
+    weights: Float[Tensor, " classes"],
+) -> Float[Tensor, ""]:
+    """Mean over the classes of the weighted squared distance to the reference embeddings.
+
+    Args:
+        embeddings: Being tuned.
+        reference: Before tuning.
+        weights: Non-negative weight per class.
+    """
+    return ((embeddings - reference).pow(2).sum(dim=1) * weights).mean()

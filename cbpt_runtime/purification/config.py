@@ -1,0 +1,107 @@
+"""Every number of a purification, checked on construction and saved in the bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from cbpt_runtime.errors import ConfigError
+
+Parameterization = Literal["prompt", "embedding"]
+
+_POSITIVE_INTS = (
+    "search_steps",
+    "search_batch",
+    "inversion_steps",
+    "inversion_batch",
+    "tuning_steps",
+    "context_length",
+)
+_POSITIVE = ("suspect_p_value", "tuning_step_size", "target_weight")
+_NON_NEGATIVE = ("backdoor_weight", "consistency_weight", "target_consistency")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PurifyConfig:
+    """How to purify. The defaults were chosen on what a defender can see; `docs/method.md` tells how.
+
+    Attributes:
+        seed: Of every random choice.
+        parameterization: Tune one context per class through the text tower, or the class embeddings.
+        search_steps: Steps of the short inversion that every class gets in every search family.
+        search_batch: Clean images per step and class.
+        inversion_steps: Steps of the long inversion.
+        inversion_batch: Clean images per step of the long inversion.
+        suspect_p_value: Bonferroni-corrected p-value below which a class is suspected.
+        tuning_steps: Steps of the head tuning.
+        tuning_step_size: Its learning rate.
+        backdoor_weight: Weight of the backdoor-alignment loss.
+        consistency_weight: Weight of the prompt-consistency loss.
+        target_consistency: What a suspected class counts in it; others count 1.
+        target_weight: What an image of a suspected class counts in the clean-alignment loss; others count 1.
+        label_share: Share of the label, against the reference head, in what an image of a suspected class is
+            aligned to, in [0, 1].
+        context_length: Free vectors per class of the prompt parameterization.
+    """
+
+    seed: int = 0
+    parameterization: Parameterization = "prompt"
+    search_steps: int = 20
+    search_batch: int = 8
+    suspect_p_value: float = 0.01
+    inversion_steps: int = 60
+    inversion_batch: int = 48
+    tuning_steps: int = 150
+    tuning_step_size: float = 0.02
+    backdoor_weight: float = 2.0
+    consistency_weight: float = 1.0
+    target_consistency: float = 0.01
+    target_weight: float = 10.0
+    label_share: float = 0.4
+    context_length: int = 4
+
+    def __post_init__(self) -> None:
+        if self.parameterization not in get_args(Parameterization):
+            raise _bad("parameterization", "one of " + ", ".join(get_args(Parameterization)), self.parameterization)
+        _check("seed", self.seed, int, 0, "a whole number of at least 0")
+        for name in _POSITIVE_INTS:
+            _check(name, getattr(self, name), int, 1, "a whole number of at least 1")
+        for name in _POSITIVE:
+            _check(name, getattr(self, name), (int, float), 1e-12, "a number above 0")
+        for name in _NON_NEGATIVE:
+            _check(name, getattr(self, name), (int, float), 0, "a number of at least 0")
+        _check("label_share", self.label_share, (int, float), 0, "a number from 0 to 1", most=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PurifyConfig:
+        """From plain values.
+
+        Raises:
+            ConfigError: An unknown key or a bad value.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(
+                expected="keys out of " + ", ".join(known),
+                got=", ".join(unknown),
+                fix="Correct or remove the unknown keys.",
+            )
+        return cls(**values)
+
+
+def _check(
+    name: str, value: Any, kind: Any, least: float, expected: str, most: float = sys.float_info.max
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        raise _bad(name, expected, value)
+
+
+def _bad(name: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(expected=f"{name} to be {expected}", got=repr(value), fix="Correct the value.")

@@ -1,0 +1,129 @@
+"""What the purification works with: features of the clean images, computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
+from cbpt_runtime.models.data import ClassList, CleanSplit
+
+_BATCH = 256
+_FUSION_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clean:
+    """Clean images with their features.
+
+    Attributes:
+        images: uint8, channels first, on the encoder's device.
+        labels: Class indices.
+        features: Unit features of the images.
+    """
+
+    images: UInt8[Tensor, "batch 3 height width"]
+    labels: Int[Tensor, " batch"]
+    features: Float[Tensor, "batch dim"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Everything a defender knows, on one device.
+
+    Attributes:
+        encoder: The suspect's image encoder, arranged for speed.
+        texts: Reference class embeddings.
+        prototypes: Unit mean of the clean features, per class.
+        scale: The model's logit scale.
+        tune: Images to tune on.
+        heldout: Images to select on; the tune images where none could be held out.
+    """
+
+    encoder: ImageEncoder
+    texts: Float[Tensor, "classes dim"]
+    prototypes: Float[Tensor, "classes dim"]
+    scale: float
+    tune: Clean
+    heldout: Clean
+
+
+def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit) -> Evidence:
+    """Computes reference embeddings and the features of all clean images."""
+    fast = arranged_for_speed(encoder.image_encoder)
+    tune = _clean(fast, split.tune_images, split.tune_labels)
+    heldout = _clean(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
+    sums = torch.zeros(len(classes.names), encoder.embed_dim, device=encoder.device)
+    sums.index_add_(0, tune.labels, tune.features)
+    return Evidence(
+        encoder=fast,
+        texts=encoder.class_embeddings(classes),
+        prototypes=normalize(sums, dim=1),
+        scale=encoder.logit_scale,
+        tune=tune,
+        heldout=heldout,
+    )
+
+
+def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:
+    """The same encoder with batch norms folded into convolutions and channels last, where that changes nothing.
+
+    Towers that have no convolution followed by its batch norm come back as they are.
+    """
+    state = encoder.module.state_dict()
+    if not any(name.endswith("running_var") for name in state):
+        return encoder
+    import copy
+
+    module = copy.deepcopy(encoder.module)
+    _fold(module)
+    folded = ImageEncoder(module, encoder.model_config, encoder.preprocess)
+    height, width = encoder.preprocess.image_size
+    probe = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(encoder.device)
+    with torch.no_grad():
+        difference = (encoder.encode_images(probe) - folded.encode_images(probe)).abs().max()
+    if not difference < _FUSION_TOLERANCE:
+        return encoder
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return folded
+
+
+def _fold(module: nn.Module) -> None:
+    """Folds each batch norm into the convolution registered last before it with its number of channels."""
+    previous: str | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Conv2d):
+            previous = name
+        elif isinstance(child, nn.BatchNorm2d) and previous is not None:
+            convolution = getattr(module, previous)
+            if convolution.out_channels == child.num_features:
+                setattr(module, previous, fuse_conv_bn_eval(convolution, child))
+                setattr(module, name, nn.Identity())
+            previous = None
+        else:
+            _fold(child)
+
+
+@torch.no_grad()
+def encode(
+    encoder: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch dim"]:
+    """Features of many images, a batch at a time."""
+    parts = [encoder.encode_images(part) for part in pixels.split(_BATCH)]
+    return torch.cat(parts)
+
+
+def _clean(encoder: ImageEncoder, images: object, labels: object) -> Clean:
+    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().to(encoder.device)
+    with torch.no_grad():
+        parts = [encoder.encode_images(part.float() / 255) for part in pixels.split(_BATCH)]
+    return Clean(
+        images=pixels,
+        labels=torch.as_tensor(labels).long().to(encoder.device),
+        features=torch.cat(parts),
+    )

@@ -1,0 +1,327 @@
+"""The pipeline: find the suspected backdoor, tune the class prompts against it, measure what a defender can.
+
+Source: class-wise backdoor prompt tuning (CBPT), Kong et al., "Neural Antidote", arXiv 2502.19269. The
+paper's formulas are not public beyond its abstract: those used here are ours, see `docs/method.md`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cbpt_runtime.models.clip import DualEncoder
+from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.models.prompts import PromptEncoder
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import Evidence, gather
+from cbpt_runtime.purification.inversion import invert, margins, subset, triggered_features
+from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_value
+from cbpt_runtime.purification.tuning import TuningData, tune
+from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
+from cbpt_runtime.types import Progress
+
+STRENGTHS = (1.0, 0.75, 0.5)
+"""Shares of the way from the clean to the dummy-triggered image; attackers' triggers are not all strong."""
+
+_SEARCH_HELDOUT = 64
+Stage = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purification:
+    """What a purification found and made.
+
+    Attributes:
+        verdict: 'backdoored' or 'clean'.
+        suspects: Suspected targets, the most suspect first; empty when clean.
+        class_embeddings: The purified head; the reference itself when clean.
+        reference_embeddings: The head before.
+        contexts: Tuned contexts of the prompt parameterization; None otherwise.
+        triggers: Parameters of the dummy triggers, named family, class index and parameter.
+        metrics: Held-out rates in [0, 1].
+        stage_seconds: Wall time of each stage; of the first run where a stage was resumed.
+        evidence: Scores per class, for the report.
+    """
+
+    verdict: str
+    suspects: tuple[Suspect, ...]
+    class_embeddings: Float[Tensor, "classes dim"]
+    reference_embeddings: Float[Tensor, "classes dim"]
+    contexts: Tensor | None
+    triggers: dict[str, Tensor]
+    metrics: dict[str, float]
+    stage_seconds: dict[str, float]
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DummyFeatures:
+    """Features under one dummy trigger of one suspected class."""
+
+    suspect: int
+    tune: Float[Tensor, "batch dim"]
+    heldout: Float[Tensor, "heldout dim"]
+
+
+def purify(
+    encoder: DualEncoder,
+    classes: ClassList,
+    split: CleanSplit,
+    config: PurifyConfig,
+    *,
+    progress: Progress | None = None,
+    stages: StageStore | None = None,
+) -> Purification:
+    """Purifies the zero-shot head of a suspect CLIP; its encoders stay untouched.
+
+    1. Search: a short inversion for every class in every search family; classes that stand out are suspected.
+    2. Invert: long inversions for the suspected classes give the dummy triggers.
+    3. Tune: class prompts are tuned on clean and dummy-triggered features with three losses.
+
+    Args:
+        encoder: The suspect.
+        classes: Names and templates.
+        split: A few clean images: some to tune on, others held out to measure on.
+        config: All numbers.
+        progress: Told how far the work is.
+        stages: Where finished stages are kept and looked for.
+    """
+    seconds: dict[str, float] = {}
+    with _Timer(seconds, "encode"):
+        evidence = gather(encoder, classes, split)
+    _, searched = _stage("search", stages, seconds, lambda: _search(evidence, config, progress))
+    suspected = _suspected(searched, classes)
+    found: Parameters = {}
+    embeddings, contexts = evidence.texts, None
+    if suspected:
+        found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, suspected, config, progress))
+    dummies = _dummy_features(evidence, suspected, found)
+    if suspected:
+        tuned, _ = _stage(
+            "tune", stages, seconds, lambda: _tune(encoder, classes, evidence, suspected, dummies, config, progress)
+        )
+        embeddings, contexts = tuned["embeddings"].to(evidence.texts), tuned.get("contexts")
+    return Purification(
+        verdict="backdoored" if suspected else "clean",
+        suspects=_suspects(evidence, suspected, searched, classes, dummies, embeddings),
+        class_embeddings=embeddings,
+        reference_embeddings=evidence.texts,
+        contexts=contexts,
+        triggers=found,
+        metrics=_metrics(evidence, suspected, dummies, embeddings),
+        stage_seconds=seconds,
+        evidence=searched,
+    )
+
+
+def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None) -> Stage:
+    """Scores of every class in every search family."""
+    n_classes = len(evidence.texts)
+    heldout = subset(evidence.heldout, _SEARCH_HELDOUT, torch.Generator().manual_seed(config.seed))
+    families: dict[str, Any] = {}
+    for name, family in SEARCH_FAMILIES.items():
+        result = invert(
+            evidence,
+            family,
+            range(n_classes),
+            steps=config.search_steps,
+            batch=config.search_batch,
+            heldout=heldout,
+            seed=config.seed,
+            progress=progress,
+            stage=f"search {name} triggers",
+        )
+        families[name] = {
+            "to_text": result.to_text.tolist(),
+            "to_prototype": result.to_prototype.tolist(),
+            "success": result.success.tolist(),
+            "score": joint_scores(result.to_text, result.to_prototype).tolist(),
+        }
+    table = torch.tensor([families[name]["score"] for name in SEARCH_FAMILIES])
+    scores, best = table.max(dim=0)
+    values = {
+        "scores": scores.tolist(),
+        "p_values": [p_value(score, n_classes, table.numel()) for score in scores.tolist()],
+        "best_families": [list(SEARCH_FAMILIES)[i] for i in best.tolist()],
+        "families": families,
+    }
+    values["suspects"] = [
+        index for index in scores.argsort(descending=True).tolist() if values["p_values"][index] < config.suspect_p_value
+    ]
+    return {}, values
+
+
+def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:
+    return [int(index) for index in searched["suspects"]][: max(1, len(classes.names) // 10)]
+
+
+def _refine(evidence: Evidence, suspected: list[int], config: PurifyConfig, progress: Progress | None) -> Stage:
+    """Dummy triggers of the suspected classes, by name."""
+    found: Parameters = {}
+    for name, family in REFINE_FAMILIES.items():
+        result = invert(
+            evidence,
+            family,
+            suspected,
+            steps=config.inversion_steps,
+            batch=config.inversion_batch,
+            heldout=subset(evidence.heldout, 1, torch.Generator()),
+            seed=config.seed,
+            progress=progress,
+            stage=f"invert {name} triggers",
+        )
+        for position, index in enumerate(suspected):
+            for key, value in result.parameters.items():
+                found[f"{name}.{index}.{key}"] = value[position].contiguous()
+    return found, {}
+
+
+def _dummy_features(evidence: Evidence, suspected: list[int], found: Parameters) -> list[_DummyFeatures]:
+    """Features of all clean images under every dummy trigger, at every strength."""
+    result = []
+    for name, family in REFINE_FAMILIES.items():
+        for index in suspected:
+            prefix = f"{name}.{index}."
+            one = {
+                key.removeprefix(prefix): value.to(evidence.texts).unsqueeze(0)
+                for key, value in found.items()
+                if key.startswith(prefix)
+            }
+            for strength in STRENGTHS:
+                tune_features, heldout_features = (
+                    triggered_features(evidence, family, one, 0, part.images, strength=strength)
+                    for part in (evidence.tune, evidence.heldout)
+                )
+                result.append(_DummyFeatures(suspect=index, tune=tune_features, heldout=heldout_features))
+    return result
+
+
+def _tune(
+    encoder: DualEncoder,
+    classes: ClassList,
+    evidence: Evidence,
+    suspected: list[int],
+    dummies: list[_DummyFeatures],
+    config: PurifyConfig,
+    progress: Progress | None,
+) -> Stage:
+    labels = evidence.tune.labels
+    others = [labels != dummy.suspect for dummy in dummies]
+    data = TuningData(
+        reference=evidence.texts,
+        scale=evidence.scale,
+        clean=evidence.tune.features,
+        clean_labels=labels,
+        triggered=torch.cat([dummy.tune[keep] for dummy, keep in zip(dummies, others, strict=True)]),
+        triggered_labels=torch.cat([labels[keep] for keep in others]),
+        suspects=tuple(suspected),
+        directions=_directions(suspected, dummies),
+    )
+    prompts = None
+    if config.parameterization == "prompt":
+        prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
+    embeddings, contexts = tune(data, config, prompts=prompts, progress=progress)
+    return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
+
+
+def _directions(suspected: list[int], dummies: list[_DummyFeatures]) -> Float[Tensor, "suspects dim"]:
+    """For each suspected class the leading direction of its dummy-triggered features, made orthonormal."""
+    leading = []
+    for index in suspected:
+        features = torch.cat([dummy.tune for dummy in dummies if dummy.suspect == index])
+        leading.append(torch.linalg.eigh(features.T @ features).eigenvectors[:, -1])
+    return torch.linalg.qr(torch.stack(leading, dim=1)).Q.T
+
+
+def _suspects(
+    evidence: Evidence,
+    suspected: list[int],
+    searched: dict[str, Any],
+    classes: ClassList,
+    dummies: list[_DummyFeatures],
+    embeddings: Float[Tensor, "classes dim"],
+) -> tuple[Suspect, ...]:
+    return tuple(
+        Suspect(
+            index=index,
+            name=classes.names[index],
+            score=searched["scores"][index],
+            p_value=searched["p_values"][index],
+            family=searched["best_families"][index],
+            success_before=_success(evidence, index, dummies, evidence.texts),
+            success_after=_success(evidence, index, dummies, embeddings),
+        )
+        for index in suspected
+    )
+
+
+def _success(
+    evidence: Evidence, index: int, dummies: list[_DummyFeatures], head: Float[Tensor, "classes dim"]
+) -> float:
+    """Largest success of a dummy trigger of the class, on held-out images of other classes."""
+    others = evidence.heldout.labels != index
+    rates = [
+        float((margins(dummy.heldout[others] @ head.T, index) > 0).float().mean())
+        for dummy in dummies
+        if dummy.suspect == index
+    ]
+    return max(rates)
+
+
+def _metrics(
+    evidence: Evidence,
+    suspected: list[int],
+    dummies: list[_DummyFeatures],
+    embeddings: Float[Tensor, "classes dim"],
+) -> dict[str, float]:
+    labels = evidence.heldout.labels
+    metrics: dict[str, float] = {"heldout_images": float(len(labels))}
+    for when, head in (("before", evidence.texts), ("after", embeddings)):
+        called = (evidence.heldout.features @ head.T).argmax(dim=1)
+        metrics[f"heldout_ca_{when}"] = float((called == labels).float().mean())
+        if suspected:
+            targets = torch.tensor(suspected, device=labels.device)
+            own = torch.isin(labels, targets)
+            metrics[f"heldout_target_recall_{when}"] = float((called[own] == labels[own]).float().mean())
+            metrics[f"heldout_floor_{when}"] = float(torch.isin(called[~own], targets).float().mean())
+            metrics[f"dummy_success_{when}"] = max(
+                _success(evidence, index, dummies, head) for index in suspected
+            )
+    return metrics
+
+
+def _stage(
+    name: str, stages: StageStore | None, seconds: dict[str, float], work: Callable[[], Stage]
+) -> Stage:
+    """Runs a stage, or takes what an interrupted run has left of it."""
+    left = None if stages is None else stages.load(name)
+    if left is not None:
+        tensors, values = left
+        seconds[name] = values.pop("seconds")
+        return tensors, values
+    with _Timer(seconds, name):
+        tensors, values = work()
+    if stages is not None:
+        stages.save(name, tensors, values | {"seconds": seconds[name]})
+    return tensors, values
+
+
+class _Timer:
+    """Writes how long its block took into a dict."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds = seconds
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = time.perf_counter() - self._start

@@ -1,0 +1,47 @@
+"""Finished stages of a purification, kept on disk so that an interrupted run can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+class StageStore:
+    """A folder with one safetensors file per finished stage.
+
+    Args:
+        folder: Made on the first save.
+        fingerprint: Of everything the stages depend on; stages of another run are not loaded.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and JSON values of a finished stage; None when it has to run."""
+        try:
+            with safe_open(self._folder / f"{name}.safetensors", "pt") as file:
+                metadata = file.metadata()
+                if metadata.get("fingerprint") != self._fingerprint:
+                    return None
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["values"])  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Keeps a finished stage; whole or not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{name}.safetensors"
+        partial = path.with_suffix(".tmp")
+        metadata = {"fingerprint": self._fingerprint, "values": json.dumps(values)}
+        data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
+        partial.write_bytes(data)  # not save_file: a full disk is then an OSError
+        os.replace(partial, path)

@@ -1,0 +1,76 @@
+"""Which classes can be forced as only a backdoor can: scores, p-values and the verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_MAD_TO_DEVIATION = 1.4826
+_STEPS = 20001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """A class that a hidden trigger seems to be for.
+
+    Attributes:
+        index: Of the class.
+        name: Of the class.
+        score: Joint robust z-score of the family that shows it best.
+        p_value: Chance of such a score in any class and family, had the class been like the others.
+        family: The trigger family that shows it best.
+        success_before: Share of held-out images of other classes that the reference head calls the class
+            under the strongest dummy trigger.
+        success_after: The same with the purified head, the largest over the dummy triggers.
+    """
+
+    index: int
+    name: str
+    score: float
+    p_value: float
+    family: str
+    success_before: float
+    success_after: float
+
+
+def joint_scores(
+    to_text: Float[Tensor, " classes"], to_prototype: Float[Tensor, " classes"]
+) -> Float[Tensor, " classes"]:
+    """How far a class stands out in two ways at once, as one z-score.
+
+    A class a backdoor is for is easy to reach in text space (`to_text` is large), and a trigger takes images
+    nearer to its text than to its real images (`to_text - to_prototype` is large), for the attacker bound the
+    trigger to captions. A natural perturbation paints features of real images, which serve both alike.
+
+    Args:
+        to_text: Mean margin of dummy-triggered images to the text of the class.
+        to_prototype: The same to the mean feature of its clean images.
+    """
+    reach = robust_z(to_text)
+    asymmetry = robust_z(to_text - to_prototype)
+    return (reach + asymmetry) / math.sqrt(2)
+
+
+def robust_z(values: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
+    """Distance from the median in units of the deviation estimated by the median absolute deviation."""
+    centred = values - values.median()
+    return centred / (_MAD_TO_DEVIATION * centred.abs().median()).clamp(min=1e-9)
+
+
+def p_value(score: float, n_classes: int, n_tests: int) -> float:
+    """Bonferroni-corrected upper tail of Student's t, whose heavy tails stand for the estimated deviation.
+
+    Args:
+        score: Robust z-score.
+        n_classes: Classes it was estimated from; degrees of freedom plus one.
+        n_tests: Scores that were looked at.
+    """
+    freedom = max(1, n_classes - 1)
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    angle = torch.linspace(math.atan(score / math.sqrt(freedom)), math.pi / 2, _STEPS, dtype=torch.float64)
+    tail = constant * torch.trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
+    return min(1.0, n_tests * float(tail))

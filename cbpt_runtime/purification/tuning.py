@@ -1,0 +1,139 @@
+"""Head tuning: three losses move the class embeddings, everything else is constant and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from cbpt_runtime.losses import backdoor_alignment, clean_alignment, prompt_consistency
+from cbpt_runtime.models.prompts import PromptEncoder
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.types import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningData:
+    """Features the head is tuned on.
+
+    Attributes:
+        reference: Class embeddings before tuning.
+        scale: The model's logit scale.
+        clean: Unit features of clean images.
+        clean_labels: Their classes.
+        triggered: Unit features of the same images under dummy triggers, those of suspected classes left out.
+        triggered_labels: Their own classes.
+        suspects: Class indices of the suspected targets.
+        directions: Orthonormal; what the dummy triggers add to every image, one per suspected target.
+    """
+
+    reference: Float[Tensor, "classes dim"]
+    scale: float
+    clean: Float[Tensor, "batch dim"]
+    clean_labels: Int[Tensor, " batch"]
+    triggered: Float[Tensor, "triggered dim"]
+    triggered_labels: Int[Tensor, " triggered"]
+    suspects: tuple[int, ...]
+    directions: Float[Tensor, "suspects dim"]
+
+
+def tune(
+    data: TuningData,
+    config: PurifyConfig,
+    *,
+    prompts: PromptEncoder | None = None,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
+    """Moves the class embeddings so that dummy-triggered images get their own class back.
+
+    A class embedding is its reference plus a confined change (see `confined`). With `prompts`, the free
+    parameters are one context per class in front of its name, and the change is what the context has done to
+    the text feature. Without, the change itself is free.
+
+    Returns:
+        Tuned class embeddings and, with `prompts`, the contexts.
+    """
+    if prompts is None:
+        free = torch.zeros_like(data.reference).requires_grad_()
+        start: Tensor | None = None
+    else:
+        free = prompts.initial_contexts().requires_grad_()
+        start = prompts.encode(free).detach()
+
+    def embeddings() -> Tensor:
+        change = free if prompts is None or start is None else prompts.encode(free) - start
+        return data.reference + confined(change, data.suspects, data.directions)
+
+    _minimise(data, config, free, embeddings, progress)
+    return embeddings().detach(), None if prompts is None else free.detach()
+
+
+def confined(
+    change: Float[Tensor, "classes dim"],
+    suspects: Sequence[int],
+    directions: Float[Tensor, "suspects dim"],
+) -> Float[Tensor, "classes dim"]:
+    """Leaves suspected classes free; of the other classes only the part along the trigger directions is kept.
+
+    Clean images vary little along these directions, so clean accuracy has little to lose.
+    """
+    along = change @ directions.T @ directions
+    free = torch.zeros(len(change), 1, dtype=torch.bool, device=change.device)
+    free[list(suspects)] = True
+    return torch.where(free, change, along)
+
+
+def _minimise(
+    data: TuningData,
+    config: PurifyConfig,
+    free: Tensor,
+    embeddings: Callable[[], Tensor],
+    progress: Progress | None,
+) -> None:
+    known = trusted_probabilities(data, config.label_share)
+    weights = image_weights(data.clean_labels, data.suspects, config.target_weight)
+    freedom = torch.ones(len(data.reference), device=free.device)
+    freedom[list(data.suspects)] = config.target_consistency
+    optimizer = torch.optim.Adam([free], lr=config.tuning_step_size)
+    for step in range(config.tuning_steps):
+        current = embeddings()
+        clean = clean_alignment(data.scale * data.clean @ current.T, known, weights)
+        backdoor = backdoor_alignment(data.scale * data.triggered @ current.T, data.triggered_labels)
+        consistency = prompt_consistency(current, data.reference, freedom)
+        loss = clean + config.backdoor_weight * backdoor + config.consistency_weight * consistency
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None and (step + 1) % 10 == 0:
+            losses = {"clean": clean, "backdoor": backdoor, "consistency": consistency}
+            values = {name: value.item() for name, value in losses.items()}
+            progress("tune prompts", step + 1, config.tuning_steps, values)
+
+
+def trusted_probabilities(data: TuningData, label_share: float) -> Float[Tensor, "batch classes"]:
+    """What the reference head says of the clean images, without what the backdoor may have put there.
+
+    On images of other classes the share of the suspected classes is taken out, and the rest scaled to one.
+    On images of suspected classes the label is mixed in.
+    """
+    n_classes = len(data.reference)
+    probabilities = (data.scale * data.clean @ data.reference.T).softmax(dim=1)
+    suspected = torch.zeros(n_classes, dtype=torch.bool, device=probabilities.device)
+    suspected[list(data.suspects)] = True
+    label = one_hot(data.clean_labels, n_classes)
+    others = probabilities.masked_fill(suspected, 0.0)
+    others = others / others.sum(dim=1, keepdim=True)
+    own = (1 - label_share) * probabilities + label_share * label
+    return torch.where(suspected[data.clean_labels].unsqueeze(1), own, others)
+
+
+def image_weights(
+    labels: Int[Tensor, " batch"], suspects: Sequence[int], target_weight: float
+) -> Float[Tensor, " batch"]:
+    """One per image, `target_weight` for images of suspected classes."""
+    suspected: Bool[Tensor, " batch"] = torch.isin(labels, torch.tensor(suspects, device=labels.device))
+    return torch.where(suspected, target_weight, 1.0)

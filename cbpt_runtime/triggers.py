@@ -1,0 +1,172 @@
+"""Families of dummy triggers: what inversion may paint on an image.
+
+An attacker's trigger is unknown, so inversion searches small spaces that real triggers live in or near. Each
+family is a hard budget, because a tight budget keeps a backdoor apart from a natural universal perturbation
+(Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017). All work on pixels in [0, 1] at
+the model's input size, and on many triggers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+_BISECTIONS = 20
+
+
+class TriggerFamily(Protocol):
+    """A parameterised set of perturbations with a hard budget."""
+
+    @property
+    def step_size(self) -> float:
+        """Learning rate that suits its parameters."""
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Starting parameters of `count` triggers, on the CPU."""
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images, in [0, 1], differentiable with respect to the parameters."""
+
+    def project(self, parameters: Parameters) -> Parameters:
+        """The nearest parameters inside the budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additive:
+    """One pattern added to every image, bounded per pixel: clip(x + epsilon * tanh(t)).
+
+    Attributes:
+        epsilon: l-infinity bound, in pixel units of [0, 1].
+    """
+
+    epsilon: float
+    step_size: float = 0.1
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        return (pixels + self.epsilon * torch.tanh(parameters["pattern"]).unsqueeze(1)).clamp(0, 1)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        return parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smooth:
+    """A pattern of low spatial frequencies added to every image: clip(x + epsilon * tanh(D' t D)).
+
+    D holds the first cosines of the discrete cosine transform.
+
+    Attributes:
+        epsilon: l-infinity bound, in pixel units of [0, 1].
+        frequencies: Cosines per axis.
+    """
+
+    epsilon: float
+    frequencies: int
+    step_size: float = 0.1
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        size = (count, 3, self.frequencies, self.frequencies)
+        return {"coefficients": 0.1 * torch.randn(size, generator=generator)}
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        rows, columns = (self._cosines(pixels.shape[axis], pixels.device) for axis in (-2, -1))
+        pattern = torch.tanh(rows.T @ parameters["coefficients"] @ columns)
+        return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        return parameters
+
+    def _cosines(self, length: int, device: torch.device) -> Float[Tensor, "frequencies length"]:
+        position = (torch.arange(length, device=device) + 0.5) / length
+        return torch.cos(torch.pi * torch.arange(self.frequencies, device=device)[:, None] * position)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blend:
+    """One image mixed into every image: (1 - alpha) * x + alpha * sigmoid(4 t).
+
+    Attributes:
+        alpha: Share of the mixed-in image, in [0, 1].
+    """
+
+    alpha: float
+    step_size: float = 0.1
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        pattern = torch.sigmoid(4 * parameters["pattern"]).unsqueeze(1)
+        return (1 - self.alpha) * pixels + self.alpha * pattern
+
+    def project(self, parameters: Parameters) -> Parameters:
+        return parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """A mask and a pattern, as in Neural Cleanse: (1 - m) * x + m * t, with the mean of m bounded.
+
+    Source: Wang et al., "Neural Cleanse", S&P 2019; the hard bound instead of a penalty is ours.
+
+    Attributes:
+        area: Largest mean of the mask, as a share of the image in [0, 1].
+    """
+
+    area: float
+    step_size: float = 0.05
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        return {
+            "mask": torch.full((count, 1, *image_size), self.area),
+            "pattern": torch.rand(count, 3, *image_size, generator=generator),
+        }
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        mask = parameters["mask"].unsqueeze(1)
+        return (1 - mask) * pixels + mask * parameters["pattern"].unsqueeze(1)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        """Euclidean projection of the mask onto {0 <= m <= 1, mean(m) <= area}: shift by bisection, clip."""
+        mask = parameters["mask"]
+        low = torch.zeros_like(mask[:, :1, :1, :1])
+        high = torch.ones_like(low)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            above = (mask - middle).clamp(0, 1).mean(dim=(1, 2, 3), keepdim=True) > self.area
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        within = mask.clamp(0, 1).mean(dim=(1, 2, 3), keepdim=True) <= self.area
+        shifted = (mask - torch.where(within, torch.zeros_like(high), high)).clamp(0, 1)
+        return {"mask": shifted, "pattern": parameters["pattern"].clamp(0, 1)}
+
+
+SEARCH_FAMILIES: dict[str, TriggerFamily] = {
+    "additive": Additive(epsilon=16 / 255),
+    "patch": Patch(area=0.04),
+    "smooth": Smooth(epsilon=24 / 255, frequencies=14),
+}
+"""Tight budgets, in which every class is searched: natural perturbations fail in them, triggers succeed."""
+
+REFINE_FAMILIES: dict[str, TriggerFamily] = {
+    "blend": Blend(alpha=0.2),
+    "mask": Patch(area=0.15),
+}
+"""Generous budgets, in which the dummy triggers of suspected classes are inverted."""
