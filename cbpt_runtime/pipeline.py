@@ -21,6 +21,7 @@ from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import render_report
+from cbpt_runtime.report.examples import choose_examples, with_dummy_triggers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,10 +99,15 @@ def purify_checkpoint(
         output,
         content=_content(suspect, encoder, class_list, split, config, result, shots=shots),
         force=force,
-        report=lambda bundle: render_report(bundle, examples=split.heldout_images),
+        report=lambda bundle: _report(bundle, split),
     )
     shutil.rmtree(partial, ignore_errors=True)
     return bundle
+
+
+def _report(bundle: Bundle, split: CleanSplit) -> str:
+    examples = choose_examples(split.heldout_images if len(split.heldout_images) else split.tune_images)
+    return render_report(bundle, examples=examples, triggered=with_dummy_triggers(bundle, examples))
 
 
 def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.report.figures import png_uri, score_plot_uri, trigger_image
+from cbpt_runtime.report.figures import picture_uri, score_plot_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +29,15 @@ class Picture:
 def render_report(
     bundle: Bundle,
     *,
-    examples: UInt8[np.ndarray, "batch height width 3"] | None = None,
-    triggered: Mapping[str, UInt8[np.ndarray, "batch height width 3"]] | None = None,
+    examples: UInt8[np.ndarray, "examples height width 3"] | None = None,
+    triggered: Mapping[str, UInt8[np.ndarray, "examples height width 3"]] | None = None,
 ) -> str:
     """The text of ``report.html``.
 
     Args:
         bundle: What to report on.
-        examples: Clean images at the model's size, shown beside the dummy triggers.
-        triggered: For each suspected target (by name) the same images with its dummy trigger.
+        examples: A few clean images at the model's size.
+        triggered: The same images with each dummy trigger, by its title.
 
     Returns:
         One self-contained HTML page.
@@ -56,12 +56,7 @@ def render_report(
         names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
-        rows=_picture_rows(bundle, examples, triggered or {}),
-        triggers=[
-            Picture(uri=png_uri(image), caption=name)
-            for name, tensor in bundle.triggers().items()
-            if (image := trigger_image(tensor)) is not None
-        ],
+        rows=_picture_rows(examples, triggered or {}),
     )
 
 
@@ -74,26 +69,18 @@ def _score_plot(bundle: Bundle) -> str | None:
 
 
 def _picture_rows(
-    bundle: Bundle,
-    examples: UInt8[np.ndarray, "batch height width 3"] | None,
-    triggered: Mapping[str, UInt8[np.ndarray, "batch height width 3"]],
-    count: int = 6,
+    examples: UInt8[np.ndarray, "examples height width 3"] | None,
+    triggered: Mapping[str, UInt8[np.ndarray, "examples height width 3"]],
 ) -> list[tuple[str, list[Picture]]]:
-    """Rows of pictures: clean examples, then for each suspected target the same with its dummy trigger."""
-    rows = []
-    if examples is not None and len(examples):
-        chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)
-        rows.append(("clean", [_example(examples[i], "clean held-out image") for i in chosen]))
-        for name, images in triggered.items():
-            caption = f"the same image with the dummy trigger for {name}"
-            rows.append(
-                (f"with the dummy trigger for {name}", [_example(images[i], caption) for i in chosen])
-            )
-    return rows
-
-
-def _example(image: UInt8[np.ndarray, "height width 3"], caption: str) -> Picture:
-    return Picture(uri=png_uri(image), caption=caption)
+    """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
+    if examples is None or not triggered:
+        return []
+    rows = [("clean", "clean held-out image", examples)]
+    rows += [(title, f"the image above with the {title}", images) for title, images in triggered.items()]
+    return [
+        (title, [Picture(uri=picture_uri(image), caption=caption) for image in images])
+        for title, caption, images in rows
+    ]
 
 
 def _worst_success(suspects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:

@@ -18,32 +18,17 @@ OTHER_COLOUR = "#5b6770"
 _SHORTEST_SIDE = 96  # pixels; smaller images are enlarged without smoothing, so that each pixel can be seen
 
 
-def png_uri(image: UInt8[np.ndarray, "height width channels"]) -> str:
-    """An image as a PNG address; small ones are enlarged by a whole factor."""
+def picture_uri(image: UInt8[np.ndarray, "height width channels"]) -> str:
+    """An image as an address: large ones as WebP, small ones as PNG, enlarged by a whole factor."""
     picture = Image.fromarray(image)
-    factor = max(1, -(-_SHORTEST_SIDE // min(picture.size)))
-    size = (picture.width * factor, picture.height * factor)
     buffer = io.BytesIO()
+    if min(picture.size) >= _SHORTEST_SIDE:
+        picture.save(buffer, "WEBP", quality=90)
+        return _uri("image/webp", buffer.getvalue())
+    factor = -(-_SHORTEST_SIDE // min(picture.size))
+    size = (picture.width * factor, picture.height * factor)
     picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
     return _uri("image/png", buffer.getvalue())
-
-
-def trigger_image(tensor: np.ndarray) -> UInt8[np.ndarray, "height width 3"] | None:
-    """A part of a dummy trigger as an image; None when it is not image-shaped.
-
-    Values in [0, 1] are shown as they are. Signed values are centred on mid-grey and scaled.
-    """
-    while tensor.ndim > 3 and len(tensor) == 1:
-        tensor = tensor[0]
-    if tensor.ndim == 2:
-        tensor = tensor[None]
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or min(tensor.shape[1:]) < 2:
-        return None
-    values = np.nan_to_num(tensor.astype(np.float32))
-    if values.min() < 0 or values.max() > 1:
-        values = 0.5 + 0.5 * values / np.abs(values).max()
-    pixels = np.rint(255 * values).astype(np.uint8).transpose(1, 2, 0)
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 def score_plot_uri(

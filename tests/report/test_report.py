@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cbpt_runtime.bundle import BundleContent, write_bundle
 from cbpt_runtime.report import render_report
-from cbpt_runtime.report.figures import png_uri, score_plot_uri, trigger_image
+from cbpt_runtime.report.examples import choose_examples, with_dummy_triggers
+from cbpt_runtime.report.figures import picture_uri, score_plot_uri
+from cbpt_runtime.triggers import REFINE_FAMILIES
 
 MakeContent = Callable[..., BundleContent]
 EXAMPLES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
@@ -109,17 +112,33 @@ def test_evidence_without_scores_gives_a_page_without_a_plot_or_with_gaps(
     assert "Backdoor found" in render(tmp_path, make_content(evidence=evidence))
 
 
-def test_triggers_are_shown_as_they_are_or_around_mid_grey() -> None:
-    mask = np.array([[[0, 1], [0.5, 1]]], np.float32)
-    np.testing.assert_array_equal(trigger_image(mask)[..., 0], [[0, 255], [128, 255]])
-    delta = np.array([[[-0.1, 0.1], [0, 0]]], np.float32)
-    np.testing.assert_array_equal(trigger_image(delta)[..., 1], [[0, 255], [128, 128]])
-    assert trigger_image(np.zeros(8, np.float32)) is None
-    assert trigger_image(np.zeros((5, 8, 8), np.float32)) is None
-
-
-def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
+def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_are_kept() -> None:
     image = EXAMPLES[0]
-    shown = Image.open(io.BytesIO(base64.b64decode(png_uri(image).split(",")[1])))
+    shown = Image.open(io.BytesIO(base64.b64decode(picture_uri(image).split(",")[1])))
     assert shown.size == (96, 96)
     np.testing.assert_array_equal(np.asarray(shown)[::3, ::3], image)
+    assert picture_uri(np.zeros((224, 224, 3), np.uint8)).startswith("data:image/webp")
+
+
+def test_examples_start_with_a_plain_grey_image() -> None:
+    chosen = choose_examples(EXAMPLES, count=3)
+    assert (chosen[0] == 128).all()
+    np.testing.assert_array_equal(chosen[1:], EXAMPLES[[0, 3, 7]])
+    assert len(choose_examples(EXAMPLES[:0])) == 1
+
+
+def test_dummy_triggers_are_applied_as_their_family_does(tmp_path: Path, make_content: MakeContent) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: family.initial(1, (32, 32), generator) for name, family in REFINE_FAMILIES.items()}
+    triggers = {
+        f"{name}.2.{key}": value[0].numpy()
+        for name, values in parameters.items()
+        for key, value in values.items()
+    }
+    bundle = write_bundle(tmp_path / "bundle", content=make_content(triggers=triggers))
+    rows = with_dummy_triggers(bundle, EXAMPLES)
+    assert list(rows) == [f"{name} trigger for banana" for name in REFINE_FAMILIES]
+    pixels = torch.from_numpy(EXAMPLES).permute(0, 3, 1, 2)[None] / 255
+    for (name, family), shown in zip(REFINE_FAMILIES.items(), rows.values(), strict=True):
+        expected = family.apply(parameters[name], pixels)[0].permute(0, 2, 3, 1).numpy() * 255
+        np.testing.assert_allclose(shown, expected, atol=0.51)
