@@ -7,6 +7,7 @@
     │   ├── ImageDataError                an image or an image folder
     │   ├── ConfigError                   a configuration value or file
     │   ├── BundleError                   a bundle that is damaged or not a bundle
+    │   ├── RepositoryError               a model repository that is damaged or not one
     │   └── OutputError                   an output path that cannot be written
     └── WorkError                exit 1   the input was fine, the work failed
         ├── PurificationError             purification did not reach a result
@@ -68,6 +69,10 @@ class ConfigError(InputError):
 
 class BundleError(InputError):
     """A folder is not a bundle, or its content does not match its manifest."""
+
+
+class RepositoryError(InputError):
+    """A folder is not a model repository, or its content does not match its manifest."""
 
 
 class OutputError(InputError):

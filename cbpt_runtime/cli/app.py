@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli import attack, classify, demo, evaluate, inspect, purify
+from cbpt_runtime.cli import attack, classify, demo, evaluate, export, inspect, purify, verify
 
 app = typer.Typer(
     help="Makes third-party CLIP checkpoints safe to serve.",
@@ -22,6 +22,8 @@ app.command("purify", short_help="A suspect CLIP in, a purified classifier out."
 app.command("inspect", short_help="What a checkpoint or a bundle is; verifies hashes.")(inspect.command)
 app.command("classify", short_help="Labels, probabilities and the alarm for images.")(classify.command)
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)
+app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
+app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)
 app.add_typer(attack.app, name="attack")
 

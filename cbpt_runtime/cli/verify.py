@@ -1,0 +1,47 @@
+"""`cbpt-runtime verify`: hashes, graph, configurations and golden answers of a model repository."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cbpt_runtime.cli.export import print_parity
+from cbpt_runtime.cli.output import print_json, print_pairs
+
+
+def command(
+    repository: Annotated[Path, typer.Argument(help="Model repository.")],
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle it was exported from: runs the parity gate again.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Labelled images for the gate, one folder per class.")
+    ] = None,
+    provider: Annotated[
+        Literal["cpu", "cuda", "tensorrt"] | None,
+        typer.Option(help="Where to run. Default: where the repository is meant to be served."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
+    from cbpt_runtime.export.verify import verify_repository
+
+    found = verify_repository(repository, bundle, provider=provider, images=images)
+    if as_json:
+        print_json(asdict(found))
+        return
+    if found.parity is not None and "comparisons" in found.parity:
+        print_parity(found.parity)
+    print_pairs(
+        {
+            "repository": found.repository,
+            "digest": found.digest,
+            "files": f"{found.files} with the right hash, no others",
+            "golden answers": f"{found.golden_images} images on {found.provider}, "
+            f"largest difference {found.golden_difference:.2g}",
+            "verdict": "intact",
+        }
+    )

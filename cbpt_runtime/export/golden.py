@@ -1,0 +1,114 @@
+"""The golden set: a few image files and the answers expected for them, inside the repository.
+
+It lies in ``<name>/golden/``, where Triton does not look, and is what a server's self-test and `verify` use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.errors import ExportError
+from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+
+ANSWERS = "answers.json"
+TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own rounding to the gate's 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenSet:
+    """Images and the answers expected for them.
+
+    Attributes:
+        files: Encoded images.
+        names: Their file names.
+        answers: Content of ``answers.json``.
+    """
+
+    files: tuple[bytes, ...]
+    names: tuple[str, ...]
+    answers: dict[str, Any]
+
+    def pixels(self, preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
+        """The images as the model takes them."""
+        return np.stack([to_pixels(decode_image(file), preprocess) for file in self.files])
+
+    def check(self, outputs: dict[str, np.ndarray], *, where: str) -> float:
+        """Compare answers with the expected ones.
+
+        Args:
+            outputs: 'probabilities' and 'alarm' of the golden images, in order.
+            where: Who answered, for the error text.
+
+        Returns:
+            The largest difference.
+
+        Raises:
+            ExportError: A different label, or a difference above the tolerance.
+        """
+        tolerance, rows = self.answers["tolerance"], self.answers["images"]
+        expected = np.array([row["probabilities"] for row in rows])
+        alarms = np.array([row["alarm"] for row in rows])
+        differences = (
+            float(np.abs(outputs["probabilities"] - expected).max()),
+            float(np.abs(outputs["alarm"].ravel() - alarms).max()),
+        )
+        labels = expected.argmax(axis=1) == outputs["probabilities"].argmax(axis=1)
+        if not (max(differences) <= tolerance and labels.all()):
+            raise ExportError(
+                expected=f"the golden answers of {where} within {tolerance:g}",
+                got=f"probabilities off by {differences[0]:.3g}, alarm by {differences[1]:.3g}, "
+                f"{int((~labels).sum())} other labels",
+                fix="Do not serve it. Export the bundle again on the kind of machine that will serve.",
+            )
+        return max(differences)
+
+
+def make_golden(
+    files: tuple[bytes, ...], bundle: Bundle, outputs: dict[str, np.ndarray], *, tolerance: float = TOLERANCE
+) -> GoldenSet:
+    """A golden set from image files and what the exported graph answered."""
+    names = tuple(f"{number}.{_suffix(file)}" for number, file in enumerate(files))
+    rows = [
+        {
+            "file": name,
+            "label": bundle.class_names[int(probabilities.argmax())],
+            "pixels_sha256": hashlib.sha256(
+                to_pixels(decode_image(file), bundle.preprocess).tobytes()
+            ).hexdigest(),
+            "alarm": float(alarm),
+            "probabilities": [float(value) for value in probabilities],
+        }
+        for name, file, probabilities, alarm in zip(
+            names, files, outputs["probabilities"], outputs["alarm"], strict=True
+        )
+    ]
+    return GoldenSet(files=files, names=names, answers={"tolerance": tolerance, "images": rows})
+
+
+def write_golden(golden: GoldenSet, folder: Path) -> None:
+    """Write the files and ``answers.json`` into a new folder."""
+    folder.mkdir(parents=True)
+    for name, file in zip(golden.names, golden.files, strict=True):
+        (folder / name).write_bytes(file)
+    (folder / ANSWERS).write_text(json.dumps(golden.answers, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_golden(folder: Path) -> GoldenSet:
+    """Read what `write_golden` wrote; the caller has checked the hashes."""
+    answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
+    names = tuple(row["file"] for row in answers["images"])
+    return GoldenSet(
+        files=tuple((folder / name).read_bytes() for name in names), names=names, answers=answers
+    )
+
+
+def _suffix(file: bytes) -> str:
+    return "jpg" if file.startswith(b"\xff\xd8") else "png" if file.startswith(b"\x89PNG") else "image"

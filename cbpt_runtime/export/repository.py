@@ -1,0 +1,281 @@
+"""A Triton model repository around the graph of a bundle: gated, whole or absent, every file hashed.
+
+model_repository/
+    manifest.json                what it serves, and SHA-256 of every other file
+    parity.json                  what the gate saw
+    <name>/                      ensemble: image files in, answers out; golden/ for self-tests
+    <name>_preprocess/           python backend: decode and resize, exactly as open_clip
+    <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+import cbpt_runtime
+from cbpt_runtime.bundle import ENCODER, Bundle, check_output, output_error, read_bundle
+from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.export import triton
+from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
+from cbpt_runtime.export.graph import ServedClassifier
+from cbpt_runtime.export.images import draw_gate_images, read_gate_images
+from cbpt_runtime.export.manifest import PARITY, write_manifest
+from cbpt_runtime.export.onnx import export_onnx, to_bytes
+from cbpt_runtime.export.parity import measure_parity
+from cbpt_runtime.export.profiles import BUILT_IN, Profile
+from cbpt_runtime.export.session import Provider, open_session, run_session
+from cbpt_runtime.export.triton import LABELS, WARMUP, Served
+from cbpt_runtime.models.clip import load_image_encoder
+from cbpt_runtime.types import Progress
+
+MAX_GATE_IMAGES = 512
+GOLDEN_FOLDER = "golden"
+_PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
+
+# What travels with the python-backend models, so that a server needs none of this package installed.
+_TRAVELLING = (
+    "__init__.py",
+    "errors.py",
+    "models/__init__.py",
+    "models/preprocess.py",
+    "serving/__init__.py",
+    "serving/model.py",
+)
+_ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
+
+import sys
+from pathlib import Path
+
+sys.dont_write_bytecode = True  # the repository stays as it was hashed
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cbpt_runtime.serving.model import {kind} as TritonPythonModel  # noqa: E402, F401
+'''
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A repository that was written.
+
+    Attributes:
+        path: Its folder.
+        name: Of the model that takes image files.
+        digest: SHA-256 of its manifest.
+        parity: What the gate saw, as in ``parity.json``.
+    """
+
+    path: Path
+    name: str
+    digest: str
+    parity: dict[str, Any]
+
+
+def export_bundle(
+    bundle: Bundle | str | Path,
+    output: str | Path,
+    *,
+    name: str = "clip",
+    profile: Profile | None = None,
+    calibration: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Export the classifier of a bundle and write a model repository, if and only if the gate passes.
+
+    Args:
+        bundle: A bundle or the path of one.
+        output: The folder to make.
+        name: Of the model that takes image files.
+        profile: How it will be served; the CPU when None.
+        calibration: Labelled images, one folder per class: what the gate and the golden set use. Pictures
+            are drawn when None; 'fp16' and 'int8' need real ones.
+        progress: Told how far the work is.
+
+    Raises:
+        InputError: The bundle is damaged, or something given is wrong.
+        ExportError: The graph cannot be exported or did not pass the gate; nothing was written.
+    """
+    output = Path(output)
+    profile = Profile() if profile is None else profile
+    tell = progress or _silent
+    _check_request(output, name, profile, calibration)
+    if not isinstance(bundle, Bundle):
+        bundle = read_bundle(bundle)
+    images = (
+        draw_gate_images(bundle)
+        if calibration is None
+        else read_gate_images(Path(calibration), bundle, limit=MAX_GATE_IMAGES)
+    )
+    tell("export graph", 0, 1, {})
+    module, classifier = load_served(bundle)
+    model = export_onnx(module, bundle)
+    tell("export graph", 1, 1, {})
+    provider: Provider = profile.provider
+    parity = measure_parity(model, classifier, images, max_batch=profile.max_batch, provider=provider)
+    parity.require()
+    tell("parity gate", 1, 1, {})
+    report = parity.to_dict()
+    if profile.precision != "fp32":
+        from cbpt_runtime.export.precision import reduce_precision
+
+        model, report["precision"] = reduce_precision(model, bundle, images, profile, progress=progress)
+    graph = to_bytes(model)
+    session = open_session(graph, provider)
+    count = len(images.encoded)
+    answers = run_session(session, images.pixels[:count], batch_size=count)
+    content = _Content(
+        served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph)),
+        graph=graph,
+        golden=make_golden(images.encoded, bundle, answers),
+        parity=report,
+    )
+    digest = _write_whole(content, output)
+    return Exported(path=output, name=name, digest=digest, parity=report)
+
+
+def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
+    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
+    state = load_tensors(bundle.read_file(ENCODER))
+    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
+    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    served: Served
+    graph: bytes
+    golden: GoldenSet
+    parity: Mapping[str, Any]
+
+
+def _check_request(output: Path, name: str, profile: Profile, calibration: str | Path | None) -> None:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
+        raise ConfigError(
+            expected="a model name of letters, digits, '_' and '-', at most 64, a letter first",
+            got=repr(name),
+            fix="Choose another --name.",
+        )
+    if profile.precision != "fp32" and calibration is None:
+        raise ConfigError(
+            expected=f"labelled images to measure {profile.precision} on",
+            got="none",
+            fix="Give a folder of clean images, one folder per class, with --calibration.",
+        )
+    if output.is_symlink() or output.exists():
+        raise OutputError(
+            expected="an output path that does not exist yet",
+            got=f"{output}, which exists",
+            fix="Choose another --output.",
+        )
+    check_output(output)
+
+
+def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
+    return {
+        "bundle_digest": bundle.digest,
+        "checkpoint_sha256": str(bundle.manifest["model"].get("sha256", "")),
+        "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        "verdict": bundle.verdict,
+        "cbpt_runtime_version": version("cbpt-runtime"),
+    }
+
+
+def _write_whole(content: _Content, output: Path) -> str:
+    staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        _write_ensemble(content, staging / content.served.name)
+        _write_preprocess(content, staging / content.served.preprocess_name)
+        _write_classifier(content, staging / content.served.classifier_name)
+        _write_json(staging / PARITY, content.parity)
+        digest = write_manifest(staging, _summary(content.served))
+        staging.rename(output)
+    except OSError as error:
+        raise output_error(output, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return digest
+
+
+def _write_ensemble(content: _Content, folder: Path) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / ".keep").touch()  # Triton wants the version folder, copies drop empty ones
+    _write_config(folder / "config.pbtxt", triton.ensemble_config(content.served))
+    _write_labels(folder, content.served.bundle)
+    write_golden(content.golden, folder / GOLDEN_FOLDER)
+
+
+def _write_preprocess(content: _Content, folder: Path) -> None:
+    _write_python_model(folder / "1", "Decoder")
+    _write_config(folder / "config.pbtxt", triton.preprocess_config(content.served))
+    warmup = content.golden.files[0]
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / WARMUP).write_bytes(len(warmup).to_bytes(4, "little") + warmup)
+
+
+def _write_classifier(content: _Content, folder: Path) -> None:
+    served = content.served
+    _write_python_model(folder / "1", "Classifier")
+    (folder / "1" / "model.onnx").write_bytes(content.graph)
+    _write_labels(folder, served.bundle)
+    _write_config(folder / "config.pbtxt", triton.classifier_config(served))
+    (folder / "configs").mkdir()
+    for target, built_in in BUILT_IN.items():
+        other = replace(served.profile, provider=built_in.provider, instances=built_in.instances, threads=0)
+        text = triton.classifier_config(replace(served, profile=other))
+        _write_config(folder / "configs" / f"{target}.pbtxt", text)
+    for_python = replace(served.profile, provider="cuda" if served.profile.provider != "cpu" else "cpu")
+    text = triton.classifier_config(replace(served, profile=for_python), backend="python")
+    _write_config(folder / "configs" / "python.pbtxt", text)
+
+
+def _write_python_model(folder: Path, kind: str) -> None:
+    source = Path(cbpt_runtime.__file__).parent
+    for name in _TRAVELLING:
+        target = folder / "cbpt_runtime" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((source / name).read_bytes())
+    (folder / "model.py").write_text(_ENTRY.format(kind=kind), encoding="utf-8")
+
+
+def _write_labels(folder: Path, bundle: Bundle) -> None:
+    lines = [" ".join(name.split()) for name in bundle.class_names]
+    (folder / LABELS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_config(path: Path, text: str) -> None:
+    path.write_text(f"# Written by cbpt-runtime; `cbpt-runtime verify` checks it.\n{text}", encoding="utf-8")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _summary(served: Served) -> dict[str, Any]:
+    return {
+        "name": served.name,
+        "models": [served.name, served.preprocess_name, served.classifier_name],
+        "classes": len(served.bundle.class_names),
+        "preprocess": served.bundle.preprocess.to_dict(),
+        "profile": served.profile.to_dict(),
+        "suspects": [int(index) for index in served.bundle.suspect_indices],
+        **served.provenance,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+    """Progress nobody wants to see."""

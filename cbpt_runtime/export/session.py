@@ -1,0 +1,94 @@
+"""onnxruntime sessions for one served graph, on the execution provider that was asked for or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from jaxtyping import UInt8
+
+from cbpt_runtime.errors import ConfigError, ExportError
+from cbpt_runtime.export.graph import INPUT
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    "tensorrt": ("TensorrtExecutionProvider", {}),
+}
+
+
+def open_session(
+    model: bytes | str, provider: Provider = "cpu", *, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a graph.
+
+    Args:
+        model: The file's content or path.
+        provider: Where it must run.
+        threads: Of one operator; all usable CPUs when None.
+
+    Raises:
+        ConfigError: This machine or this build of onnxruntime does not have the provider.
+        ExportError: onnxruntime refuses the graph.
+    """
+    name, options = PROVIDERS[provider]
+    if name not in onnxruntime.get_available_providers():
+        raise _provider_missing(provider, onnxruntime.get_available_providers())
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or usable_cpus()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(model, settings, providers=[(name, options)])
+    except Exception as error:  # onnxruntime raises classes of its own that share no public base
+        raise ExportError(
+            expected="a graph onnxruntime can open",
+            got=f"{type(error).__name__}: {' '.join(str(error).split()):.300}",
+            fix="Export the bundle again, with the package versions of constraints.txt.",
+        ) from error
+    if session.get_providers()[0] != name:  # onnxruntime falls back to the CPU without an error
+        raise _provider_missing(provider, session.get_providers())
+    return session
+
+
+def run_session(
+    session: onnxruntime.InferenceSession,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    *,
+    batch_size: int,
+    outputs: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """The outputs for many images, computed `batch_size` at a time; the last batch may be smaller."""
+    names = [output.name for output in session.get_outputs()] if outputs is None else list(outputs)
+    batches: list[list[Any]] = [
+        session.run(names, {INPUT: images[start : start + batch_size]})
+        for start in range(0, len(images), batch_size)
+    ]
+    return {
+        name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)
+    }
+
+
+def usable_cpus() -> int:
+    """CPUs this process may really use: the smaller of its affinity and its cgroup quota, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:  # noqa: PTH123
+            quota, period = file.read().split()
+        allowed = min(allowed, int(quota) // int(period))
+    except (OSError, ValueError):  # no cgroup v2, or the quota is 'max'
+        pass
+    return max(1, allowed)
+
+
+def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        expected=f"{PROVIDERS[provider][0]}, which the profile asks for",
+        got=f"an onnxruntime that runs on {', '.join(there)}",
+        fix="Run where it is installed (onnxruntime-gpu and a GPU), or export with --profile cpu: configs/ "
+        " holds the other targets, and `verify --provider` checks them where they will serve.",
+    )

@@ -1,0 +1,204 @@
+"""The three `config.pbtxt` of a repository, complete, written through Triton's own protobuf.
+
+``<name>`` is an ensemble: ``<name>_preprocess`` (python backend) decodes and resizes image files,
+``<name>_classifier`` runs the graph. Nothing is left to the server's auto-completion.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.export.graph import INPUT, OUTPUTS
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.export.session import usable_cpus
+
+LABELS = "labels.txt"
+WARMUP = "image"
+MAX_DECODERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the configurations of one repository have in common.
+
+    Attributes:
+        name: Of the model that takes image files.
+        bundle: What is served.
+        profile: How it is served.
+        provenance: Digests for ``parameters``, so that a running server says what it serves.
+    """
+
+    name: str
+    bundle: Bundle
+    profile: Profile
+    provenance: Mapping[str, str]
+
+    @property
+    def preprocess_name(self) -> str:
+        """Name of the model that decodes."""
+        return f"{self.name}_preprocess"
+
+    @property
+    def classifier_name(self) -> str:
+        """Name of the model that takes pixels."""
+        return f"{self.name}_classifier"
+
+    @property
+    def threads(self) -> int:
+        """Threads of one classifier instance."""
+        return self.profile.threads or max(1, usable_cpus() // self.profile.instances)
+
+
+def ensemble_config(served: Served) -> str:
+    """Configuration of ``<name>``: image files in, answers out."""
+    pb = _protobuf()
+    config = _model(served, served.name)
+    config.platform = "ensemble"
+    config.input.add(name="image", data_type=pb.TYPE_STRING, dims=[1])
+    _add_outputs(config, served)
+    decode = config.ensemble_scheduling.step.add(model_name=served.preprocess_name, model_version=-1)
+    decode.input_map["image"] = "image"
+    decode.output_map[INPUT] = "pixels"
+    classify = config.ensemble_scheduling.step.add(model_name=served.classifier_name, model_version=-1)
+    classify.input_map[INPUT] = "pixels"
+    for output in OUTPUTS:
+        classify.output_map[output] = output
+    return _text(config)
+
+
+def preprocess_config(served: Served) -> str:
+    """Configuration of ``<name>_preprocess``: image files in, pixels out."""
+    pb = _protobuf()
+    profile, preprocess = served.profile, served.bundle.preprocess
+    config = _model(served, served.preprocess_name)
+    config.backend = "python"
+    config.default_model_filename = "model.py"
+    config.input.add(name="image", data_type=pb.TYPE_STRING, dims=[1])
+    config.output.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=[*preprocess.image_size, 3])
+    decoders = profile.decoders or min(MAX_DECODERS, usable_cpus())
+    config.instance_group.add(count=decoders, kind=pb.ModelInstanceGroup.KIND_CPU)
+    _add_batching(config, profile)
+    _set(config, "preprocess", json.dumps(preprocess.to_dict()))
+    _set(config, "max_pixels", profile.max_pixels)
+    _set(config, "max_image_bytes", profile.max_image_bytes)
+    warmup = config.model_warmup.add(name="photo", batch_size=1)
+    warmup.inputs["image"].data_type = pb.TYPE_STRING
+    warmup.inputs["image"].dims.append(1)
+    warmup.inputs["image"].input_data_file = WARMUP
+    return _text(config)
+
+
+def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
+    """Configuration of ``<name>_classifier``: pixels in, answers out.
+
+    Args:
+        served: What is served, and how.
+        backend: 'onnxruntime', or 'python' for servers that do not have it.
+    """
+    pb = _protobuf()
+    profile = served.profile
+    config = _model(served, served.classifier_name)
+    config.backend = backend
+    config.default_model_filename = "model.onnx" if backend == "onnxruntime" else "model.py"
+    shape = [*served.bundle.preprocess.image_size, 3]
+    config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=shape)
+    _add_outputs(config, served, has_batch_shape=True)
+    kind = pb.ModelInstanceGroup.KIND_CPU if profile.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
+    config.instance_group.add(count=profile.instances, kind=kind)
+    _add_batching(config, profile)
+    _set(config, "provider", profile.provider)
+    _set(config, "intra_op_thread_count", served.threads)
+    _set(config, "inter_op_thread_count", 1)
+    if backend == "onnxruntime":
+        _set(config, "execution_mode", 0)
+        _add_accelerator(config, served)
+    for batch_size in sorted({1, profile.max_batch}):
+        warmup = config.model_warmup.add(name=f"batch_{batch_size}", batch_size=batch_size)
+        warmup.inputs[INPUT].data_type = pb.TYPE_UINT8
+        warmup.inputs[INPUT].dims.extend(shape)
+        warmup.inputs[INPUT].random_data = True
+    return _text(config)
+
+
+def parse_config(text: str) -> Any:
+    """The protobuf message of a `config.pbtxt`."""
+    from google.protobuf import text_format
+
+    return text_format.Parse(text, _protobuf().ModelConfig())
+
+
+def _model(served: Served, name: str) -> Any:
+    config = _protobuf().ModelConfig(name=name, max_batch_size=served.profile.max_batch)
+    config.version_policy.latest.num_versions = 1
+    for key, value in served.provenance.items():
+        _set(config, key, value)
+    return config
+
+
+def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) -> None:
+    """The three outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
+    pb = _protobuf()
+    classes = len(served.bundle.class_names)
+    for name in ("logits", "probabilities"):
+        config.output.add(name=name, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS)
+    alarm = config.output.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
+    if has_batch_shape:
+        alarm.reshape.SetInParent()
+
+
+def _add_batching(config: Any, profile: Profile) -> None:
+    policy = config.dynamic_batching.default_queue_policy
+    config.dynamic_batching.max_queue_delay_microseconds = profile.max_queue_delay_us
+    policy.timeout_action = _protobuf().ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = 1000 * profile.queue_timeout_ms
+    policy.max_queue_size = profile.max_queue_size
+
+
+def _add_accelerator(config: Any, served: Served) -> None:
+    profile = served.profile
+    if profile.provider == "cpu":
+        return
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    if profile.provider == "cuda":
+        accelerators.add(name="cuda").parameters["use_tf32"] = "0"
+        return
+    height, width = served.bundle.preprocess.image_size
+    accelerator = accelerators.add(name="tensorrt")
+    best = max(1, profile.max_batch // 2)
+    settings = {
+        "precision_mode": "FP16" if profile.precision == "fp16" else "FP32",
+        "max_workspace_size_bytes": profile.tensorrt_workspace_bytes,
+        "trt_engine_cache_enable": "true",
+        "trt_engine_cache_path": profile.tensorrt_cache,
+        "trt_timing_cache_enable": "true",
+        "trt_timing_cache_path": profile.tensorrt_cache,
+        "trt_layer_norm_fp32_fallback": "true",
+        "trt_profile_min_shapes": f"{INPUT}:1x{height}x{width}x3",
+        "trt_profile_opt_shapes": f"{INPUT}:{best}x{height}x{width}x3",
+        "trt_profile_max_shapes": f"{INPUT}:{profile.max_batch}x{height}x{width}x3",
+    }
+    for key, value in settings.items():
+        accelerator.parameters[key] = str(value)
+
+
+def _set(config: Any, name: str, value: object) -> None:
+    config.parameters[name].string_value = str(value)
+
+
+def _text(config: Any) -> str:
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config, use_index_order=False))
+
+
+def _protobuf() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # grpc's own
+        from tritonclient.grpc import model_config_pb2
+
+    return model_config_pb2

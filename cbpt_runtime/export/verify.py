@@ -1,0 +1,180 @@
+"""A repository checked again: hashes, graph, configurations, golden answers; with a bundle, parity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.export.golden import GoldenSet, read_golden
+from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.export.onnx import check_portable, read_metadata
+from cbpt_runtime.export.session import Provider, open_session, run_session
+from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.models.preprocess import Preprocess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was checked, all of it good.
+
+    Attributes:
+        repository: Its path.
+        digest: SHA-256 of its manifest.
+        files: Files hashed.
+        provider: Execution provider the golden images really ran on.
+        golden_images: Golden images answered.
+        golden_difference: Largest difference in probability or alarm.
+        parity: The gate again, when a bundle was given.
+    """
+
+    repository: str
+    digest: str
+    files: int
+    provider: str
+    golden_images: int
+    golden_difference: float
+    parity: dict[str, Any] | None
+
+
+def verify_repository(
+    path: str | Path,
+    bundle: Bundle | str | Path | None = None,
+    *,
+    provider: Provider | None = None,
+    images: str | Path | None = None,
+) -> Verification:
+    """Check a model repository.
+
+    Args:
+        path: Its folder.
+        bundle: What it was exported from; the parity gate is then run again (for float32 graphs).
+        provider: Where to run; where its profile says when None.
+        images: Labelled images for the gate; drawn pictures when None.
+
+    Raises:
+        RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
+        ConfigError: The provider is not there.
+        ExportError: A golden answer or the parity gate failed.
+    """
+    repository = read_repository(path)
+    where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
+    model = check_graph(repository)
+    check_configs(repository)
+    preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
+    golden = read_golden(repository.golden)
+    pixels = golden.pixels(preprocess)
+    _check_pixels(golden, pixels)
+    session = open_session(str(repository.graph), where)
+    outputs = run_session(session, pixels, batch_size=len(pixels))
+    difference = golden.check(outputs, where=str(repository.path))
+    return Verification(
+        repository=str(repository.path),
+        digest=repository.digest,
+        files=len(repository.manifest["files"]),
+        provider=session.get_providers()[0],
+        golden_images=len(pixels),
+        golden_difference=difference,
+        parity=None if bundle is None else _parity(repository, model, bundle, where, images),
+    )
+
+
+def check_graph(repository: Repository) -> onnx.ModelProto:
+    """Load the graph; check that it is portable and what the manifest says.
+
+    Raises:
+        RepositoryError: It is not the manifest's graph.
+        ExportError: It is not portable.
+    """
+    content = repository.graph.read_bytes()
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise _contradiction("an ONNX graph", str(error)) from error
+    check_portable(model)
+    manifest, metadata = repository.manifest, read_metadata(model)
+    problems = []
+    if hashlib.sha256(content).hexdigest() != manifest["graph_sha256"]:
+        problems.append("another graph")
+    if metadata.get("cbpt.bundle_digest") != manifest["bundle_digest"]:
+        problems.append("the graph of another bundle")
+    if len(json.loads(metadata.get("cbpt.class_names", "[]"))) != manifest["classes"]:
+        problems.append("another number of classes")
+    if problems:
+        raise _contradiction("the graph its manifest names", ", ".join(problems))
+    return model
+
+
+def check_configs(repository: Repository) -> None:
+    """Parse every configuration of the repository with Triton's own protobuf.
+
+    Raises:
+        RepositoryError: One does not parse, or belongs to another model.
+    """
+    from google.protobuf import text_format
+
+    for name in repository.manifest["models"]:
+        folder = repository.path / name
+        for file in [folder / "config.pbtxt", *sorted(folder.glob("configs/*.pbtxt"))]:
+            try:
+                config = parse_config(file.read_text(encoding="utf-8"))
+            except (OSError, text_format.ParseError) as error:
+                raise _contradiction(f"a configuration Triton can read in {file}", str(error)) from error
+            if config.name != name:
+                raise _contradiction(f"the configuration of {name} in {file}", f"that of {config.name}")
+
+
+def _check_pixels(golden: GoldenSet, pixels: Any) -> None:
+    rows = golden.answers["images"]
+    different = [
+        row["file"]
+        for row, image in zip(rows, pixels, strict=True)
+        if hashlib.sha256(image.tobytes()).hexdigest() != row["pixels_sha256"]
+    ]
+    if different:
+        raise RepositoryError(
+            expected="golden images that decode to the pixels they had at export",
+            got=f"other pixels from {', '.join(different)}",
+            fix="Install the Pillow version named in the manifest.",
+        )
+
+
+def _parity(
+    repository: Repository,
+    model: onnx.ModelProto,
+    bundle: Bundle | str | Path,
+    provider: Provider,
+    images: str | Path | None,
+) -> dict[str, Any]:
+    from cbpt_runtime.export.images import draw_gate_images, read_gate_images
+    from cbpt_runtime.export.parity import measure_parity
+    from cbpt_runtime.export.repository import MAX_GATE_IMAGES, load_served
+
+    bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    if bundle.digest != repository.manifest["bundle_digest"]:
+        raise _contradiction(f"the repository of {bundle.path}", "that of another bundle")
+    profile = repository.manifest["profile"]
+    _, classifier = load_served(bundle)
+    seen = (
+        draw_gate_images(bundle)
+        if images is None
+        else read_gate_images(Path(images), bundle, limit=MAX_GATE_IMAGES)
+    )
+    if profile["precision"] != "fp32":
+        return {"precision": profile["precision"], "note": "golden answers only: the gate is for float32"}
+    parity = measure_parity(model, classifier, seen, max_batch=profile["max_batch"], provider=provider)
+    parity.require()
+    return parity.to_dict()
+
+
+def _contradiction(expected: str, got: str) -> RepositoryError:
+    return RepositoryError(
+        expected=expected, got=got, fix="Export the bundle again with `cbpt-runtime export`."
+    )

@@ -1,0 +1,1 @@
+"""What runs inside the server. Imports neither torch nor open_clip."""

@@ -1,0 +1,110 @@
+"""The two models Triton's python backend runs: one decodes images, one classifies with onnxruntime.
+
+This file and the few it imports travel inside the model repository (see `cbpt_runtime.export.repository`),
+so a server needs numpy, Pillow and, for the classifier, onnxruntime; nothing of this package installed.
+``triton_python_backend_utils`` exists only inside the server and is imported there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+
+_OUTPUTS = ("logits", "probabilities", "alarm")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Decoder:
+    """Image files in, pixels at the model's size out: the python-backend model ``<name>_preprocess``."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Called once by Triton, with the model's configuration as JSON."""
+        parameters = _parameters(args)
+        self.preprocess = Preprocess.from_dict(json.loads(parameters["preprocess"]))
+        self.max_pixels = int(parameters["max_pixels"])
+        self.max_image_bytes = int(parameters["max_image_bytes"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request; an image that cannot be read fails its own request only."""
+        import triton_python_backend_utils as pb
+
+        responses = []
+        for request in requests:
+            files = pb.get_input_tensor_by_name(request, "image").as_numpy().ravel()
+            try:
+                pixels = self.decode([bytes(file) for file in files])
+            except ImageDataError as error:
+                failure = pb.TritonError(str(error), pb.TritonError.INVALID_ARG)
+                responses.append(pb.InferenceResponse(output_tensors=[], error=failure))
+            else:
+                responses.append(pb.InferenceResponse(output_tensors=[pb.Tensor("images", pixels)]))
+        return responses
+
+    def decode(self, files: Sequence[bytes]) -> np.ndarray:
+        """The files as uint8 [batch, height, width, 3].
+
+        Raises:
+            ImageDataError: One of them is too large or cannot be read.
+        """
+        pixels = []
+        for file in files:
+            if len(file) > self.max_image_bytes:
+                raise ImageDataError(
+                    expected=f"an image file of at most {self.max_image_bytes:,} bytes",
+                    got=f"{len(file):,}",
+                    fix="Send a smaller file.",
+                )
+            pixels.append(to_pixels(decode_image(file, max_pixels=self.max_pixels), self.preprocess))
+        return np.stack(pixels)
+
+
+class Classifier:
+    """Pixels in, answers out: ``<name>_classifier`` on servers without an ONNX Runtime backend."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Called once by Triton, with the model's configuration as JSON.
+
+        Raises:
+            RuntimeError: onnxruntime does not run on the provider the configuration asks for.
+        """
+        import onnxruntime
+
+        parameters = _parameters(args)
+        provider = _PROVIDERS[parameters["provider"]]
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = int(parameters["intra_op_thread_count"])
+        settings.inter_op_num_threads = 1
+        graph = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
+        self.session = onnxruntime.InferenceSession(str(graph), settings, providers=[provider])
+        if self.session.get_providers()[0] != provider:  # onnxruntime falls back to the CPU silently
+            raise RuntimeError(f"expected {provider}; got {self.session.get_providers()}")
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One run of the network for all requests together, one response for each."""
+        import triton_python_backend_utils as pb
+
+        batches = [pb.get_input_tensor_by_name(request, "images").as_numpy() for request in requests]
+        answers = self.classify(np.concatenate(batches))
+        ends = np.cumsum([len(batch) for batch in batches])
+        responses = []
+        for batch, end in zip(batches, ends, strict=True):
+            tensors = [pb.Tensor(name, answers[name][end - len(batch) : end]) for name in _OUTPUTS]
+            responses.append(pb.InferenceResponse(output_tensors=tensors))
+        return responses
+
+    def classify(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Logits, probabilities and the alarm of uint8 [batch, height, width, 3]."""
+        answers = self.session.run(list(_OUTPUTS), {"images": images})
+        return dict(zip(_OUTPUTS, answers, strict=True))
+
+
+def _parameters(args: Mapping[str, str]) -> dict[str, str]:
+    given = json.loads(args["model_config"])["parameters"]
+    return {name: entry["string_value"] for name, entry in given.items()}

@@ -1,0 +1,72 @@
+"""One export of the tiny bundle, shared by the tests of this area."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.export.images import GateImages, draw_gate_images
+from cbpt_runtime.export.onnx import export_onnx
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.export.repository import Exported, export_bundle, load_served
+
+
+@dataclass(frozen=True)
+class TinyExport:
+    """The graph of the tiny bundle and what it is compared with. Copy the model before changing it."""
+
+    bundle: Bundle
+    classifier: ZeroShotClassifier
+    images: GateImages
+    model: onnx.ModelProto
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_bundle: Bundle) -> TinyExport:
+    module, classifier = load_served(tiny_bundle)
+    return TinyExport(
+        bundle=tiny_bundle,
+        classifier=classifier,
+        images=draw_gate_images(tiny_bundle),
+        model=export_onnx(module, tiny_bundle),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(
+    tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    """Read only: use `copied_repository` to change it."""
+    output = tmp_path_factory.mktemp("tiny-repository") / "repository"
+    return export_bundle(
+        tiny_bundle, output, name="shapes", profile=Profile(max_batch=8), calibration=tiny_image_folder
+    )
+
+
+@pytest.fixture
+def copied_repository(tiny_repository: Exported, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_repository.path, tmp_path / "repository"))
+
+
+@pytest.fixture
+def resealed() -> Callable[[Path], None]:
+    """Returns a function that makes the manifest of a changed repository fit again, as an attacker would."""
+
+    def reseal(folder: Path) -> None:
+        import json
+
+        from cbpt_runtime.export.manifest import write_manifest
+
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").unlink()
+        summary = {k: v for k, v in manifest.items() if k not in ("files", "kind", "schema_version")}
+        write_manifest(folder, summary)
+
+    return reseal

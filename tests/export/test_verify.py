@@ -1,0 +1,107 @@
+"""Verification: an intact repository passes, every kind of tampering is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.errors import ExportError, RepositoryError
+from cbpt_runtime.export.manifest import read_repository
+from cbpt_runtime.export.repository import Exported
+from cbpt_runtime.export.verify import verify_repository
+
+
+def test_an_intact_repository_verifies(tiny_repository: Exported, tiny_bundle: Bundle) -> None:
+    found = verify_repository(tiny_repository.path, tiny_bundle)
+    assert found.digest == tiny_repository.digest
+    assert found.provider == "CPUExecutionProvider"
+    assert found.golden_images == 4
+    assert found.golden_difference <= 1e-6
+    assert found.parity is not None
+    assert found.parity["passed"]
+
+
+def test_a_changed_a_missing_and_a_new_file_are_all_named(copied_repository: Path) -> None:
+    (copied_repository / "shapes" / "config.pbtxt").write_text("name: 'other'")
+    (copied_repository / "shapes_preprocess" / "1" / "model.py").unlink()
+    (copied_repository / "shapes_classifier" / "1" / "libevil.so").touch()
+    with pytest.raises(RepositoryError) as caught:
+        verify_repository(copied_repository)
+    assert "shapes/config.pbtxt was changed" in caught.value.got
+    assert "shapes_preprocess/1/model.py is missing" in caught.value.got
+    assert "shapes_classifier/1/libevil.so is not in the manifest" in caught.value.got
+
+
+def test_a_link_is_not_a_file(copied_repository: Path) -> None:
+    labels = copied_repository / "shapes" / "labels.txt"
+    labels.rename(copied_repository.parent / "labels.txt")
+    labels.symlink_to(copied_repository.parent / "labels.txt")
+    with pytest.raises(RepositoryError, match="not a plain file"):
+        verify_repository(copied_repository)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"kind": "cbpt-runtime model repository", "schema_version": 1}']
+)
+def test_what_is_no_repository_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(RepositoryError):
+        read_repository(tmp_path)
+    with pytest.raises(RepositoryError, match="No such file"):
+        read_repository(tmp_path / "nowhere")
+
+
+def test_a_manifest_cannot_point_outside(copied_repository: Path) -> None:
+    path = copied_repository / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../secret"] = {"sha256": "0" * 64}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RepositoryError, match="leaves the repository"):
+        read_repository(copied_repository)
+
+
+def test_a_resealed_graph_fails_its_digest(copied_repository: Path, resealed: Callable[[Path], None]) -> None:
+    swap_classes(copied_repository)
+    resealed(copied_repository)
+    with pytest.raises(RepositoryError, match="another graph"):
+        verify_repository(copied_repository)
+
+
+def test_swapped_classes_fail_the_golden_answers(
+    copied_repository: Path, resealed: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap_classes(copied_repository)
+    resealed(copied_repository)
+    monkeypatch.setattr("cbpt_runtime.export.verify.check_graph", lambda _: None)
+    with pytest.raises(ExportError, match="golden answers"):
+        verify_repository(copied_repository)
+
+
+def test_a_configuration_triton_cannot_read_is_named(
+    copied_repository: Path, resealed: Callable[[Path], None]
+) -> None:
+    (copied_repository / "shapes_classifier" / "configs" / "cpu.pbtxt").write_text("max_batch: 3")
+    resealed(copied_repository)
+    with pytest.raises(RepositoryError, match=r"cpu\.pbtxt"):
+        verify_repository(copied_repository)
+
+
+def test_another_bundle_is_noticed(tiny_repository: Exported, tiny_bundle: Bundle) -> None:
+    with pytest.raises(RepositoryError, match="that of another bundle"):
+        verify_repository(tiny_repository.path, replace(tiny_bundle, digest="0" * 64))
+
+
+def swap_classes(repository: Path) -> None:
+    path = repository / "shapes_classifier" / "1" / "model.onnx"
+    model = onnx.load(path)
+    head = next(tensor for tensor in model.graph.initializer if tensor.name == "class_embeddings")
+    values = numpy_helper.to_array(head).copy()
+    head.CopyFrom(numpy_helper.from_array(values[:, [1, 0, 2]], head.name))
+    onnx.save(model, path)
