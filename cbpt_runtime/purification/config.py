@@ -17,6 +17,7 @@ _POSITIVE_INTS = (
     "inversion_steps",
     "inversion_batch",
     "tuning_steps",
+    "tuning_rounds",
     "context_length",
 )
 _POSITIVE = ("suspect_p_value", "tuning_step_size", "target_weight")
@@ -37,7 +38,9 @@ class PurifyConfig:
         suspect_p_value: Bonferroni-corrected p-value below which a class is suspected.
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.
-        backdoor_weight: Weight of the backdoor-alignment loss.
+        backdoor_weight: Weight of the backdoor-alignment loss in the first round of tuning.
+        tuning_rounds: Most rounds; each doubles the weight, until held-out success is small enough.
+        success_goal: Held-out dummy-trigger success, in [0, 1], that ends the rounds.
         consistency_weight: Weight of the prompt-consistency loss.
         target_consistency: What a suspected class counts in it; others count 1.
         target_weight: What an image of a suspected class counts in the clean-alignment loss; others count 1.
@@ -56,6 +59,8 @@ class PurifyConfig:
     tuning_steps: int = 150
     tuning_step_size: float = 0.02
     backdoor_weight: float = 2.0
+    tuning_rounds: int = 3
+    success_goal: float = 0.0039
     consistency_weight: float = 1.0
     target_consistency: float = 0.01
     target_weight: float = 10.0
@@ -72,7 +77,8 @@ class PurifyConfig:
             _check(name, getattr(self, name), (int, float), 1e-12, "a number above 0")
         for name in _NON_NEGATIVE:
             _check(name, getattr(self, name), (int, float), 0, "a number of at least 0")
-        _check("label_share", self.label_share, (int, float), 0, "a number from 0 to 1", most=1)
+        for name in ("label_share", "success_goal"):
+            _check(name, getattr(self, name), (int, float), 0, "a number from 0 to 1", most=1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

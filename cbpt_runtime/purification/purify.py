@@ -227,7 +227,13 @@ def _tune(
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
-    embeddings, contexts = tune(data, config, prompts=prompts, progress=progress)
+    weight = config.backdoor_weight
+    for _ in range(config.tuning_rounds):
+        embeddings, contexts = tune(data, config, backdoor_weight=weight, prompts=prompts, progress=progress)
+        success = max(_success(evidence, index, dummies, embeddings) for index in suspected)
+        if success <= config.success_goal:
+            break
+        weight *= 2
     return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
 
 

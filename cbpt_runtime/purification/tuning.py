@@ -45,6 +45,7 @@ def tune(
     data: TuningData,
     config: PurifyConfig,
     *,
+    backdoor_weight: float,
     prompts: PromptEncoder | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
@@ -68,7 +69,7 @@ def tune(
         change = free if prompts is None or start is None else prompts.encode(free) - start
         return data.reference + confined(change, data.suspects, data.directions)
 
-    _minimise(data, config, free, embeddings, progress)
+    _minimise(data, config, backdoor_weight, free, embeddings, progress)
     return embeddings().detach(), None if prompts is None else free.detach()
 
 
@@ -90,6 +91,7 @@ def confined(
 def _minimise(
     data: TuningData,
     config: PurifyConfig,
+    backdoor_weight: float,
     free: Tensor,
     embeddings: Callable[[], Tensor],
     progress: Progress | None,
@@ -104,7 +106,7 @@ def _minimise(
         clean = clean_alignment(data.scale * data.clean @ current.T, known, weights)
         backdoor = backdoor_alignment(data.scale * data.triggered @ current.T, data.triggered_labels)
         consistency = prompt_consistency(current, data.reference, freedom)
-        loss = clean + config.backdoor_weight * backdoor + config.consistency_weight * consistency
+        loss = clean + backdoor_weight * backdoor + config.consistency_weight * consistency
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
