@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import BundleError
-from cbpt_runtime.triggers import FAMILIES
+from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
 
 def triggered_images(
@@ -24,22 +24,27 @@ def triggered_images(
     Raises:
         BundleError: A trigger of a family this version does not know.
     """
-    groups: dict[tuple[str, str], dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in bundle.triggers().items():
-        owner, family, parameter = key.rsplit("/", 2) if key.count("/") >= 2 else ("", key, "")
-        groups[owner, family][parameter] = torch.from_numpy(value)[None]
+    groups: dict[tuple[str, int], Parameters] = defaultdict(dict)
+    for name, value in bundle.triggers().items():
+        family, index, parameter = _parts(name)
+        groups[family, index][parameter] = torch.from_numpy(value)[None]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()[None] / 255
     result = []
-    for (owner, family), parameters in groups.items():
-        if family not in FAMILIES or owner not in bundle.class_names:
-            raise BundleError(
-                expected=f"dummy triggers of the bundle's classes and of {', '.join(FAMILIES)}",
-                got=f"{owner}/{family}",
-                fix="Use the version of cbpt-runtime that made the bundle.",
-            )
-        index = bundle.class_names.index(owner)
+    for (family, index), parameters in groups.items():
         if index in bundle.suspect_indices:
-            painted = FAMILIES[family].apply(parameters, pixels)[0].clamp(0, 1)
-            painted_bytes = (painted * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-            result.append((index, painted_bytes.contiguous().numpy()))
+            painted = REFINE_FAMILIES[family].apply(parameters, pixels)[0].clamp(0, 1)
+            stored = (painted * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            result.append((index, stored.contiguous().numpy()))
     return result
+
+
+def _parts(name: str) -> tuple[str, int, str]:
+    """Family, class index and parameter out of ``family.index.parameter``."""
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] not in REFINE_FAMILIES or not parts[1].isdigit():
+        raise BundleError(
+            expected=f"dummy triggers of the families {', '.join(REFINE_FAMILIES)}",
+            got=name,
+            fix="Use the version of cbpt-runtime that made the bundle.",
+        )
+    return parts[0], int(parts[1]), parts[2]

@@ -1,6 +1,6 @@
 """The golden set: a few image files and the answers expected for them, inside the repository.
 
-It lies in ``<name>/golden/``, where Triton does not look, and is what a server's self-test and `verify` use.
+It lies in ``<name>/1/golden/``, where Triton does not look. A server's self-test and `verify` use it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Repository:
     @property
     def golden(self) -> Path:
         """The folder of the golden set."""
-        return self.path / self.name / "golden"
+        return self.path / self.name / "1" / "golden"
 
 
 def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 model_repository/
     manifest.json                what it serves, and SHA-256 of every other file
     parity.json                  what the gate saw
-    <name>/                      ensemble: image files in, answers out; golden/ for self-tests
+    <name>/                      ensemble: image files in, answers out; 1/golden/ for self-tests
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
     <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
 """
@@ -211,11 +211,9 @@ def _write_whole(content: _Content, output: Path) -> str:
 
 
 def _write_ensemble(content: _Content, folder: Path) -> None:
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / ".keep").touch()  # Triton wants the version folder, copies drop empty ones
+    write_golden(content.golden, folder / "1" / GOLDEN_FOLDER)
     _write_config(folder / "config.pbtxt", triton.ensemble_config(content.served))
     _write_labels(folder, content.served.bundle)
-    write_golden(content.golden, folder / GOLDEN_FOLDER)
 
 
 def _write_preprocess(content: _Content, folder: Path) -> None:
@@ -249,6 +247,10 @@ def _write_python_model(folder: Path, kind: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((source / name).read_bytes())
     (folder / "model.py").write_text(_ENTRY.format(kind=kind), encoding="utf-8")
+    # Where a file has this name Python can neither write a cache nor be fed one that the manifest misses.
+    (folder / "__pycache__").write_text(
+        "A file on purpose: no Python caches in this folder.\n", encoding="utf-8"
+    )
 
 
 def _write_labels(folder: Path, bundle: Bundle) -> None:
