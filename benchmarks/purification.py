@@ -1,0 +1,174 @@
+"""Does purification hold? Purifies victims with unknown target and trigger and measures them before and after.
+
+    python benchmarks/purification.py --victims VICTIMS --images TINY_IMAGENET_100 --seeds 0 1 2
+
+VICTIMS holds one open_clip folder per victim, with `attack.json` and triggered test images (a folder or zip
+`test-triggered`) unless it is clean; TINY_IMAGENET_100 is a folder or zip with `train/<class>` and
+`val/<class>`. Only the measuring reads `attack.json` and the triggered images. The results file is written
+after every run, runs that are in it are kept, and the table is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbpt_runtime.bundle import read_bundle
+from cbpt_runtime.evaluation import evaluate
+from cbpt_runtime.pipeline import purify_checkpoint
+from cbpt_runtime.purification.config import PurifyConfig
+
+RESULTS = Path(__file__).parent / "results" / "purification.json"
+RATES = (
+    "clean_accuracy",
+    "attack_success_rate",
+    "attack_success_rate_inclusive",
+    "poisoned_accuracy",
+    "floor",
+    "target_recall",
+)
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--victims", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shots", type=int, nargs="+", default=[16])
+    parser.add_argument("--parameterization", choices=["prompt", "embedding"], default="prompt")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    runs: list[dict[str, Any]] = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        images = unpacked(options.images, Path(scratch) / "images")
+        names = sorted(folder.name for folder in (images / "train").iterdir())
+        classes = Path(scratch) / "classes.txt"
+        classes.write_text("\n".join(name.replace("_", " ") for name in names) + "\n")
+        victims = sorted(path.parent for path in options.victims.glob("*/attack.json"))
+        for shots in options.shots:
+            for seed in options.seeds:
+                for victim in victims:
+                    setting = {
+                        "victim": victim.name,
+                        "seed": seed,
+                        "shots": shots,
+                        "parameterization": options.parameterization,
+                    }
+                    if any(setting.items() <= run.items() for run in runs):
+                        continue
+                    runs.append(setting | measured(victim, images, classes, setting, Path(scratch)))
+                    save(options.output, runs)
+    print(table(runs))
+
+
+def measured(
+    victim: Path, images: Path, classes: Path, setting: dict[str, Any], scratch: Path
+) -> dict[str, Any]:
+    """Purifies one victim, then measures it."""
+    output = scratch / "bundle"
+    bundle = purify_checkpoint(
+        victim,
+        classes,
+        images / "train",
+        output,
+        shots=setting["shots"],
+        config=PurifyConfig(seed=setting["seed"], parameterization=setting["parameterization"]),
+        force=True,
+    )
+    attack = json.loads((victim / "attack.json").read_text())
+    target = attack.get("target")
+    triggered = None
+    if target is not None:
+        packed = victim / "test-triggered.zip"
+        triggered = unpacked(
+            packed if packed.exists() else victim / "test-triggered", scratch / f"triggered-{victim.name}"
+        )
+    result = evaluate(read_bundle(output), images / "val", triggered, target)
+    seconds = bundle.manifest["stage_seconds"]
+    return {
+        "target": target,
+        "verdict": bundle.verdict,
+        "suspects": [suspect["name"] for suspect in bundle.suspects],
+        "scores": [suspect["score"] for suspect in bundle.suspects],
+        "p_values": [suspect["p_value"] for suspect in bundle.suspects],
+        "smallest_p_value": min(bundle.manifest["evidence"]["p_values"]),
+        "target_right": [suspect["name"] for suspect in bundle.suspects] == ([] if target is None else [target]),
+        "before": rates(result.before),
+        "after": rates(result.after),
+        "alarm_auroc": result.alarm_auroc,
+        "heldout": bundle.metrics,
+        "stage_seconds": seconds,
+        "seconds": sum(seconds.values()),
+    }
+
+
+def rates(head: Any) -> dict[str, float | None]:
+    """The plain shares of one head."""
+    found = {name: getattr(head, name) for name in RATES}
+    return {name: None if rate is None else rate.rate for name, rate in found.items()}
+
+
+def unpacked(path: Path, folder: Path) -> Path:
+    """The folder itself, or a zip unpacked; steps into a single folder inside."""
+    if path.suffix == ".zip":
+        if not folder.exists():
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(folder)
+        path = folder
+    inside = [entry for entry in path.iterdir() if entry.is_dir()]
+    return inside[0] if len(inside) == 1 else path
+
+
+def save(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Writes the results with what they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+    }
+    path.write_text(json.dumps({"machine": machine, "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean over the seeds and, in brackets, the worst seed, as Markdown."""
+    head = "| victim | shots | target found | CA | ASR | PA | floor after | target recall | alarm AUROC | seconds |"
+    lines = [head, "|" + "---|" * 10]
+    for key in sorted({(run["victim"], run["shots"], run["parameterization"]) for run in runs}):
+        group = [run for run in runs if (run["victim"], run["shots"], run["parameterization"]) == key]
+        cells = [key[0], str(key[1]), f"{sum(run['target_right'] for run in group)} of {len(group)}"]
+        for name, worst in (
+            ("clean_accuracy", min),
+            ("attack_success_rate", max),
+            ("poisoned_accuracy", min),
+            ("floor", max),
+            ("target_recall", min),
+        ):
+            before = [run["before"][name] for run in group if run["before"][name] is not None]
+            after = [run["after"][name] for run in group if run["after"][name] is not None]
+            if not after:
+                cells.append("–")
+                continue
+            mean = f"{100 * statistics.mean(after):.2f} % ({100 * worst(after):.2f})"
+            cells.append(mean if name == "floor" else f"{100 * statistics.mean(before):.2f} → {mean}")
+        aurocs = [run["alarm_auroc"] for run in group if run["alarm_auroc"] is not None]
+        cells.append(f"{statistics.mean(aurocs):.4f}" if aurocs else "–")
+        cells.append(f"{statistics.median(run['seconds'] for run in group):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
