@@ -13,6 +13,8 @@ from cbpt_runtime.cli.progress import shown_progress
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported
 
+_SOURCES = {"folder": "the images of --calibration", "drawn": "drawn pictures"}
+
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
@@ -59,7 +61,7 @@ def print_exported(exported: Exported) -> None:
     print_parity(exported.parity)
     print_pairs(
         {
-            "parity": f"passed on {exported.parity['provider']}, {exported.parity['images']} images",
+            "parity": f"passed on {exported.parity['provider']}, {_SOURCES[exported.parity['images']]}",
             "repository": exported.path,
             "digest": exported.digest,
             "next": f"cbpt-runtime verify {exported.path}",
@@ -83,4 +85,10 @@ def print_parity(parity: dict[str, Any]) -> None:
         ],
     )
     if measured := parity.get("precision"):
-        print_pairs(measured)
+        print_pairs({name: _number(value) for name, value in measured.items()})
+        if measured["speed_up_batch_1"] < 1 and measured["speed_up_batch_8"] < 1:
+            print_note("note: this precision is slower than fp32 on this machine")
+
+
+def _number(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value

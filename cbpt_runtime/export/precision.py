@@ -190,13 +190,36 @@ def _nodes_after(model: onnx.ModelProto, tensor: str) -> list[str]:
 
 
 def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop what converters leave behind: shapes, and operator sets no node uses."""
+    """Put right what converters leave behind: stale shapes, casts made twice, lost order, unused sets."""
     del model.graph.value_info[:]
+    nodes = _in_order(model.graph)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     used = {node.domain or "" for node in model.graph.node}
     unused = [entry for entry in model.opset_import if entry.domain not in used]
     for entry in unused:
         model.opset_import.remove(entry)
     return model
+
+
+def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes, each after those it depends on, and each tensor computed once."""
+    makers = {name: node for node in reversed(graph.node) for name in node.output if name}
+    ordered: list[onnx.NodeProto] = []
+    done: set[str] = set()
+    stack = [value.name for value in reversed(graph.output)]
+    while stack:
+        node = makers.get(stack[-1])
+        missing = [] if node is None else [name for name in node.input if name in makers and name not in done]
+        if stack[-1] in done or node is None:
+            stack.pop()
+        elif missing:
+            stack.extend(reversed(missing))
+        else:
+            ordered.append(node)
+            done.update(node.output)
+            stack.pop()
+    return ordered
 
 
 class _Judge:

@@ -232,8 +232,10 @@ def _write_classifier(content: _Content, folder: Path) -> None:
     _write_config(folder / "config.pbtxt", triton.classifier_config(served))
     (folder / "configs").mkdir()
     for target, built_in in BUILT_IN.items():
-        other = replace(served.profile, provider=built_in.provider, instances=built_in.instances, threads=0)
-        text = triton.classifier_config(replace(served, profile=other))
+        profile = served.profile
+        if profile.provider != built_in.provider:
+            profile = replace(profile, provider=built_in.provider, instances=built_in.instances, threads=0)
+        text = triton.classifier_config(replace(served, profile=profile))
         _write_config(folder / "configs" / f"{target}.pbtxt", text)
     for_python = replace(served.profile, provider="cuda" if served.profile.provider != "cpu" else "cpu")
     text = triton.classifier_config(replace(served, profile=for_python), backend="python")

@@ -20,7 +20,6 @@ from cbpt_runtime.export.triton import parse_config
 CLASSIFIER = """\
 # Written by cbpt-runtime; `cbpt-runtime verify` checks it.
 name: "shapes_classifier"
-backend: "onnxruntime"
 version_policy {
   latest {
     num_versions: 1
@@ -51,6 +50,17 @@ output {
   data_type: TYPE_FP32
   dims: 1
   reshape {
+  }
+}
+instance_group {
+  count: 1
+  kind: KIND_CPU
+}
+default_model_filename: "model.onnx"
+dynamic_batching {
+  default_queue_policy {
+    default_timeout_microseconds: 2000000
+    max_queue_size: 256
   }
 }
 """
