@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbpt_runtime.bundle import Bundle, BundleContent, check_output, output_error, write_bundle
+from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -20,8 +21,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, re
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.report import render_report
-from cbpt_runtime.report.examples import choose_examples, with_dummy_triggers
+from cbpt_runtime.report import choose_examples, render_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ def purify_checkpoint(
 
 def _report(bundle: Bundle, split: CleanSplit) -> str:
     examples = choose_examples(split.heldout_images if len(split.heldout_images) else split.tune_images)
-    return render_report(bundle, examples=examples, triggered=with_dummy_triggers(bundle, examples))
+    return render_report(bundle, examples=examples, painted=paint_dummy_triggers(bundle, examples))
 
 
 def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:

@@ -191,7 +191,7 @@ def make_content() -> Callable[..., BundleContent]:
             "reference_embeddings": _unit_rows(generator, len(names), 8),
             "logit_scale": 100.0,
             "encoder": {"conv1.weight": generator.standard_normal((4, 3, 2, 2)).astype(np.float32)},
-            "triggers": {"banana/patch/mask": np.ones((1, 32, 32), np.float32)},
+            "triggers": {"blend.2.pattern": np.ones((3, 32, 32), np.float32)},
             "suspects": (
                 {
                     "index": len(names) - 1,

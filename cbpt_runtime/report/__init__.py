@@ -15,7 +15,11 @@ from jaxtyping import UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.dummies import Painted
 from cbpt_runtime.report.figures import picture_uri, score_plot_uri
+
+_GREY = 128
+_MOST_TRIGGERS = 6  # rows of pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,18 +30,27 @@ class Picture:
     caption: str
 
 
+def choose_examples(
+    images: UInt8[np.ndarray, "batch height width 3"], count: int = 5
+) -> UInt8[np.ndarray, "examples height width 3"]:
+    """A plain grey image, which shows a trigger bare, then images evenly spread over those given."""
+    grey = np.full((1, *images.shape[1:]), _GREY, np.uint8)
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    return np.concatenate([grey, images[chosen]])
+
+
 def render_report(
     bundle: Bundle,
     *,
     examples: UInt8[np.ndarray, "examples height width 3"] | None = None,
-    triggered: Mapping[str, UInt8[np.ndarray, "examples height width 3"]] | None = None,
+    painted: Sequence[Painted] = (),
 ) -> str:
     """The text of ``report.html``.
 
     Args:
         bundle: What to report on.
         examples: A few clean images at the model's size.
-        triggered: The same images with each dummy trigger, by its title.
+        painted: The same images with each dummy trigger.
 
     Returns:
         One self-contained HTML page.
@@ -56,7 +69,7 @@ def render_report(
         names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
-        rows=_picture_rows(examples, triggered or {}),
+        rows=_picture_rows(bundle, examples, painted),
     )
 
 
@@ -69,14 +82,17 @@ def _score_plot(bundle: Bundle) -> str | None:
 
 
 def _picture_rows(
+    bundle: Bundle,
     examples: UInt8[np.ndarray, "examples height width 3"] | None,
-    triggered: Mapping[str, UInt8[np.ndarray, "examples height width 3"]],
+    painted: Sequence[Painted],
 ) -> list[tuple[str, list[Picture]]]:
     """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
-    if examples is None or not triggered:
+    if examples is None or not painted:
         return []
-    rows = [("clean", "clean held-out image", examples)]
-    rows += [(title, f"the image above with the {title}", images) for title, images in triggered.items()]
+    rows = [("clean", "clean image", examples)]
+    for dummy in painted[:_MOST_TRIGGERS]:
+        title = f"{dummy.family} trigger for {bundle.class_names[dummy.target]}"
+        rows.append((title, f"the image above with the {title}", dummy.images))
     return [
         (title, [Picture(uri=picture_uri(image), caption=caption) for image in images])
         for title, caption, images in rows

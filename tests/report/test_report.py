@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cbpt_runtime.bundle import BundleContent, write_bundle
-from cbpt_runtime.report import render_report
-from cbpt_runtime.report.examples import choose_examples, with_dummy_triggers
+from cbpt_runtime.dummies import Painted
+from cbpt_runtime.report import choose_examples, render_report
 from cbpt_runtime.report.figures import picture_uri, score_plot_uri
-from cbpt_runtime.triggers import REFINE_FAMILIES
 
 MakeContent = Callable[..., BundleContent]
 EXAMPLES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+PAINTED = [Painted(family="mask", target=2, images=255 - EXAMPLES)]
 
 
 class Page(HTMLParser):
@@ -68,7 +67,7 @@ def test_a_clean_verdict_suspects_nobody_and_claims_no_proof(
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path, make_content: MakeContent) -> None:
-    html = render(tmp_path, make_content(), examples=EXAMPLES, triggered={"banana": EXAMPLES})
+    html = render(tmp_path, make_content(), examples=EXAMPLES, painted=PAINTED)
     page = Page(html)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
@@ -79,7 +78,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path, make_content: M
 
 
 def test_every_picture_says_what_it_shows(tmp_path: Path, make_content: MakeContent) -> None:
-    page = Page(render(tmp_path, make_content(), examples=EXAMPLES, triggered={"banana": EXAMPLES}))
+    page = Page(render(tmp_path, make_content(), examples=EXAMPLES, painted=PAINTED))
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
 
 
@@ -88,7 +87,7 @@ def test_hostile_names_stay_text(tmp_path: Path, make_content: MakeContent) -> N
     content = make_content(
         ("cat", "dog", name), metrics={name: 1.0}, triggers={name: np.ones((1, 8, 8), np.float32)}
     )
-    html = render(tmp_path, content, examples=EXAMPLES, triggered={name: EXAMPLES})
+    html = render(tmp_path, content, examples=EXAMPLES, painted=PAINTED)
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags}
     assert name in page.text
@@ -125,20 +124,3 @@ def test_examples_start_with_a_plain_grey_image() -> None:
     assert (chosen[0] == 128).all()
     np.testing.assert_array_equal(chosen[1:], EXAMPLES[[0, 3, 7]])
     assert len(choose_examples(EXAMPLES[:0])) == 1
-
-
-def test_dummy_triggers_are_applied_as_their_family_does(tmp_path: Path, make_content: MakeContent) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parameters = {name: family.initial(1, (32, 32), generator) for name, family in REFINE_FAMILIES.items()}
-    triggers = {
-        f"{name}.2.{key}": value[0].numpy()
-        for name, values in parameters.items()
-        for key, value in values.items()
-    }
-    bundle = write_bundle(tmp_path / "bundle", content=make_content(triggers=triggers))
-    rows = with_dummy_triggers(bundle, EXAMPLES)
-    assert list(rows) == [f"{name} trigger for banana" for name in REFINE_FAMILIES]
-    pixels = torch.from_numpy(EXAMPLES).permute(0, 3, 1, 2)[None] / 255
-    for (name, family), shown in zip(REFINE_FAMILIES.items(), rows.values(), strict=True):
-        expected = family.apply(parameters[name], pixels)[0].permute(0, 2, 3, 1).numpy() * 255
-        np.testing.assert_allclose(shown, expected, atol=0.51)
