@@ -1,22 +1,32 @@
-"""The served classifier as one torch module: uint8 pixels in; logits, probabilities and the alarm out.
+"""The served classifier as one torch module, and its export: uint8 pixels in; both heads' answers out.
 
 The maths of the heads is that of `cbpt_runtime.heads`, written in torch so that it can be exported. The two
-are compared on every export by the parity gate.
+are compared on every export by the parity gate. The same bundle and the same packages give the same bytes;
+what exporters leave in a file about the machine (source paths, stack traces) is removed.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.errors import ExportError
+from cbpt_runtime.export.onnx import FEATURES, INPUT, OUTPUTS, check_portable, describe, write_metadata
 from cbpt_runtime.models.clip import ImageEncoder
 
-INPUT = "images"
-OUTPUTS = ("logits", "probabilities", "alarm")
-FEATURES = "features"
+OPSET = 18
+MAX_SIZE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB; some room for the graph itself
+_NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")
 
 
 class ServedClassifier(nn.Module):
@@ -76,3 +86,105 @@ def alarm(
     before = probabilities(reference_logits, sigmoid=sigmoid)[:, suspects]
     after = probabilities(purified_logits, sigmoid=sigmoid)[:, suspects]
     return (before * (1 - after)).amax(dim=1)
+
+
+def check_exportable(module: nn.Module) -> None:
+    """Refuse, before any work, what cannot become one ONNX file.
+
+    Raises:
+        ExportError: The weights are larger than one file can hold.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    size_bytes = sum(4 * tensor.numel() for tensor in tensors)
+    if size_bytes > MAX_SIZE_BYTES:
+        raise ExportError(
+            expected=f"at most {MAX_SIZE_BYTES / 2**30:.2f} GiB of float32 weights, what one ONNX file holds",
+            got=f"{size_bytes / 2**30:.2f} GiB",
+            fix="Choose a smaller architecture.",
+        )
+
+
+def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
+    """Export in float32.
+
+    Args:
+        module: On the CPU, in evaluation mode.
+        bundle: What it was made from; named in the file's metadata.
+
+    Returns:
+        A checked model with one input and three outputs.
+
+    Raises:
+        ExportError: The exporter cannot express this architecture, or the result is not portable.
+    """
+    check_exportable(module)
+    example = torch.zeros((2, *bundle.preprocess.image_size, 3), dtype=torch.uint8)
+    try:
+        with _exporting(), torch.no_grad():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[*OUTPUTS, FEATURES],
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+                external_data=False,
+                verbose=False,
+            )
+            model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, torch.onnx.OnnxExporterError) as error:
+        raise ExportError(
+            expected="an image tower torch.onnx can export",
+            got=f"{type(error).__name__}: {' '.join(str(error).split()):.300}",
+            fix="Choose another architecture; export/README.md lists those that are tested.",
+        ) from error
+    _forget_origin(model)
+    _hide_features(model)
+    write_metadata(model, describe(bundle, precision="fp32"))
+    check_portable(model)
+    return model
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Attention in plain operators, and the exporters' chatter kept off stderr."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
+    torch.backends.mha.set_fastpath_enabled(False)
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _forget_origin(model: onnx.ModelProto) -> None:
+    """Remove source paths and stack traces: they differ between machines and are nobody's business."""
+    model.doc_string = ""
+    graph = model.graph
+    graph.doc_string = ""
+    graph.name = "cbpt_classifier"
+    parts: list[Any] = [
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ]
+    for part in parts:
+        part.doc_string = ""
+        del part.metadata_props[:]
+    del graph.value_info[:]
+
+
+def _hide_features(model: onnx.ModelProto) -> None:
+    kept = [value for value in model.graph.output if value.name != FEATURES]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)

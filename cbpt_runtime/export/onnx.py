@@ -1,91 +1,24 @@
-"""A served classifier as the bytes of one ONNX file: portable, deterministic, and saying what it is.
+"""The ONNX file of a served classifier: what it says about itself and what it promises. Needs no torch.
 
-Portable: opset 18, IR 10, standard operators, one file, dynamic batch. Deterministic: the same bundle and
-the same packages give the same bytes; what exporters leave in a file about the machine (source paths, stack
-traces) is removed.
+Portable: opset 18 to 20, IR at most 10, standard operators, one file, dynamic batch.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 import onnx
-import torch
-from torch import nn
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
-from cbpt_runtime.export.graph import FEATURES, INPUT, OUTPUTS, ServedClassifier
 
-OPSET = 18
+INPUT = "images"
+OUTPUTS = ("logits", "probabilities", "alarm")
+FEATURES = "features"  # a tensor inside the graph
 MAX_IR_VERSION = 10
-MAX_SIZE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB; some room for the graph itself
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "timm")
-_NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")
-
-
-def check_exportable(module: nn.Module) -> None:
-    """Refuse, before any work, what cannot become one ONNX file.
-
-    Raises:
-        ExportError: The weights are larger than one file can hold.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    size_bytes = sum(4 * tensor.numel() for tensor in tensors)
-    if size_bytes > MAX_SIZE_BYTES:
-        raise ExportError(
-            expected=f"at most {MAX_SIZE_BYTES / 2**30:.2f} GiB of float32 weights, what one ONNX file holds",
-            got=f"{size_bytes / 2**30:.2f} GiB",
-            fix="Choose a smaller architecture.",
-        )
-
-
-def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
-    """Export in float32.
-
-    Args:
-        module: On the CPU, in evaluation mode.
-        bundle: What it was made from; named in the file's metadata.
-
-    Returns:
-        A checked model with one input and three outputs.
-
-    Raises:
-        ExportError: The exporter cannot express this architecture, or the result is not portable.
-    """
-    check_exportable(module)
-    example = torch.zeros((2, *bundle.preprocess.image_size, 3), dtype=torch.uint8)
-    try:
-        with _exporting(), torch.no_grad():
-            program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[*OUTPUTS, FEATURES],
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
-                external_data=False,
-                verbose=False,
-            )
-            model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, torch.onnx.OnnxExporterError) as error:
-        raise ExportError(
-            expected="an image tower torch.onnx can export",
-            got=f"{type(error).__name__}: {' '.join(str(error).split()):.300}",
-            fix="Choose another architecture; export/README.md lists those that are tested.",
-        ) from error
-    _forget_origin(model)
-    _hide_features(model)
-    write_metadata(model, describe(bundle, precision="fp32"))
-    check_portable(model)
-    return model
 
 
 def describe(bundle: Bundle, *, precision: str) -> dict[str, str]:
@@ -163,47 +96,3 @@ def check_portable(model: onnx.ModelProto) -> None:
             got="; ".join(problems),
             fix="Install the package versions of constraints.txt.",
         )
-
-
-@contextmanager
-def _exporting() -> Iterator[None]:
-    """Attention in plain operators, and the exporters' chatter kept off stderr."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    torch.backends.mha.set_fastpath_enabled(False)
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def _forget_origin(model: onnx.ModelProto) -> None:
-    """Remove source paths and stack traces: they differ between machines and are nobody's business."""
-    model.doc_string = ""
-    graph = model.graph
-    graph.doc_string = ""
-    graph.name = "cbpt_classifier"
-    parts: list[Any] = [
-        graph,
-        *graph.node,
-        *graph.input,
-        *graph.output,
-        *graph.value_info,
-        *graph.initializer,
-    ]
-    for part in parts:
-        part.doc_string = ""
-        del part.metadata_props[:]
-    del graph.value_info[:]
-
-
-def _hide_features(model: onnx.ModelProto) -> None:
-    kept = [value for value in model.graph.output if value.name != FEATURES]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)

@@ -18,9 +18,8 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
 from cbpt_runtime.errors import ExportError
-from cbpt_runtime.export.graph import FEATURES
 from cbpt_runtime.export.images import GateImages
-from cbpt_runtime.export.onnx import to_bytes, with_features
+from cbpt_runtime.export.onnx import FEATURES, to_bytes, with_features
 from cbpt_runtime.export.session import Provider, open_session, run_session
 
 COSINE_TOLERANCE = 1e-5

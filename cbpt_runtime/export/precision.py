@@ -17,10 +17,16 @@ from jaxtyping import Float, UInt8
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
-from cbpt_runtime.export.dummies import triggered_images
-from cbpt_runtime.export.graph import FEATURES, INPUT
 from cbpt_runtime.export.images import GateImages
-from cbpt_runtime.export.onnx import check_portable, describe, to_bytes, with_features, write_metadata
+from cbpt_runtime.export.onnx import (
+    FEATURES,
+    INPUT,
+    check_portable,
+    describe,
+    to_bytes,
+    with_features,
+    write_metadata,
+)
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.types import Progress
@@ -232,6 +238,8 @@ class _Judge:
             raise ExportError(expected="labelled images", got="drawn pictures", fix="Give --calibration.")
         self._profile = profile
         self._pixels, self._labels = images.pixels[seen:], images.labels[seen:]
+        from cbpt_runtime.export.dummies import triggered_images  # with torch; the rest here needs none
+
         self._triggered = triggered_images(bundle, self._pixels)
         self._model = model
         self._before = self._answers(model)

@@ -30,10 +30,10 @@ from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ConfigError, OutputError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
-from cbpt_runtime.export.graph import ServedClassifier
+from cbpt_runtime.export.graph import ServedClassifier, export_onnx
 from cbpt_runtime.export.images import draw_gate_images, read_gate_images
 from cbpt_runtime.export.manifest import PARITY, write_manifest
-from cbpt_runtime.export.onnx import export_onnx, to_bytes
+from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
 from cbpt_runtime.export.session import Provider, open_session, run_session

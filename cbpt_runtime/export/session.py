@@ -11,7 +11,7 @@ import onnxruntime
 from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ConfigError, ExportError
-from cbpt_runtime.export.graph import INPUT
+from cbpt_runtime.export.onnx import INPUT
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {

@@ -12,8 +12,8 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import GateImages, draw_gate_images
-from cbpt_runtime.export.onnx import export_onnx
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import Exported, export_bundle, load_served
 

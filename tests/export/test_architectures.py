@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
-from cbpt_runtime.export.onnx import export_onnx
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.models.architecture import build_model

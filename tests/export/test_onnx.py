@@ -15,7 +15,8 @@ import torch
 from cbpt_runtime import heads
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
-from cbpt_runtime.export.onnx import check_exportable, check_portable, export_onnx, read_metadata, to_bytes
+from cbpt_runtime.export.graph import check_exportable, export_onnx
+from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.repository import Exported, load_served
 from cbpt_runtime.export.session import open_session, run_session
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +107,14 @@ def swap_classes(repository: Path) -> None:
     values = numpy_helper.to_array(head).copy()
     head.CopyFrom(numpy_helper.from_array(values[:, [1, 0, 2]], head.name))
     onnx.save(model, path)
+
+
+def test_verifying_without_a_bundle_needs_no_torch(tiny_repository: Exported) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['open_clip'] = None\n"
+        "from cbpt_runtime.export.verify import verify_repository\n"
+        "print(verify_repository(sys.argv[1]).golden_images)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_repository.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "4\n", done.stderr
