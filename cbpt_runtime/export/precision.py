@@ -238,9 +238,9 @@ class _Judge:
             raise ExportError(expected="labelled images", got="drawn pictures", fix="Give --calibration.")
         self._profile = profile
         self._pixels, self._labels = images.pixels[seen:], images.labels[seen:]
-        from cbpt_runtime.export.dummies import triggered_images  # with torch; the rest here needs none
+        from cbpt_runtime.dummies import paint_dummy_triggers  # with torch; the rest here needs none
 
-        self._triggered = triggered_images(bundle, self._pixels)
+        self._triggered = paint_dummy_triggers(bundle, self._pixels)
         self._model = model
         self._before = self._answers(model)
 
@@ -270,10 +270,10 @@ class _Judge:
         batch = min(32, self._profile.max_batch)
         logits = run_session(session, self._pixels, batch_size=batch, outputs=["logits"])["logits"]
         success = 0.0
-        for target, pixels in self._triggered:
-            others = pixels[self._labels != target]
+        for painted in self._triggered:
+            others = painted.images[self._labels != painted.target]
             found = run_session(session, others, batch_size=batch, outputs=["logits"])["logits"]
-            success = max(success, float((found.argmax(axis=1) == target).mean()))
+            success = max(success, float((found.argmax(axis=1) == painted.target).mean()))
         labels = logits.argmax(axis=1)
         return {"labels": labels, "accuracy": float((labels == self._labels).mean()), "success": success}
 

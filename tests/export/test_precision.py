@@ -6,10 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.errors import BundleError, ExportError
+from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import precision
-from cbpt_runtime.export.dummies import triggered_images
 from cbpt_runtime.export.images import GateImages
 from cbpt_runtime.export.onnx import check_portable, read_metadata
 from cbpt_runtime.export.precision import reduce_precision
@@ -64,22 +62,3 @@ def test_a_variant_that_is_worse_is_refused(
     monkeypatch.setattr(precision, "to_fp16", ruined)
     with pytest.raises(ExportError, match=r"fp16 within 0\.5% of float32's clean accuracy"):
         reduce_precision(tiny_export.model, tiny_export.bundle, labelled, Profile(precision="fp16"))
-
-
-def test_dummy_triggers_of_suspects_are_painted(tiny_export, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = {
-        "mask.2.mask": np.ones((1, 32, 32), np.float32),
-        "mask.2.pattern": np.full((3, 32, 32), 0.5, np.float32),
-        "mask.0.mask": np.ones((1, 32, 32), np.float32),
-        "mask.0.pattern": np.zeros((3, 32, 32), np.float32),
-    }
-    monkeypatch.setattr(Bundle, "triggers", lambda _: stored)
-    ((target, images),) = triggered_images(tiny_export.bundle, tiny_export.images.pixels[:2])
-    assert target == 2  # class 0 is not suspected
-    assert np.unique(images).tolist() == [128]
-
-
-def test_a_dummy_trigger_nobody_knows_is_an_error(tiny_export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bundle, "triggers", lambda _: {"sparkle.2.size": np.ones(1, np.float32)})
-    with pytest.raises(BundleError, match=r"got sparkle\.2\.size"):
-        triggered_images(tiny_export.bundle, tiny_export.images.pixels[:2])
