@@ -239,7 +239,7 @@ def _train_step(
     bias: Tensor | None = getattr(clip.model, "logit_bias", None)
     loss = contrastive_loss(image_features.float(), text_features.float(), scale.exp(), bias)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     with torch.no_grad():
         scale.clamp_(0, MAX_LOGIT_SCALE)
