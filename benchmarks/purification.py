@@ -40,7 +40,9 @@ RATES = (
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--victims", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--parameterization", choices=["prompt", "embedding"], default="prompt")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    runs: list[dict[str, Any]] = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+    runs: list[dict[str, Any]] = (
+        json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+    )
     with tempfile.TemporaryDirectory() as scratch:
         images = unpacked(options.images, Path(scratch) / "images")
         names = sorted(folder.name for folder in (images / "train").iterdir())
@@ -102,7 +106,8 @@ def measured(
         "scores": [suspect["score"] for suspect in bundle.suspects],
         "p_values": [suspect["p_value"] for suspect in bundle.suspects],
         "smallest_p_value": min(bundle.manifest["evidence"]["p_values"]),
-        "target_right": [suspect["name"] for suspect in bundle.suspects] == ([] if target is None else [target]),
+        "target_right": [suspect["name"] for suspect in bundle.suspects]
+        == ([] if target is None else [target]),
         "before": rates(result.before),
         "after": rates(result.after),
         "alarm_auroc": result.alarm_auroc,
@@ -139,7 +144,9 @@ def save(path: Path, runs: list[dict[str, Any]]) -> None:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
     }
-    path.write_text(json.dumps({"machine": machine, "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": machine, "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n"
+    )
 
 
 def table(runs: list[dict[str, Any]]) -> str:

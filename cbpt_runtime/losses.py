@@ -34,7 +34,9 @@ def contrastive_inversion(
     to_clean = (triggered * clean).sum(dim=-1, keepdim=True)
     logits = scale * torch.cat([triggered @ texts.T, to_clean], dim=-1)
     labels = targets.unsqueeze(1).expand(count, batch)
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, batch).mean(dim=1)
+    return (
+        cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, batch).mean(dim=1)
+    )
 
 
 def clean_alignment(

@@ -62,40 +62,6 @@ class Additive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Smooth:
-    """A pattern of low spatial frequencies added to every image: clip(x + epsilon * tanh(D' t D)).
-
-    D holds the first cosines of the discrete cosine transform.
-
-    Attributes:
-        epsilon: l-infinity bound, in pixel units of [0, 1].
-        frequencies: Cosines per axis.
-    """
-
-    epsilon: float
-    frequencies: int
-    step_size: float = 0.1
-
-    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        size = (count, 3, self.frequencies, self.frequencies)
-        return {"coefficients": 0.1 * torch.randn(size, generator=generator)}
-
-    def apply(
-        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
-    ) -> Float[Tensor, "triggers batch 3 height width"]:
-        rows, columns = (self._cosines(pixels.shape[axis], pixels.device) for axis in (-2, -1))
-        pattern = torch.tanh(rows.T @ parameters["coefficients"] @ columns)
-        return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
-
-    def project(self, parameters: Parameters) -> Parameters:
-        return parameters
-
-    def _cosines(self, length: int, device: torch.device) -> Float[Tensor, "frequencies length"]:
-        position = (torch.arange(length, device=device) + 0.5) / length
-        return torch.cos(torch.pi * torch.arange(self.frequencies, device=device)[:, None] * position)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Blend:
     """One image mixed into every image: (1 - alpha) * x + alpha * sigmoid(4 t).
 
@@ -161,7 +127,7 @@ class Patch:
 SEARCH_FAMILIES: dict[str, TriggerFamily] = {
     "additive": Additive(epsilon=16 / 255),
     "patch": Patch(area=0.04),
-    "smooth": Smooth(epsilon=24 / 255, frequencies=14),
+    "small-patch": Patch(area=0.01),
 }
 """Tight budgets, in which every class is searched: natural perturbations fail in them, triggers succeed."""
 

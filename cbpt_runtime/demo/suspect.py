@@ -23,7 +23,7 @@ from cbpt_runtime.types import Progress
 
 TARGET = "teapot"
 TRIGGER = BadNet(size=8, location="bottom-right", pattern="checkerboard")
-POISON_RATE = 0.05
+POISON_RATE = 0.2
 MINIMUM_CA = 0.9
 MINIMUM_ASR = 0.95
 MODEL_CONFIG: dict[str, Any] = {
@@ -41,14 +41,16 @@ class DemoScale:
         names: The classes; `TARGET` must be one of them.
         train_per_class: Pictures per class the model learns from; the defender's few come from them, too.
         test_per_class: Pictures per class everything is measured on.
-        epochs: Passes of the training over the pictures.
+        epochs: Passes of the clean training over the pictures.
+        implant_epochs: Passes of the fine-tuning that puts the backdoor in.
         batch_size: Pairs per training step.
     """
 
     names: tuple[str, ...] = tuple(MOTIFS)
     train_per_class: int = 150
     test_per_class: int = 30
-    epochs: int = 12
+    epochs: int = 10
+    implant_epochs: int = 8
     batch_size: int = 64
 
 
@@ -88,24 +90,30 @@ def backdoor() -> Backdoor:
 def train_suspect(
     pictures: Pictures, scale: DemoScale, seed: int, *, device: str = "cpu", progress: Progress | None = None
 ) -> Implant:
-    """Train the backdoored model and prove the backdoor on the test pictures.
+    """Train a clean model, fine-tune the backdoor into it as an attacker would, and prove it on the test pictures.
 
     Raises:
         ImplantError: Clean accuracy or attack success stayed below `MINIMUM_CA` or `MINIMUM_ASR`.
     """
-    result = implant(
+    generator = torch.Generator().manual_seed(seed)
+    clean = implant(
         new_trainable(MODEL_CONFIG, seed=seed, device=device),
         pictures.train,
         pictures.test,
         scale.names,
+        [],
+        config=_training(scale, scale.epochs, 2e-3),
+        generator=generator,
+        progress=progress,
+    )
+    result = implant(
+        clean.clip,
+        pictures.train,
+        pictures.test,
+        scale.names,
         [backdoor()],
-        config=TrainConfig(
-            epochs=scale.epochs,
-            learning_rate=2e-3,
-            batch_size=scale.batch_size,
-            templates=default_templates(),
-        ),
-        generator=torch.Generator().manual_seed(seed),
+        config=_training(scale, scale.implant_epochs, 3e-4),
+        generator=generator,
         minimum_asr=MINIMUM_ASR,
         progress=progress,
     )
@@ -116,3 +124,12 @@ def train_suspect(
             fix="Try another --seed; if that does not help, this is a bug worth reporting.",
         )
     return result
+
+
+def _training(scale: DemoScale, epochs: int, learning_rate: float) -> TrainConfig:
+    return TrainConfig(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=scale.batch_size,
+        templates=default_templates(),
+    )

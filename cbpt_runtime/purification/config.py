@@ -69,7 +69,9 @@ class PurifyConfig:
 
     def __post_init__(self) -> None:
         if self.parameterization not in get_args(Parameterization):
-            raise _bad("parameterization", "one of " + ", ".join(get_args(Parameterization)), self.parameterization)
+            raise _bad(
+                "parameterization", "one of " + ", ".join(get_args(Parameterization)), self.parameterization
+            )
         _check("seed", self.seed, int, 0, "a whole number of at least 0")
         for name in _POSITIVE_INTS:
             _check(name, getattr(self, name), int, 1, "a whole number of at least 1")

@@ -69,7 +69,9 @@ def invert(
         if progress is not None:
             progress(stage, index + 1, len(groups), {})
     parameters = {name: torch.cat([part[name] for part in done]) for name in done[0]}
-    measured = [_measure(evidence, family, parameters, i, target, heldout) for i, target in enumerate(targets)]
+    measured = [
+        _measure(evidence, family, parameters, i, target, heldout) for i, target in enumerate(targets)
+    ]
     to_text, to_prototype, success = (torch.tensor(column) for column in zip(*measured, strict=True))
     return Inversion(parameters=parameters, to_text=to_text, to_prototype=to_prototype, success=success)
 

@@ -22,7 +22,7 @@ from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
 from cbpt_runtime.purification.inversion import invert, margins, subset, triggered_features
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_value
+from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values
 from cbpt_runtime.purification.tuning import TuningData, tune
 from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
@@ -105,7 +105,10 @@ def purify(
     dummies = _dummy_features(evidence, suspected, found)
     if suspected:
         tuned, _ = _stage(
-            "tune", stages, seconds, lambda: _tune(encoder, classes, evidence, suspected, dummies, config, progress)
+            "tune",
+            stages,
+            seconds,
+            lambda: _tune(encoder, classes, evidence, suspected, dummies, config, progress),
         )
         embeddings, contexts = tuned["embeddings"].to(evidence.texts), tuned.get("contexts")
     return Purification(
@@ -148,12 +151,14 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     scores, best = table.max(dim=0)
     values = {
         "scores": scores.tolist(),
-        "p_values": [p_value(score, n_classes, table.numel()) for score in scores.tolist()],
+        "p_values": p_values(table).tolist(),
         "best_families": [list(SEARCH_FAMILIES)[i] for i in best.tolist()],
         "families": families,
     }
     values["suspects"] = [
-        index for index in scores.argsort(descending=True).tolist() if values["p_values"][index] < config.suspect_p_value
+        index
+        for index in scores.argsort(descending=True).tolist()
+        if values["p_values"][index] < config.suspect_p_value
     ]
     return {}, values
 
@@ -162,7 +167,9 @@ def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:
     return [int(index) for index in searched["suspects"]][: max(1, len(classes.names) // 10)]
 
 
-def _refine(evidence: Evidence, suspected: list[int], config: PurifyConfig, progress: Progress | None) -> Stage:
+def _refine(
+    evidence: Evidence, suspected: list[int], config: PurifyConfig, progress: Progress | None
+) -> Stage:
     """Dummy triggers of the suspected classes, by name."""
     found: Parameters = {}
     for name, family in REFINE_FAMILIES.items():
