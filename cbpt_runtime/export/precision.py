@@ -28,7 +28,7 @@ from cbpt_runtime.export.onnx import (
     write_metadata,
 )
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.types import Progress
 
 MAX_CA_DROP = 0.005
@@ -37,6 +37,8 @@ CALIBRATION_IMAGES = 64
 SENSITIVITY_IMAGES = 8
 TIMED_RUNS = 9
 _QUANTISED = ("Conv", "MatMul", "Gemm")
+# onnxruntime 1.31 dies of a segmentation fault on half-precision attention scales: its NCHWc optimiser.
+_KEPT_ON_CPU = ("Mul",)
 _KEPT_IN_FP32 = ("LayerNormalization", "Softmax", "ReduceMean", "ReduceL2", "Pow", "Sqrt")
 
 
@@ -63,7 +65,7 @@ def reduce_precision(
     count = min(CALIBRATION_IMAGES, len(images.pixels) // 2)
     judge = _Judge(model, bundle, images, count, profile)
     if profile.precision == "fp16":
-        attempts: Iterator[tuple[onnx.ModelProto, list[str]]] = iter([(to_fp16(model), [])])
+        attempts: Iterator[tuple[onnx.ModelProto, list[str]]] = iter([(to_fp16(model, profile.provider), [])])
     else:
         attempts = _int8_attempts(model, images.pixels[:count], progress)
     report: dict[str, Any] = {}
@@ -83,7 +85,7 @@ def reduce_precision(
     )
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_fp16(model: onnx.ModelProto, provider: Provider = "cpu") -> onnx.ModelProto:
     """The network in half precision; norms, softmax and everything after the features stay in float32."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
@@ -92,7 +94,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     converted: onnx.ModelProto = convert_float_to_float16(
         onnx.shape_inference.infer_shapes(copy),
         keep_io_types=True,
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_FP32],
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_FP32, *(_KEPT_ON_CPU if provider == "cpu" else ())],
         node_block_list=_nodes_after(model, FEATURES),
     )
     return _tidy(converted)

@@ -51,7 +51,7 @@ def test_int8_keeps_measured_layers_in_fp32_until_it_is_good_enough(
 def test_a_variant_that_is_worse_is_refused(
     tiny_export, labelled: GateImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ruined(model: onnx.ModelProto) -> onnx.ModelProto:
+    def ruined(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         head = next(tensor for tensor in copy.graph.initializer if tensor.name == "class_embeddings")
