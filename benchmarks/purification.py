@@ -1,4 +1,4 @@
-"""Does purification hold? Purifies victims with unknown target and trigger and measures them before and after.
+"""Does purification hold? Purifies victims of unknown target and trigger, measures before and after.
 
     python benchmarks/purification.py --victims VICTIMS --images TINY_IMAGENET_100 --seeds 0 1 2
 
@@ -151,7 +151,8 @@ def save(path: Path, runs: list[dict[str, Any]]) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean over the seeds and, in brackets, the worst seed, as Markdown."""
-    head = "| victim | shots | target found | CA | ASR | PA | floor after | target recall | alarm AUROC | seconds |"
+    columns = "victim, shots, target found, CA, ASR, PA, floor after, target recall, alarm AUROC, seconds"
+    head = "| " + columns.replace(", ", " | ") + " |"
     lines = [head, "|" + "---|" * 10]
     for key in sorted({(run["victim"], run["shots"], run["parameterization"]) for run in runs}):
         group = [run for run in runs if (run["victim"], run["shots"], run["parameterization"]) == key]

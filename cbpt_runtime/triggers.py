@@ -50,14 +50,17 @@ class Additive:
     step_size: float = 0.1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting parameters, on the CPU."""
         return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
 
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images."""
         return (pixels + self.epsilon * torch.tanh(parameters["pattern"]).unsqueeze(1)).clamp(0, 1)
 
     def project(self, parameters: Parameters) -> Parameters:
+        """The parameters themselves: the formula keeps the budget."""
         return parameters
 
 
@@ -73,15 +76,18 @@ class Blend:
     step_size: float = 0.1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting parameters, on the CPU."""
         return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
 
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images."""
         pattern = torch.sigmoid(4 * parameters["pattern"]).unsqueeze(1)
         return (1 - self.alpha) * pixels + self.alpha * pattern
 
     def project(self, parameters: Parameters) -> Parameters:
+        """The parameters themselves: the formula keeps the budget."""
         return parameters
 
 
@@ -99,6 +105,7 @@ class Patch:
     step_size: float = 0.05
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting parameters, on the CPU."""
         return {
             "mask": torch.full((count, 1, *image_size), self.area),
             "pattern": torch.rand(count, 3, *image_size, generator=generator),
@@ -107,6 +114,7 @@ class Patch:
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images."""
         mask = parameters["mask"].unsqueeze(1)
         return (1 - mask) * pixels + mask * parameters["pattern"].unsqueeze(1)
 

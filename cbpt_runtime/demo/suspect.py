@@ -90,7 +90,7 @@ def backdoor() -> Backdoor:
 def train_suspect(
     pictures: Pictures, scale: DemoScale, seed: int, *, device: str = "cpu", progress: Progress | None = None
 ) -> Implant:
-    """Train a clean model, fine-tune the backdoor into it as an attacker would, and prove it on the test pictures.
+    """Train a clean model, fine-tune the backdoor into it as an attacker would, and prove the backdoor.
 
     Raises:
         ImplantError: Clean accuracy or attack success stayed below `MINIMUM_CA` or `MINIMUM_ASR`.

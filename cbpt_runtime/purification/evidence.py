@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -71,15 +72,13 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit) -> Evide
 
 
 def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:
-    """The same encoder with batch norms folded into convolutions and channels last, where that changes nothing.
+    """The same encoder, batch norms folded into convolutions and channels last, where features stay equal.
 
     Towers that have no convolution followed by its batch norm come back as they are.
     """
     state = encoder.module.state_dict()
     if not any(name.endswith("running_var") for name in state):
         return encoder
-    import copy
-
     module = copy.deepcopy(encoder.module)
     _fold(module)
     folded = ImageEncoder(module, encoder.model_config, encoder.preprocess)
@@ -89,7 +88,7 @@ def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:
         difference = (encoder.encode_images(probe) - folded.encode_images(probe)).abs().max()
     if not difference < _FUSION_TOLERANCE:
         return encoder
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)
     return folded
 
 

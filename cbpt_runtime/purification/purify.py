@@ -149,7 +149,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
         }
     table = torch.tensor([families[name]["score"] for name in SEARCH_FAMILIES])
     scores, best = table.max(dim=0)
-    values = {
+    values: dict[str, Any] = {
         "scores": scores.tolist(),
         "p_values": p_values(table).tolist(),
         "best_families": [list(SEARCH_FAMILIES)[i] for i in best.tolist()],
@@ -250,7 +250,8 @@ def _directions(suspected: list[int], dummies: list[_DummyFeatures]) -> Float[Te
     for index in suspected:
         features = torch.cat([dummy.tune for dummy in dummies if dummy.suspect == index])
         leading.append(torch.linalg.eigh(features.T @ features).eigenvectors[:, -1])
-    return torch.linalg.qr(torch.stack(leading, dim=1)).Q.T
+    basis: Tensor = torch.linalg.qr(torch.stack(leading, dim=1)).Q
+    return basis.T
 
 
 def _suspects(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,4 +43,4 @@ class StageStore:
         metadata = {"fingerprint": self._fingerprint, "values": json.dumps(values)}
         data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
         partial.write_bytes(data)  # not save_file: a full disk is then an OSError
-        os.replace(partial, path)
+        partial.replace(path)
