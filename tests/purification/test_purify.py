@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cbpt_runtime.evaluation import evaluate
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
+from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.pipeline import purify_checkpoint
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import arranged_for_speed, gather
+from cbpt_runtime.purification.purify import purify
+from cbpt_runtime.purification.stages import StageStore
+
+NAMES = ("cat", "dog", "fire truck", "banana")
+QUICK = PurifyConfig(search_steps=2, search_batch=2, inversion_steps=2, inversion_batch=2, tuning_steps=3)
+SUSPICIOUS = dataclasses.replace(QUICK, suspect_p_value=2.0)  # every class is suspect, the first is taken
+
+
+def classes() -> ClassList:
+    return ClassList(names=NAMES, templates=(("a photo of a {}.", "a {}."),) * len(NAMES))
+
+
+def clean_split(heldout: int = 2) -> CleanSplit:
+    rng = np.random.default_rng(0)
+    return CleanSplit(
+        tune_images=rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8),
+        tune_labels=np.arange(12) % 4,
+        heldout_images=rng.integers(0, 256, (4 * heldout, 32, 32, 3), dtype=np.uint8),
+        heldout_labels=np.arange(4 * heldout) % 4,
+        digest="x",
+    )
+
+
+@pytest.mark.parametrize("parameterization", ["prompt", "embedding"])
+def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameterization: str) -> None:
+    config = dataclasses.replace(SUSPICIOUS, parameterization=parameterization)
+    first = purify(tiny_encoder, classes(), clean_split(), config)
+    second = purify(tiny_encoder, classes(), clean_split(), config)
+    assert first.verdict == "backdoored"
+    assert len(first.suspects) == 1
+    assert torch.equal(first.class_embeddings, second.class_embeddings)
+    assert not torch.equal(first.class_embeddings, first.reference_embeddings)
+    assert (first.contexts is None) == (parameterization == "embedding")
+    index = first.suspects[0].index
+    assert set(first.triggers) == {
+        f"blend.{index}.pattern",
+        f"mask.{index}.mask",
+        f"mask.{index}.pattern",
+    }
+
+
+def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder) -> None:
+    config = dataclasses.replace(QUICK, suspect_p_value=1e-12)
+    result = purify(tiny_encoder, classes(), clean_split(), config)
+    assert (result.verdict, result.suspects, result.triggers) == ("clean", (), {})
+    assert torch.equal(result.class_embeddings, result.reference_embeddings)
+    assert result.metrics["heldout_ca_before"] == result.metrics["heldout_ca_after"]
+    assert len(result.evidence["scores"]) == len(NAMES)
+
+
+def test_without_held_out_images_the_tune_images_are_measured(tiny_encoder: DualEncoder) -> None:
+    result = purify(tiny_encoder, classes(), clean_split(heldout=0), QUICK)
+    assert result.metrics["heldout_images"] == 12
+
+
+def test_finished_stages_are_not_run_again(tiny_encoder: DualEncoder, tmp_path: Path) -> None:
+    store, seen = StageStore(tmp_path, "x"), []
+
+    def watch(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        seen.append(stage)
+
+    first = purify(tiny_encoder, classes(), clean_split(), SUSPICIOUS, progress=watch, stages=store)
+    assert seen
+    seen.clear()
+    again = purify(tiny_encoder, classes(), clean_split(), SUSPICIOUS, progress=watch, stages=store)
+    assert seen == []
+    assert torch.equal(first.class_embeddings, again.class_embeddings)
+    assert first.suspects == again.suspects
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "custom-text", "siglip"])
+def test_every_kind_of_tower_can_be_purified(kind: str, tiny_folder: Callable[..., Path]) -> None:
+    encoder = load_dual_encoder(read_checkpoint(tiny_folder(kind)))
+    result = purify(encoder, classes(), clean_split(), SUSPICIOUS)
+    assert result.class_embeddings.isfinite().all()
+
+
+def test_folding_batch_norms_changes_no_feature(tiny_resnet_folder: Path) -> None:
+    encoder = load_dual_encoder(read_checkpoint(tiny_resnet_folder)).image_encoder
+    fast = arranged_for_speed(encoder)
+    assert fast is not encoder
+    assert not any("running_var" in name for name in fast.module.state_dict())
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(fast.encode_images(pixels), encoder.encode_images(pixels), atol=1e-5)
+
+
+def test_prototypes_are_the_unit_means_of_clean_features(tiny_encoder: DualEncoder) -> None:
+    evidence = gather(tiny_encoder, classes(), clean_split())
+    mean = evidence.tune.features[evidence.tune.labels == 1].mean(dim=0)
+    assert torch.allclose(evidence.prototypes[1], mean / mean.norm(), atol=1e-6)
+
+
+def test_a_real_backdoor_is_named_and_stopped(shared_data: Path, tmp_path: Path) -> None:
+    victim = shared_data / "victims" / "tiny-badnet"
+    for archive in (shared_data / "data" / "tiny-imagenet-100.zip", victim / "test-triggered.zip"):
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(tmp_path / archive.stem)
+    images = tmp_path / "tiny-imagenet-100" / "tiny-imagenet-100"
+    names = sorted(folder.name for folder in (images / "train").iterdir())
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    bundle = purify_checkpoint(victim, tmp_path / "classes.txt", images / "train", tmp_path / "bundle")
+    attack = json.loads((victim / "attack.json").read_text())
+    result = evaluate(bundle, images / "val", tmp_path / "test-triggered", attack["target"])
+    assert result.suspects == (attack["target"],)
+    assert result.before.attack_success_rate is not None
+    assert result.after.attack_success_rate is not None
+    before, after = result.before.attack_success_rate.rate, result.after.attack_success_rate.rate
+    assert before is not None
+    assert after is not None
+    assert before > 0.99
+    assert after < 0.05
+    assert result.before.clean_accuracy.rate is not None
+    assert result.after.clean_accuracy.rate is not None
+    assert result.after.clean_accuracy.rate > result.before.clean_accuracy.rate - 0.015
+    assert result.alarm_auroc is not None
+    assert result.alarm_auroc > 0.95

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cbpt_runtime.purification.suspects import joint_scores, p_value, p_values, robust_z
+
+
+def test_robust_z_measures_from_the_median_in_deviations() -> None:
+    values = torch.randn(20001, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    z = robust_z(values)
+    assert z.median().item() == 0
+    assert z.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_the_t_tail_equals_tabulated_quantiles() -> None:
+    assert p_value(1.833, 10, 1) == pytest.approx(0.05, abs=2e-4)  # 95 % quantile, 9 degrees of freedom
+    assert p_value(2.365, 100, 1) == pytest.approx(0.01, abs=2e-4)  # 99 % quantile, 99 degrees
+    assert p_value(0.0, 50, 1) == pytest.approx(0.5, abs=1e-6)
+    assert p_value(0.0, 50, 10) == 1.0
+
+
+def test_a_class_whose_text_alone_is_reached_scores_highest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    to_text = torch.randn(60, generator=generator)
+    to_prototype = to_text + 0.1 * torch.randn(60, generator=generator)
+    to_text[7], to_prototype[7] = 3.0, 0.0
+    assert joint_scores(to_text, to_prototype).argmax() == 7
+
+
+def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
+    scores = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
+    assert p_values(scores).min() > 0.01
+    scores[1, 42] = 8.0
+    values = p_values(scores)
+    assert values[42] < 1e-6
+    assert (values < 0.01).sum() == 1
+
+
+def test_leading_in_every_family_tells_among_a_dozen_classes() -> None:
+    scores = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).clamp(max=1.5)
+    scores[:, 3] = 2.0
+    assert p_values(scores)[3].item() == pytest.approx(2 * 16**-2)
+    scores[0, 4] = 2.1
+    assert p_values(scores).min() > 0.05

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import torch
+
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.tuning import TuningData, confined, image_weights, trusted_probabilities, tune
+
+
+def unit(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(tensor, dim=-1)
+
+
+def backdoored() -> TuningData:
+    """Six classes; a trigger adds one direction to every feature, and class 2 has learnt that direction."""
+    generator = torch.Generator().manual_seed(0)
+    centres = unit(torch.randn(6, 16, generator=generator))
+    direction = unit(torch.randn(16, generator=generator))
+    reference = centres.clone()
+    reference[2] = unit(centres[2] + 2 * direction)
+    labels = torch.arange(6).repeat(20)
+    clean = unit(centres[labels] + 0.1 * torch.randn(120, 16, generator=generator))
+    others = labels != 2
+    return TuningData(
+        reference=reference,
+        scale=20.0,
+        clean=clean,
+        clean_labels=labels,
+        triggered=unit(clean[others] + 1.5 * direction),
+        triggered_labels=labels[others],
+        suspects=(2,),
+        directions=direction.unsqueeze(0),
+    )
+
+
+def test_tuning_gives_triggered_features_their_class_back_and_keeps_clean_ones() -> None:
+    data = backdoored()
+    before = (data.triggered @ data.reference.T).argmax(dim=1)
+    assert (before == 2).float().mean() > 0.9
+    head, contexts = tune(data, PurifyConfig(), backdoor_weight=2.0)
+    after = (data.triggered @ head.T).argmax(dim=1)
+    assert contexts is None
+    assert (after == 2).float().mean() < 0.02
+    assert (after == data.triggered_labels).float().mean() > 0.9
+    correct = (data.clean @ head.T).argmax(dim=1) == data.clean_labels
+    assert correct.float().mean() > 0.9
+
+
+def test_other_classes_move_along_the_trigger_directions_only() -> None:
+    data = backdoored()
+    head, _ = tune(data, PurifyConfig(tuning_steps=5), backdoor_weight=2.0)
+    change = head - data.reference
+    along = change @ data.directions.T @ data.directions
+    others = [0, 1, 3, 4, 5]
+    assert torch.allclose(change[others], along[others], atol=1e-6)
+    assert not torch.allclose(change[2], along[2], atol=1e-3)
+
+
+def test_confinement_leaves_suspects_free() -> None:
+    change = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    kept = confined(change, [1], torch.eye(4)[:1])
+    assert torch.equal(kept[1], change[1])
+    assert torch.equal(kept[0, 1:], torch.zeros(3))
+    assert kept[0, 0] == change[0, 0]
+
+
+def test_suspected_classes_are_not_trusted_on_images_of_others() -> None:
+    data = backdoored()
+    known = trusted_probabilities(data, label_share=0.4)
+    others = data.clean_labels != 2
+    assert torch.allclose(known.sum(dim=1), torch.ones(120), atol=1e-5)
+    assert (known[others, 2] == 0).all()
+    assert (known[~others, 2] >= 0.4).all()
+
+
+def test_images_of_suspected_classes_weigh_more() -> None:
+    assert image_weights(torch.tensor([0, 2, 1]), [2], 10.0).tolist() == [1.0, 10.0, 1.0]

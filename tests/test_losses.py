@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cbpt_runtime.losses import backdoor_alignment, clean_alignment, contrastive_inversion, prompt_consistency
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_contrastive_inversion_is_infonce_over_texts_and_the_clean_feature() -> None:
+    triggered, clean, texts = unit(2, 3, 8), unit(3, 8, seed=1), unit(5, 8, seed=2)
+    targets = torch.tensor([4, 1])
+    loss = contrastive_inversion(triggered, clean, texts, targets, scale=7.0)
+    expected = []
+    for trigger, target in enumerate(targets.tolist()):
+        rows = triggered[trigger].numpy()
+        own = (rows * clean.numpy()).sum(axis=1, keepdims=True)
+        logits = 7.0 * np.concatenate([rows @ texts.numpy().T, own], axis=1)
+        expected.append(-log_softmax(logits)[:, target].mean())
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_clean_alignment_is_a_weighted_cross_entropy() -> None:
+    logits, known = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), unit(4, 3).abs()
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    per_image = -(known.numpy() * log_softmax(logits.numpy())).sum(axis=1)
+    expected = np.average(per_image, weights=weights.numpy())
+    assert clean_alignment(logits, known, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_clean_alignment_is_least_at_what_is_known() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(4)
+    at_best = clean_alignment(logits, logits.softmax(dim=1), ones)
+    assert at_best < clean_alignment(logits + torch.tensor([1.0, 0.0, 0.0]), logits.softmax(dim=1), ones)
+
+
+def test_backdoor_alignment_falls_when_triggered_images_get_their_own_class() -> None:
+    labels = torch.tensor([0, 1])
+    assert backdoor_alignment(torch.eye(2) * 5, labels) < backdoor_alignment(torch.zeros(2, 2), labels)
+
+
+def test_prompt_consistency_weighs_squared_distances_per_class() -> None:
+    moved = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    loss = prompt_consistency(moved, torch.zeros(2, 2), torch.tensor([1.0, 0.5]))
+    assert loss.item() == pytest.approx((1 * 1.0 + 9 * 0.5) / 2)
