@@ -117,7 +117,7 @@ def test_a_file_in_the_way_is_refused_even_with_force(tmp_path):
 
 
 def test_a_model_that_learned_nothing_ends_the_demo(tmp_path):
-    with pytest.raises(ImplantError, match=r"at least 0\.95"):
+    with pytest.raises(ImplantError, match="expected"):
         run_demo(tmp_path / "demo", scale=SMALL)
     assert not (tmp_path / "demo" / "suspect-checkpoint").exists()
 
