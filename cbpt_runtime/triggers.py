@@ -119,7 +119,7 @@ class Patch:
         return (1 - mask) * pixels + mask * parameters["pattern"].unsqueeze(1)
 
     def project(self, parameters: Parameters) -> Parameters:
-        """Euclidean projection of the mask onto {0 <= m <= 1, mean(m) <= area}: shift by bisection, clip."""
+        """Projects a mask of values up to 1 onto {0 <= m <= 1, mean(m) <= area}: shift by bisection, clip."""
         mask = parameters["mask"]
         low = torch.zeros_like(mask[:, :1, :1, :1])
         high = torch.ones_like(low)
