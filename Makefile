@@ -1,5 +1,6 @@
 # make demo   the whole story on a tiny CLIP, from nothing
 # make test   what CI runs
+# make nightly  the tests that take minutes each
 # make check  lint and types only
 
 PYTHON ?= python3
@@ -10,13 +11,16 @@ comma := ,
 INSTALL = { $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e $(1) || \
 	$(BIN)/pip install -c constraints.txt -e $(1); } && touch $@
 
-.PHONY: demo test check constraints clean
+.PHONY: demo test nightly check constraints clean
 
 demo: $(VENV)/installed
 	$(BIN)/cbpt-runtime demo --force
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not nightly"
+
+nightly: $(VENV)/installed-test
+	$(BIN)/pytest -m nightly
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

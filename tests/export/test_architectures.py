@@ -72,7 +72,7 @@ def test_common_architectures_pass(name: str, tmp_path: Path) -> None:
     check(open_clip.get_model_config(name), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["ViT-L-14", "convnext_base", "MobileCLIP-S1", "ViT-B-16-SigLIP"])
 def test_larger_architectures_pass(name: str, tmp_path: Path) -> None:
     config = open_clip.get_model_config(name)

@@ -20,7 +20,7 @@ from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("victim", ["tiny-badnet", "tiny-blended", "tiny-sig"])
 def test_accuracy_and_attack_success_are_those_of_pytorch(
     victim: str, shared_data: Path, tmp_path: Path
