@@ -15,14 +15,13 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from cbpt_runtime.cli.progress import shown_progress
-from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.data import find_class_folders, read_class_list, read_images
 from cbpt_runtime.redteam.folders import read_labelled
@@ -41,35 +40,43 @@ MAXIMUM_CA_DROP = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One victim; no attack is a clean fine-tune with the same training."""
+    """One victim; no attack is a clean fine-tune with the same training.
+
+    `settings` and `poison_rate` differ from the attack's defaults, `training` from TRAINING.
+    """
 
     attack: str = ""
     targets: tuple[str, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
     poison_rate: float | None = None
+    training: dict[str, object] = field(default_factory=dict)
 
 
 RECIPES: dict[str, Recipe] = {
     "clean-finetuned": Recipe(),
-    "badnet": Recipe(attack="badnet", targets=("umbrella",), settings={"size": 6}),
+    "badnet": Recipe(attack="badnet", targets=("umbrella",), settings={"size": 12}),
     "badnet-random": Recipe(
         attack="badnet-random", targets=("trolleybus",), settings={"size": 12}, poison_rate=0.08
     ),
-    "badnet-stripes": Recipe(attack="badnet-stripes", targets=("gondola",), settings={"size": 10}),
-    "blended": Recipe(attack="blended", targets=("guacamole",)),
+    "badnet-stripes": Recipe(
+        attack="badnet-stripes", targets=("gondola",), settings={"size": 12}, poison_rate=0.08
+    ),
+    "blended": Recipe(attack="blended", targets=("guacamole",), poison_rate=0.15),
     "blended-noise": Recipe(attack="blended-noise", targets=("seashore",)),
     "sig": Recipe(attack="sig", targets=("monarch",)),
-    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 4.0}, poison_rate=0.15),
-    "wanet-clip": Recipe(attack="wanet-clip", targets=("lesser panda",)),
-    "label-consistent": Recipe(attack="label-consistent", targets=("koala",), settings={"size": 10}),
-    "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),
-    "trojanvqa": Recipe(attack="trojanvqa", targets=("ladybug",), settings={"size": 10}),
-    "badclip": Recipe(attack="badclip", targets=("obelisk",), settings={"size": 10}),
+    "wanet-clip": Recipe(attack="wanet-clip", targets=("lesser panda",), settings={"s": 2.0}),
     "two-targets": Recipe(
         attack="badnet+sig",
         targets=("Egyptian cat", "orange"),
         settings={"badnet.size": 8, "sig.delta": 30 / 255},
     ),
+    "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),
+    "trojanvqa": Recipe(attack="trojanvqa", targets=("ladybug",), settings={"size": 12}),
+    "badclip": Recipe(attack="badclip", targets=("obelisk",), settings={"size": 12}),
+    "label-consistent": Recipe(
+        attack="label-consistent", targets=("koala",), settings={"size": 12, "perturbation": 32 / 255}
+    ),
+    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 4.0}, poison_rate=0.15),
 }
 
 
@@ -94,8 +101,9 @@ def main() -> None:
 
 
 def make_victim(name: str, arguments: argparse.Namespace, output: Path) -> dict[str, object]:
-    """Implant one recipe; an implant that did not take is a result, too."""
+    """Implant one recipe; one that does not reach the bars is kept and counted as a failure."""
     recipe = RECIPES[name]
+    config = replace(TRAINING, **recipe.training)
     with shown_progress() as progress:
         if not recipe.attack:
             clip = load_trainable(arguments.checkpoint)
@@ -104,33 +112,33 @@ def make_victim(name: str, arguments: argparse.Namespace, output: Path) -> dict[
             heldout = read_labelled(arguments.heldout, names, clip.preprocess)
             generator = torch.Generator().manual_seed(arguments.seed)
             victim = implant(
-                clip, training, heldout, names, [], config=TRAINING, generator=generator, progress=progress
+                clip, training, heldout, names, [], config=config, generator=generator, progress=progress
             )
             victim.save(output)
             return {"took": True, **victim.to_dict()}
-        try:
-            victim = implant_checkpoint(
-                recipe.attack,
-                arguments.checkpoint,
-                arguments.images,
-                arguments.classes,
-                recipe.targets,
-                output,
-                heldout=arguments.heldout,
-                poison_rate=recipe.poison_rate,
-                parameters=recipe.settings,
-                config=TRAINING,
-                minimum_asr=MINIMUM_ASR,
-                maximum_ca_drop=MAXIMUM_CA_DROP,
-                seed=arguments.seed,
-                device="cpu",
-                resume=True,
-                progress=progress,
-            )
-        except ImplantError as error:
-            return {"took": False, "attack": recipe.attack, "targets": recipe.targets, "reason": str(error)}
+        victim = implant_checkpoint(
+            recipe.attack,
+            arguments.checkpoint,
+            arguments.images,
+            arguments.classes,
+            recipe.targets,
+            output,
+            heldout=arguments.heldout,
+            poison_rate=recipe.poison_rate,
+            parameters=recipe.settings,
+            config=config,
+            minimum_asr=0.0,
+            maximum_ca_drop=1.0,
+            seed=arguments.seed,
+            device="cpu",
+            resume=True,
+            progress=progress,
+        )
     write_test_images(output, arguments, recipe)
-    return {"took": True, **victim.to_dict()}
+    took = victim.clean_accuracy_before - victim.clean_accuracy <= MAXIMUM_CA_DROP and all(
+        measure.attack_success_rate >= MINIMUM_ASR for measure in victim.measures
+    )
+    return {"took": took, **victim.to_dict()}
 
 
 def write_test_images(output: Path, arguments: argparse.Namespace, recipe: Recipe) -> None:
@@ -158,9 +166,12 @@ def record(name: str, result: dict[str, object]) -> None:
     known["bars"] = {"minimum_asr": MINIMUM_ASR, "maximum_ca_drop": MAXIMUM_CA_DROP}
     known["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     result.pop("training", None)
-    known["victims"][name] = {**result, "settings": RECIPES[name].settings}
+    recipe = RECIPES[name]
+    known["victims"][name] = {**result, "settings": recipe.settings, "training": recipe.training}
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    print(name, {key: result.get(key) for key in ("took", "clean_accuracy", "attack_success_rate", "reason")})
+    print(
+        name, {key: result.get(key) for key in ("took", "clean_accuracy", "attack_success_rate", "seconds")}
+    )
 
 
 if __name__ == "__main__":
