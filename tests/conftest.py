@@ -1,14 +1,16 @@
-"""Fixtures every area may use: a tiny real CLIP on the CPU, small image folders, and the shared real data."""
+"""Fixtures every area may use: a tiny real CLIP on the CPU, image folders, shared real data, a browser."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Route
 
 TINY_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TINY_VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -155,12 +160,71 @@ def shared_data() -> Path:
     """Real data and victims, from CBPT_SHARED or beside the repository; skips loudly without them."""
     folder = Path(os.environ.get("CBPT_SHARED", Path(__file__).parents[1].parent / "shared"))
     if not (folder / "data").is_dir():
-        message = f"REAL DATA NOT TESTED: no data folder in {folder}; set CBPT_SHARED to run these tests"
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            warnings.warn(message, stacklevel=1)
-        pytest.skip(message)
+        skip_loudly(f"REAL DATA NOT TESTED: no data folder in {folder}; set CBPT_SHARED to run these tests")
     return folder
+
+
+def skip_loudly(message: str) -> NoReturn:
+    """Skips the test and leaves a warning in the summary, so that nobody mistakes it for a pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.warn(message, stacklevel=2)
+    pytest.skip(message)
+
+
+def find_browser() -> str | None:
+    """A Chromium of this machine: $CBPT_BROWSER, or what is on PATH."""
+    names = (os.environ.get("CBPT_BROWSER"), "chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; skips loudly without one.
+
+    One per module, not per session: Playwright leaves its event loop running, in which `asyncio.run` fails.
+    """
+    program = find_browser()
+    if program is None:
+        skip_loudly("PAGES NOT TESTED: no Chromium on PATH; install one or set CBPT_BROWSER to its path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def browser_page(browser: Browser) -> Iterator[Page]:
+    """An empty page of a headless browser that reaches files and this machine only.
+
+    The test fails when a script on the page failed, or the page broke its own content security policy or
+    asked for anything from elsewhere.
+    """
+    faults: list[str] = []
+
+    def keep_local(route: Route) -> None:
+        address = urlsplit(route.request.url)
+        if address.scheme in ("file", "data", "blob") or address.hostname in ("127.0.0.1", "localhost"):
+            route.continue_()
+        else:
+            faults.append(f"asked for {route.request.url}")
+            route.abort()
+
+    def hear(message: ConsoleMessage) -> None:
+        if "content security policy" in message.text.lower():
+            faults.append(message.text)
+
+    context = browser.new_context()
+    context.set_default_timeout(10_000)
+    context.route("**/*", keep_local)
+    page = context.new_page()
+    page.on("pageerror", lambda error: faults.append(f"script failed: {error}"))
+    page.on("console", hear)
+    yield page
+    context.close()
+    assert not faults, faults
 
 
 def _unit_rows(generator: np.random.Generator, rows: int, dim: int) -> np.ndarray:
