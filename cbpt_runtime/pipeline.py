@@ -7,12 +7,19 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbpt_runtime.bundle import Bundle, BundleContent, check_output, output_error, write_bundle
+from cbpt_runtime.bundle import (
+    Bundle,
+    BundleContent,
+    check_output,
+    choose_clean_images,
+    output_error,
+    write_bundle,
+)
 from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
@@ -45,6 +52,7 @@ def purify_checkpoint(
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
+    keep_images: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Turn a suspect checkpoint, class names and a few clean images into a purified classifier.
@@ -65,6 +73,8 @@ def purify_checkpoint(
         device: 'auto', 'cpu' or 'cuda'.
         force: Replace a bundle that is already at ``output``.
         resume: Continue from the finished stages of an interrupted run with the same input.
+        keep_images: Put some of the clean images into the bundle and its report, for exports to calibrate and
+            measure on, at most 640 and 96 MiB.
         progress: Told how far the work is.
 
     Returns:
@@ -95,18 +105,19 @@ def purify_checkpoint(
         result = purify(encoder, class_list, split, config, progress=progress, stages=stages)
     except OSError as error:  # nothing but the stages is written
         raise output_error(partial, error) from error
+    content = _content(suspect, encoder, class_list, split, config, result, shots=shots)
+    if keep_images:
+        content = replace(content, images=choose_clean_images(split))
     bundle = write_bundle(
-        output,
-        content=_content(suspect, encoder, class_list, split, config, result, shots=shots),
-        force=force,
-        report=lambda bundle: _report(bundle, split),
+        output, content=content, force=force, report=lambda bundle: _report(bundle, split, keep_images)
     )
     shutil.rmtree(partial, ignore_errors=True)
     return bundle
 
 
-def _report(bundle: Bundle, split: CleanSplit) -> str:
-    examples = choose_examples(split.heldout_images if len(split.heldout_images) else split.tune_images)
+def _report(bundle: Bundle, split: CleanSplit, keep_images: bool) -> str:
+    images = split.heldout_images if len(split.heldout_images) else split.tune_images
+    examples = choose_examples(images, 5 if keep_images else 0)
     return render_report(bundle, examples=examples, painted=paint_dummy_triggers(bundle, examples))
 
 

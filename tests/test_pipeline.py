@@ -108,6 +108,14 @@ def test_the_bundle_tells_where_it_comes_from(fake: FakePurify, purify_tiny: Cal
     assert names_beside(bundle.path) == ["bundle"]
 
 
+def test_the_bundle_carries_clean_images_unless_told_not_to(fake: FakePurify, purify_tiny: Callable) -> None:
+    images = purify_tiny().images()
+    assert (len(images.calibration), len(images.heldout)) == (12, 24)
+    split = fake.calls[0]["split"]
+    assert (images.heldout[0] == split.heldout_images[0]).all()
+    assert purify_tiny(keep_images=False, force=True).images() is None
+
+
 def test_seed_zero_and_seed_one_draw_different_images(
     fake: FakePurify, purify_tiny: Callable, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
+from cbpt_runtime.bundle.images import CleanImages, check_clean_images
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.preprocess import Preprocess
 
@@ -22,6 +23,7 @@ MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 ENCODER = "encoder.safetensors"
 TRIGGERS = "triggers.safetensors"
+IMAGES = "images.safetensors"
 REPORT = "report.html"
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
@@ -97,6 +99,30 @@ class Bundle:
     def triggers(self) -> dict[str, np.ndarray]:
         """The dummy triggers by name."""
         return _tensors(self.path, TRIGGERS, self.read_file(TRIGGERS))
+
+    def images(self) -> CleanImages | None:
+        """The clean images it carries; None where they were left out, and in the oldest bundles.
+
+        Raises:
+            BundleError: They are damaged or do not fit the model.
+        """
+        if IMAGES not in self.manifest["files"]:
+            return None
+        tensors = _tensors(self.path, IMAGES, self.read_file(IMAGES))
+        size, classes = self.preprocess.image_size, len(self.class_names)
+        problems = check_clean_images(tensors, image_size=size, classes=classes)
+        if problems:
+            raise BundleError(
+                expected=f"labelled images of {size[0]}×{size[1]} pixels in {self.path / IMAGES}",
+                got="; ".join(problems),
+                fix=_REMAKE,
+            )
+        return CleanImages(
+            calibration=tensors["calibration_images"],
+            calibration_labels=tensors["calibration_labels"],
+            heldout=tensors["heldout_images"],
+            heldout_labels=tensors["heldout_labels"],
+        )
 
 
 def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:

@@ -17,9 +17,11 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
+from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
     HEAD,
+    IMAGES,
     MANIFEST,
     REPORT,
     SCHEMA_VERSION,
@@ -53,6 +55,7 @@ class BundleContent:
         contexts: Learned prompt contexts where there are any.
         encoder: State dict of the image tower.
         triggers: The dummy triggers by name.
+        images: Clean images for exports; None leaves them out.
     """
 
     verdict: str
@@ -67,6 +70,7 @@ class BundleContent:
     contexts: Float[np.ndarray, "classes context dim"] | None = None
     encoder: Mapping[str, np.ndarray] = field(default_factory=dict)
     triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    images: CleanImages | None = None
     suspects: tuple[Mapping[str, Any], ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -74,12 +78,21 @@ class BundleContent:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_output(path: Path, *, force: bool = False) -> None:
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle by the looks of it, damaged or not."""
+    return (path / MANIFEST).is_file() and (path / HEAD).is_file()
+
+
+def check_output(
+    path: Path, *, force: bool = False, kind: str = "bundle", is_kind: Callable[[Path], bool] = is_bundle
+) -> None:
     """Refuse an output folder that could not be written later; called before any work is done.
 
     Args:
-        path: Where a bundle is to be written.
-        force: Whether an existing bundle may be replaced. Anything that is not a bundle never is.
+        path: Where the folder is to be written.
+        force: Whether one of the same kind that is already there may be replaced. Nothing else ever is.
+        kind: What is to be written, in words.
+        is_kind: Whether a folder is one.
 
     Raises:
         OutputError: The path exists, or its parent folder cannot be written.
@@ -89,13 +102,13 @@ def check_output(path: Path, *, force: bool = False) -> None:
             raise OutputError(
                 expected="an output path that does not exist yet",
                 got=f"{path}, which exists",
-                fix="Choose another --output, or replace the bundle there with --force.",
+                fix=f"Choose another --output, or replace the {kind} there with --force.",
             )
-        if path.is_symlink() or not (path.is_dir() and _is_replaceable(path)):
+        if path.is_symlink() or not path.is_dir() or not (is_kind(path) or not any(path.iterdir())):
             raise OutputError(
-                expected="a bundle or an empty folder to replace",
+                expected=f"a {kind} or an empty folder to replace",
                 got=f"{path}, which is something else",
-                fix="Choose another --output; --force replaces bundles only.",
+                fix=f"Choose another --output; --force replaces a {kind} only.",
             )
     nearest = next((parent for parent in path.parents if parent.exists()), path.parent)
     probe = nearest / f".{path.name}.{secrets.token_hex(4)}.probe"
@@ -104,10 +117,6 @@ def check_output(path: Path, *, force: bool = False) -> None:
         probe.rmdir()
     except OSError as error:
         raise output_error(path, error) from error
-
-
-def _is_replaceable(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or not any(path.iterdir())
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -152,7 +161,7 @@ def write_bundle(
         staging.mkdir()
         _write_files(staging, content, report)
         read_bundle(staging)
-        _move_into_place(staging, path)
+        move_into_place(staging, path)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
@@ -162,7 +171,14 @@ def write_bundle(
 
 def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle], str] | None) -> None:
     files: dict[str, dict[str, Any]] = {}
-    for name, tensors in ((HEAD, _head(content)), (ENCODER, content.encoder), (TRIGGERS, content.triggers)):
+    parts: dict[str, Mapping[str, np.ndarray]] = {
+        HEAD: _head(content),
+        ENCODER: content.encoder,
+        TRIGGERS: content.triggers,
+    }
+    if content.images is not None:
+        parts[IMAGES] = content.images.to_tensors()
+    for name, tensors in parts.items():
         ordered = {key: np.asarray(tensors[key], order="C") for key in sorted(tensors)}
         files[name] = _write(folder / name, safetensors_numpy.save(ordered))
     _write_manifest(folder, content, files)
@@ -221,7 +237,8 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _move_into_place(staging: Path, path: Path) -> None:
+def move_into_place(staging: Path, path: Path) -> None:
+    """Rename a finished folder to its name; one that is there is kept until the new one has its place."""
     if not path.exists():
         staging.rename(path)
         return

@@ -45,6 +45,9 @@ def command(
         bool, typer.Option("--resume", help="Continue an interrupted run from its last finished stage.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="Keep no clean images in the bundle: exports then need some.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
@@ -65,6 +68,7 @@ def command(
                 device=device,
                 force=force,
                 resume=resume,
+                keep_images=not no_images,
                 progress=progress,
             )
     except KeyboardInterrupt:
