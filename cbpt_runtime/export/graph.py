@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -48,20 +48,20 @@ class ServedClassifier(nn.Module):
         self.logit_bias = bundle.logit_bias
         self.suspects = list(bundle.suspect_indices)
 
-    def forward(self, images: UInt8[Tensor, "batch height width 3"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: UInt8[Tensor, "batch height width 3"]) -> tuple[Tensor, ...]:
         """Classify images at the model's own size.
 
         Returns:
-            Logits [batch, classes], probabilities [batch, classes], alarm [batch] in [0, 1], and the
-            unit-norm features [batch, dim].
+            Logits [batch, classes], probabilities [batch, classes], alarm [batch] in [0, 1], the class index
+            it speaks of [batch], and the unit-norm features [batch, dim].
         """
         pixels = images.permute(0, 3, 1, 2).float() / 255
         features = normalize(self.tower((pixels - self.mean) / self.std), dim=-1)
         logits = self._logits(features, self.class_embeddings)
         reference = self._logits(features, self.reference_embeddings)
         sigmoid = self.logit_bias is not None
-        loudest = alarm(reference, logits, self.suspects, sigmoid=sigmoid)
-        return logits, probabilities(logits, sigmoid=sigmoid), loudest, features
+        loudest, target = alarm(reference, logits, self.suspects, sigmoid=sigmoid)
+        return logits, probabilities(logits, sigmoid=sigmoid), loudest, target, features
 
     def _logits(self, features: Tensor, head: Float[Tensor, "dim classes"]) -> Float[Tensor, "batch classes"]:
         scaled = self.logit_scale * (features @ head)
@@ -79,13 +79,15 @@ def alarm(
     suspects: list[int],
     *,
     sigmoid: bool,
-) -> Float[Tensor, " batch"]:
-    """As `heads.alarm`."""
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """As `heads.alarm`, and which suspect it speaks of (its class index; -1 when nothing is suspected)."""
     if not suspects:
-        return torch.zeros_like(purified_logits[:, 0])
+        silent = torch.zeros_like(purified_logits[:, 0])
+        return silent, silent.to(torch.int64) - 1
     before = probabilities(reference_logits, sigmoid=sigmoid)[:, suspects]
     after = probabilities(purified_logits, sigmoid=sigmoid)[:, suspects]
-    return (before * (1 - after)).amax(dim=1)
+    loudest, which = (before * (1 - after)).max(dim=1)
+    return loudest, torch.tensor(suspects)[which]
 
 
 def check_exportable(module: nn.Module) -> None:
@@ -112,7 +114,7 @@ def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
         bundle: What it was made from; named in the file's metadata.
 
     Returns:
-        A checked model with one input and three outputs.
+        A checked model with one input and four outputs.
 
     Raises:
         ExportError: The exporter cannot express this architecture, or the result is not portable.

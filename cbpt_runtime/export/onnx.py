@@ -15,7 +15,7 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
 
 INPUT = "images"
-OUTPUTS = ("logits", "probabilities", "alarm")
+OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 FEATURES = "features"  # a tensor inside the graph
 MAX_IR_VERSION = 10
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "timm")

@@ -6,6 +6,7 @@ model_repository/
     <name>/                      ensemble: image files in, answers out; 1/golden/ for self-tests
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
     <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
+    <name>_alarm/                python backend: counts alarms per suspected target in Triton's metrics
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ def _write_whole(content: _Content, output: Path) -> str:
         _write_ensemble(content, staging / content.served.name)
         _write_preprocess(content, staging / content.served.preprocess_name)
         _write_classifier(content, staging / content.served.classifier_name)
+        _write_alarm(content, staging / content.served.alarm_name)
         _write_json(staging / PARITY, content.parity)
         digest = write_manifest(staging, _summary(content.served))
         staging.rename(output)
@@ -222,6 +224,11 @@ def _write_preprocess(content: _Content, folder: Path) -> None:
     warmup = content.golden.files[0]
     (folder / "warmup").mkdir()
     (folder / "warmup" / WARMUP).write_bytes(len(warmup).to_bytes(4, "little") + warmup)
+
+
+def _write_alarm(content: _Content, folder: Path) -> None:
+    _write_python_model(folder / "1", "AlarmCounter")
+    _write_config(folder / "config.pbtxt", triton.alarm_config(content.served))
 
 
 def _write_classifier(content: _Content, folder: Path) -> None:
@@ -271,7 +278,7 @@ def _write_json(path: Path, value: object) -> None:
 def _summary(served: Served) -> dict[str, Any]:
     return {
         "name": served.name,
-        "models": [served.name, served.preprocess_name, served.classifier_name],
+        "models": [served.name, served.preprocess_name, served.classifier_name, served.alarm_name],
         "classes": len(served.bundle.class_names),
         "preprocess": served.bundle.preprocess.to_dict(),
         "profile": served.profile.to_dict(),

@@ -1,7 +1,7 @@
-"""The three `config.pbtxt` of a repository, complete, written through Triton's own protobuf.
+"""The four `config.pbtxt` of a repository, complete, written through Triton's own protobuf.
 
 ``<name>`` is an ensemble: ``<name>_preprocess`` (python backend) decodes and resizes image files,
-``<name>_classifier`` runs the graph. Nothing is left to the server's auto-completion.
+``<name>_classifier`` runs the graph, ``<name>_alarm`` (python backend) counts alarms. Nothing is left to the server's auto-completion.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Served:
         return f"{self.name}_classifier"
 
     @property
+    def alarm_name(self) -> str:
+        """Name of the model that counts alarms."""
+        return f"{self.name}_alarm"
+
+    @property
     def threads(self) -> int:
         """Threads of one classifier instance."""
         return self.profile.threads or max(1, usable_cpus() // self.profile.instances)
@@ -67,7 +72,12 @@ def ensemble_config(served: Served) -> str:
     classify = config.ensemble_scheduling.step.add(model_name=served.classifier_name, model_version=-1)
     classify.input_map[INPUT] = "pixels"
     for output in OUTPUTS:
-        classify.output_map[output] = output
+        classify.output_map[output] = "uncounted_alarm" if output == "alarm" else output
+    count = config.ensemble_scheduling.step.add(model_name=served.alarm_name, model_version=-1)
+    count.input_map["alarm"] = "uncounted_alarm"
+    count.input_map["alarm_target"] = "alarm_target"
+    count.output_map["alarm"] = "alarm"
+    _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
     return _text(config)
 
 
@@ -125,6 +135,28 @@ def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
     return _text(config)
 
 
+def alarm_config(served: Served) -> str:
+    """Configuration of ``<name>_alarm``: passes the alarm on and counts it in Triton's metrics.
+
+    A model of its own because the classifier's backend may be one that runs no code of ours; a single
+    instance because it does next to nothing.
+    """
+    pb = _protobuf()
+    config = _model(served, served.alarm_name)
+    config.backend = "python"
+    config.default_model_filename = "model.py"
+    config.input.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
+    config.input.add(name="alarm_target", data_type=pb.TYPE_INT64, dims=[1])
+    config.output.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    _add_batching(config, served.profile)
+    names = served.bundle.class_names
+    _set(config, "counted_model", served.name)
+    _set(config, "suspects", json.dumps({index: names[index] for index in served.bundle.suspect_indices},
+                                        ensure_ascii=False))  # fmt: skip
+    return _text(config)
+
+
 def parse_config(text: str) -> Any:
     """The protobuf message of a `config.pbtxt`."""
     from google.protobuf import text_format
@@ -141,14 +173,15 @@ def _model(served: Served, name: str) -> Any:
 
 
 def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) -> None:
-    """The three outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
+    """The outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
     pb = _protobuf()
     classes = len(served.bundle.class_names)
     for name in ("logits", "probabilities"):
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS)
-    alarm = config.output.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
-    if has_batch_shape:
-        alarm.reshape.SetInParent()
+    for name, data_type in (("alarm", pb.TYPE_FP32), ("alarm_target", pb.TYPE_INT64)):
+        output = config.output.add(name=name, data_type=data_type, dims=[1])
+        if has_batch_shape:
+            output.reshape.SetInParent()
 
 
 def _add_batching(config: Any, profile: Profile) -> None:

@@ -1,4 +1,4 @@
-"""The two models Triton's python backend runs: one decodes images, one classifies with onnxruntime.
+"""The models Triton's python backend runs: one decodes images, one classifies with onnxruntime, one counts.
 
 This file and the few it imports travel inside the model repository (see `cbpt_runtime.export.repository`),
 so a server needs numpy, Pillow and, for the classifier, onnxruntime; nothing of this package installed.
@@ -17,7 +17,8 @@ import numpy as np
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
-_OUTPUTS = ("logits", "probabilities", "alarm")
+ALARM_THRESHOLD = 0.5
+_OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -103,6 +104,53 @@ class Classifier:
         """Logits, probabilities and the alarm of uint8 [batch, height, width, 3]."""
         answers = self.session.run(list(_OUTPUTS), {"images": images})
         return dict(zip(_OUTPUTS, answers, strict=True))
+
+
+class AlarmCounter:
+    """The alarm in, the alarm out, counted per suspected target beside Triton's own metrics: ``<name>_alarm``.
+
+    ``cbpt_images_total{model}`` counts images answered, ``cbpt_alarm_total{model,target}`` those whose alarm
+    is at least `ALARM_THRESHOLD`. Every suspected target has a counter from the start, at zero.
+    """
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Called once by Triton, with the model's configuration as JSON."""
+        import triton_python_backend_utils as pb
+
+        parameters = _parameters(args)
+        model = parameters["counted_model"]
+        self.families = [
+            pb.MetricFamily(name=name, description=description, kind=pb.MetricFamily.COUNTER)
+            for name, description in (
+                ("cbpt_images_total", "Images classified"),
+                ("cbpt_alarm_total", f"Images whose alarm is at least {ALARM_THRESHOLD}"),
+            )
+        ]
+        images, alarms = self.families
+        self.images = images.Metric(labels={"model": model})
+        self.alarms = {
+            int(index): alarms.Metric(labels={"model": model, "target": name})
+            for index, name in json.loads(parameters["suspects"]).items()
+        }
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request: the alarm it came with."""
+        import triton_python_backend_utils as pb
+
+        responses = []
+        for request in requests:
+            alarm = pb.get_input_tensor_by_name(request, "alarm").as_numpy()
+            self.count(alarm, pb.get_input_tensor_by_name(request, "alarm_target").as_numpy())
+            responses.append(pb.InferenceResponse(output_tensors=[pb.Tensor("alarm", alarm)]))
+        return responses
+
+    def count(self, alarm: np.ndarray, target: np.ndarray) -> None:
+        """Add images, and those that alarm to the target they alarm about."""
+        self.images.increment(alarm.size)
+        loud, times = np.unique(target[alarm >= ALARM_THRESHOLD], return_counts=True)
+        for index, number in zip(loud.tolist(), times.tolist(), strict=True):
+            if index in self.alarms:
+                self.alarms[index].increment(number)
 
 
 def _parameters(args: Mapping[str, str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ def test_the_graph_has_the_promised_inputs_and_outputs(tiny_export) -> None:
         "logits": ("tensor(float)", ["batch", 3]),
         "probabilities": ("tensor(float)", ["batch", 3]),
         "alarm": ("tensor(float)", ["batch"]),
+        "alarm_target": ("tensor(int64)", ["batch"]),
     }
 
 
@@ -69,7 +70,8 @@ def test_the_file_holds_no_path_of_the_machine(tiny_export) -> None:
 def test_the_alarm_of_the_graph_is_that_of_heads(suspects: list[int], sigmoid: bool) -> None:
     generator = np.random.default_rng(0)
     before, after = (10 * generator.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
-    got = graph.alarm(torch.from_numpy(before), torch.from_numpy(after), suspects, sigmoid=sigmoid)
+    got, target = graph.alarm(torch.from_numpy(before), torch.from_numpy(after), suspects, sigmoid=sigmoid)
+    assert set(target.tolist()) <= set(suspects or [-1])
     np.testing.assert_allclose(got, heads.alarm(before, after, suspects, sigmoid=sigmoid), atol=1e-6)
 
 

@@ -52,6 +52,13 @@ output {
   reshape {
   }
 }
+output {
+  name: "alarm_target"
+  data_type: TYPE_INT64
+  dims: 1
+  reshape {
+  }
+}
 instance_group {
   count: 1
   kind: KIND_CPU
@@ -76,7 +83,7 @@ def config(repository: Exported, path: str):
 
 def test_the_layout_is_the_documented_one(tiny_repository: Exported) -> None:
     assert names(tiny_repository.path) == [
-        "manifest.json", "parity.json", "shapes", "shapes_classifier", "shapes_preprocess",
+        "manifest.json", "parity.json", "shapes", "shapes_alarm", "shapes_classifier", "shapes_preprocess",
     ]  # fmt: skip
     assert names(tiny_repository.path / "shapes_classifier" / "configs") == [
         "cpu.pbtxt",
@@ -104,20 +111,25 @@ def test_every_configuration_is_complete(tiny_repository: Exported) -> None:
         parsed = parse_config(path.read_text())
         assert parsed.max_batch_size == 8
         assert parsed.input
-        assert len(parsed.output) in (1, 3)
+        assert len(parsed.output) in (1, 4)
         assert parsed.platform == "ensemble" or (parsed.backend and parsed.instance_group[0].count >= 1)
         assert parsed.parameters["bundle_digest"].string_value
         if parsed.backend:
             assert parsed.dynamic_batching.default_queue_policy.max_queue_size == 256
             assert not parsed.dynamic_batching.preferred_batch_size
-            assert parsed.model_warmup
+            assert parsed.model_warmup or parsed.name == "shapes_alarm"  # a warm-up would be counted
 
 
-def test_the_ensemble_wires_decoder_and_classifier(tiny_repository: Exported) -> None:
-    first, second = config(tiny_repository, "shapes/config.pbtxt").ensemble_scheduling.step
-    assert (first.model_name, second.model_name) == ("shapes_preprocess", "shapes_classifier")
-    assert first.output_map["images"] == second.input_map["images"]
-    assert dict(second.output_map) == {name: name for name in ("logits", "probabilities", "alarm")}
+def test_the_ensemble_wires_decoder_classifier_and_counter(tiny_repository: Exported) -> None:
+    steps = config(tiny_repository, "shapes/config.pbtxt").ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["shapes_preprocess", "shapes_classifier", "shapes_alarm"]
+    decode, classify, count = steps
+    assert decode.output_map["images"] == classify.input_map["images"]
+    assert {name: classify.output_map[name] for name in ("logits", "probabilities", "alarm_target")} == {
+        name: name for name in ("logits", "probabilities", "alarm_target")
+    }
+    assert classify.output_map["alarm"] == count.input_map["alarm"] != "alarm"
+    assert dict(count.output_map) == {"alarm": "alarm"}
 
 
 def test_targets_differ_where_they_should(tiny_repository: Exported) -> None:
@@ -165,7 +177,7 @@ sys.path.insert(0, sys.argv[1])
 import model
 print(sys.modules["cbpt_runtime"].__file__)
 """
-    for name in ("shapes_preprocess", "shapes_classifier"):
+    for name in ("shapes_preprocess", "shapes_classifier", "shapes_alarm"):
         folder = tiny_repository.path / name / "1"
         done = subprocess.run(
             [sys.executable, "-B", "-c", code, str(folder)],

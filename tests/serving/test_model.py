@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.serving.model import Classifier, Decoder
+from cbpt_runtime.serving.model import AlarmCounter, Classifier, Decoder
 
 PREPROCESS = Preprocess(image_size=(8, 8), resize_mode="squash")
 
@@ -149,13 +149,71 @@ def write_graph(path: Path) -> None:
         helper.make_node("ReduceMean", ["pixels", "axes"], ["logits"], keepdims=0),
         helper.make_node("Softmax", ["logits"], ["probabilities"]),
         helper.make_node("ReduceMax", ["probabilities", "last"], ["alarm"], keepdims=0),
+        helper.make_node("ArgMax", ["probabilities"], ["alarm_target"], axis=1, keepdims=0),
     ]
     outputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
         for name, dims in (("logits", ["batch", 3]), ("probabilities", ["batch", 3]), ("alarm", ["batch"]))
     ]
+    outputs.append(helper.make_tensor_value_info("alarm_target", TensorProto.INT64, ["batch"]))
     inputs = [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)]
     graph = helper.make_graph(nodes, "means", inputs, outputs, [axes, last])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     path.parent.mkdir(parents=True)
     onnx.save(model, path)
+
+
+class Counter:
+    """Stands in for Triton's metric."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def increment(self, value: float) -> None:
+        self.value += value
+
+
+class Family:
+    """Stands in for Triton's metric family."""
+
+    COUNTER = "counter"
+    known: ClassVar[dict[tuple[str, ...], Counter]] = {}
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        assert description
+        assert kind == self.COUNTER
+        self.name = name
+
+    def Metric(self, *, labels: dict[str, str]) -> Counter:  # noqa: N802
+        return self.known.setdefault((self.name, *labels.values()), Counter())
+
+
+def test_alarms_are_counted_per_suspected_target_and_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["triton_python_backend_utils"], "MetricFamily", Family, raising=False)
+    Family.known.clear()
+    model = AlarmCounter()
+    model.initialize(arguments({"counted_model": "shop", "suspects": json.dumps({3: "teapot", 7: "fig"})}))
+    assert {name: counter.value for name, counter in Family.known.items()} == {
+        ("cbpt_images_total", "shop"): 0,
+        ("cbpt_alarm_total", "shop", "teapot"): 0,
+        ("cbpt_alarm_total", "shop", "fig"): 0,
+    }
+    alarm, target = np.array([[0.9], [0.5], [0.49]], np.float32), np.array([[3], [7], [7]])
+    tensors = {"alarm": Tensor("alarm", alarm), "alarm_target": Tensor("alarm_target", target)}
+    first, second = model.execute([tensors, tensors])
+    np.testing.assert_array_equal(first["alarm"], alarm)
+    np.testing.assert_array_equal(second["alarm"], alarm)
+    assert {name: counter.value for name, counter in Family.known.items()} == {
+        ("cbpt_images_total", "shop"): 6,
+        ("cbpt_alarm_total", "shop", "teapot"): 2,
+        ("cbpt_alarm_total", "shop", "fig"): 2,
+    }
+
+
+def test_without_suspects_only_images_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["triton_python_backend_utils"], "MetricFamily", Family, raising=False)
+    Family.known.clear()
+    model = AlarmCounter()
+    model.initialize(arguments({"counted_model": "shop", "suspects": "{}"}))
+    model.count(np.zeros((4, 1), np.float32), np.full((4, 1), -1))
+    assert {name: counter.value for name, counter in Family.known.items()} == {("cbpt_images_total", "shop"): 4}
