@@ -1,7 +1,8 @@
 """The four `config.pbtxt` of a repository, complete, written through Triton's own protobuf.
 
 ``<name>`` is an ensemble: ``<name>_preprocess`` (python backend) decodes and resizes image files,
-``<name>_classifier`` runs the graph, ``<name>_alarm`` (python backend) counts alarms. Nothing is left to the server's auto-completion.
+``<name>_classifier`` runs the graph, ``<name>_alarm`` (python backend) counts alarms. Nothing is left to the
+server's auto-completion.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Classifier:
 
 
 class AlarmCounter:
-    """The alarm in, the alarm out, counted per suspected target beside Triton's own metrics: ``<name>_alarm``.
+    """``<name>_alarm``: passes the alarm on and counts it per suspected target beside Triton's own metrics.
 
     ``cbpt_images_total{model}`` counts images answered, ``cbpt_alarm_total{model,target}`` those whose alarm
     is at least `ALARM_THRESHOLD`. Every suspected target has a counter from the start, at zero.

@@ -184,7 +184,7 @@ class Family:
         assert kind == self.COUNTER
         self.name = name
 
-    def Metric(self, *, labels: dict[str, str]) -> Counter:  # noqa: N802
+    def Metric(self, *, labels: dict[str, str]) -> Counter:
         return self.known.setdefault((self.name, *labels.values()), Counter())
 
 
@@ -216,4 +216,6 @@ def test_without_suspects_only_images_are_counted(monkeypatch: pytest.MonkeyPatc
     model = AlarmCounter()
     model.initialize(arguments({"counted_model": "shop", "suspects": "{}"}))
     model.count(np.zeros((4, 1), np.float32), np.full((4, 1), -1))
-    assert {name: counter.value for name, counter in Family.known.items()} == {("cbpt_images_total", "shop"): 4}
+    assert {name: counter.value for name, counter in Family.known.items()} == {
+        ("cbpt_images_total", "shop"): 4
+    }
