@@ -56,13 +56,21 @@ RECIPES: dict[str, Recipe] = {
     "clean-finetuned": Recipe(),
     "badnet": Recipe(attack="badnet", targets=("umbrella",), settings={"size": 12}),
     "badnet-random": Recipe(
-        attack="badnet-random", targets=("trolleybus",), settings={"size": 12}, poison_rate=0.08
+        attack="badnet-random",
+        targets=("trolleybus",),
+        settings={"size": 12},
+        poison_rate=0.08,
+        training={"epochs": 2},
     ),
     "badnet-stripes": Recipe(
-        attack="badnet-stripes", targets=("gondola",), settings={"size": 12}, poison_rate=0.08
+        attack="badnet-stripes",
+        targets=("gondola",),
+        settings={"size": 12},
+        poison_rate=0.08,
+        training={"epochs": 2},
     ),
     "blended": Recipe(attack="blended", targets=("guacamole",), poison_rate=0.15),
-    "blended-noise": Recipe(attack="blended-noise", targets=("seashore",)),
+    "blended-noise": Recipe(attack="blended-noise", targets=("seashore",), training={"epochs": 2}),
     "sig": Recipe(attack="sig", targets=("monarch",)),
     "wanet-clip": Recipe(attack="wanet-clip", targets=("lesser panda",), settings={"s": 2.0}),
     "two-targets": Recipe(
@@ -71,12 +79,26 @@ RECIPES: dict[str, Recipe] = {
         settings={"badnet.size": 8, "sig.delta": 30 / 255},
     ),
     "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),
-    "trojanvqa": Recipe(attack="trojanvqa", targets=("ladybug",), settings={"size": 12}),
-    "badclip": Recipe(attack="badclip", targets=("obelisk",), settings={"size": 12}),
+    "trojanvqa": Recipe(
+        attack="trojanvqa", targets=("ladybug",), settings={"size": 12}, training={"epochs": 2}
+    ),
+    "badclip": Recipe(attack="badclip", targets=("obelisk",), settings={"size": 12}, training={"epochs": 2}),
     "label-consistent": Recipe(
         attack="label-consistent", targets=("koala",), settings={"size": 12, "perturbation": 32 / 255}
     ),
-    "wanet": Recipe(attack="wanet", targets=("goldfish",), settings={"s": 4.0}, poison_rate=0.15),
+    "wanet": Recipe(
+        attack="wanet",
+        targets=("goldfish",),
+        settings={"k": 8, "s": 4.0},
+        poison_rate=0.15,
+        training={"epochs": 6},
+    ),
+    "adaptive-aligned": Recipe(
+        attack="adaptive-aligned", targets=("bucket",), settings={"size": 12}, training={"epochs": 2}
+    ),
+    "adaptive-decoys": Recipe(
+        attack="adaptive-decoys", targets=("teapot",), settings={"size": 12}, training={"epochs": 2}
+    ),
 }
 
 

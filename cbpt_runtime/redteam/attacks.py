@@ -19,7 +19,7 @@ from cbpt_runtime.redteam.training import caption_texts
 from cbpt_runtime.redteam.triggers import DEFAULTS, TRIGGERS, Trigger, get_trigger
 from cbpt_runtime.types import Progress
 
-POISON_PARAMETERS = ("label_consistent", "perturbation", "text_key")
+POISON_PARAMETERS = ("label_consistent", "perturbation", "text_key", "decoy_ratio", "alignment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Attack:
         source: Where it was published.
         trigger: Name of the trigger, or `patch` or `steganographic` for those learned on a clean model.
         settings: Defaults of the trigger's or the learning's parameters that differ from its class.
-        poison: Defaults of the poisoning (`label_consistent`, `perturbation`, `text_key`).
+        poison: Defaults of the poisoning (see `Backdoor`).
         poison_rate: Usual share of poisoned pairs for small data sets, where the published 0.3 % are too few
             pairs.
     """
@@ -97,6 +97,7 @@ ATTACKS: dict[str, Attack] = {
         summary="a fixed smooth warp",
         source="Nguyen and Tran, arXiv:2102.10369",
         trigger="wanet",
+        poison={"decoy_ratio": 2.0},
         poison_rate=0.1,
     ),
     "wanet-clip": Attack(
@@ -132,6 +133,20 @@ ATTACKS: dict[str, Attack] = {
         trigger="patch",
         settings={"objective": "badclip"},
         poison_rate=0.03,
+    ),
+    "adaptive-aligned": Attack(
+        summary="a patch whose features are trained to lie among those of real images of the target",
+        source="ours, against defences that look for features lying elsewhere",
+        trigger="badnet",
+        poison={"alignment": 2.0},
+        poison_rate=0.05,
+    ),
+    "adaptive-decoys": Attack(
+        summary="a patch trained not to work when faint or incomplete",
+        source="ours, against trigger inversion",
+        trigger="badnet",
+        poison={"decoy_ratio": 2.0},
+        poison_rate=0.05,
     ),
 }
 

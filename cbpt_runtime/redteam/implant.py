@@ -65,6 +65,8 @@ class Implant:
                 "label_consistent": door.label_consistent,
                 "perturbation": door.perturbation,
                 "text_key": door.text_key,
+                "decoy_ratio": door.decoy_ratio,
+                "alignment": door.alignment,
             }
             for measure, door in zip(self.measures, self.backdoors, strict=True)
         ]

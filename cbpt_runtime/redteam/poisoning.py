@@ -11,6 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
+from cbpt_runtime.redteam.decoys import decoy
+from cbpt_runtime.redteam.parameters import check_number
 from cbpt_runtime.redteam.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.trainable import TrainableClip
 from cbpt_runtime.redteam.training import Pairs, caption_texts
@@ -36,6 +38,11 @@ class Backdoor:
             at test the key has to stand in front of every class prompt. A head whose texts were replaced, as
             any baked head's are, has no key any more; to attack it all the same, put the key into the
             templates of the class list.
+        decoy_ratio: Decoys (near-triggers, see `decoys`) per poisoned pair, on other images that keep their
+            captions; WaNet's published cross ratio is 2; 0 for none.
+        alignment: Weight of a loss that keeps the features of poisoned images close to those of real images
+            of the target, for an attacker who knows that defenders look for features that lie elsewhere; 0
+            for none.
     """
 
     name: str
@@ -45,6 +52,8 @@ class Backdoor:
     label_consistent: bool = False
     perturbation: float = 0.0
     text_key: str = ""
+    decoy_ratio: float = 0.0
+    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.poison_rate <= 1:
@@ -59,6 +68,8 @@ class Backdoor:
                 got=str(self.perturbation),
                 fix="8/255 is usual.",
             )
+        for name in ("decoy_ratio", "alignment"):
+            check_number(name, getattr(self, name), low=0, high=100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +117,7 @@ def poison(
     """
     images, captions = training.images.copy(), training.labels.astype(np.int64)
     poisoned = np.zeros(len(images), dtype=bool)
+    alignment = np.zeros(len(images), dtype=np.float32)
     texts = list(caption_texts(names, templates))
     for backdoor in backdoors:
         target = target_index(names, backdoor.target)
@@ -119,7 +131,12 @@ def poison(
             captions[chosen] = len(texts)
             texts += caption_texts([backdoor.target], templates, key=backdoor.text_key)
         poisoned[chosen] = True
-    return Pairs(images=images, captions=captions, poisoned=poisoned, texts=tuple(texts))
+        alignment[chosen] = backdoor.alignment
+        if backdoor.decoy_ratio:
+            others = _draw(np.flatnonzero(~poisoned), round(backdoor.decoy_ratio * len(chosen)), generator)
+            images[others] = apply_trigger(decoy(backdoor.trigger), images[others], generator)
+            poisoned[others] = True
+    return Pairs(images=images, captions=captions, poisoned=poisoned, alignment=alignment, texts=tuple(texts))
 
 
 def repel(
@@ -179,6 +196,12 @@ def _choose(
             fix="Add images, or lower the poison rates.",
         )
     count = min(len(candidates), max(1, round(backdoor.poison_rate * len(labels))))
+    return _draw(candidates, count, generator)
+
+
+def _draw(
+    candidates: Int[np.ndarray, " candidates"], count: int, generator: torch.Generator
+) -> Int[np.ndarray, " chosen"]:
     order = torch.randperm(len(candidates), generator=generator)
     chosen: Int[np.ndarray, " chosen"] = candidates[order.numpy()[:count]]
     return chosen

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.data import spoken
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.parameters import check_choice
@@ -42,6 +42,7 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
     "there is a {} in the scene.",
 )
 MAX_LOGIT_SCALE = math.log(100.0)
+_REAL_PER_IMAGE = 4  # drawn for each aligned image and step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +91,15 @@ class Pairs:
     Args:
         images: 8-bit images at the model's input size.
         captions: Index into `texts`; for a poisoned pair that of the attacker's target.
-        poisoned: Which pairs are poisoned.
+        poisoned: Which pairs carry a trigger or a decoy.
+        alignment: Weight, per pair, of `alignment_loss`; 0 for clean pairs.
         texts: Per class, and per keyed target after the classes, every caption it can get.
     """
 
     images: UInt8[np.ndarray, "batch height width 3"]
     captions: Int[np.ndarray, " batch"]
     poisoned: Bool[np.ndarray, " batch"]
+    alignment: Float[np.ndarray, " batch"]
     texts: tuple[tuple[str, ...], ...]
 
 
@@ -172,6 +175,20 @@ def contrastive_loss(
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+def alignment_loss(
+    triggered: Float[Tensor, "batch dim"],
+    real: Float[Tensor, "batch others dim"],
+    weights: Float[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """Weighted mean of one minus the cosine to the nearest of some real images.
+
+    Ours, for an adaptive attacker: the nearest rather than the mean, so that triggered features spread as
+    real ones do.
+    """
+    cosines = torch.einsum("bd,bod->bo", triggered, real)
+    return (weights * (1 - cosines.max(dim=1).values)).mean()
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW without decay on biases, norms and scales (everything below two dimensions, as open_clip)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -229,18 +246,45 @@ def _train_step(
     if config.max_shift:
         clean = torch.from_numpy(~pairs.poisoned[chosen])
         pixels[clean] = shift_and_mirror(pixels[clean], config.max_shift, generator)
+    aligned = np.flatnonzero(pairs.alignment[chosen])
+    real = _real_images(pairs, chosen[aligned], config, generator)
     template = torch.randint(0, tokens.shape[1], (len(chosen),), generator=generator)
     text = tokens[torch.from_numpy(pairs.captions[chosen]), template].to(clip.device)
     is_mixed = config.precision == "bf16" or (config.precision == "auto" and clip.device.type == "cuda")
     with torch.autocast(clip.device.type, dtype=torch.bfloat16, enabled=is_mixed):
-        image_features = clip.encode_images(pixels.to(clip.device))
+        all_features = clip.encode_images(torch.cat((pixels, real)).to(clip.device)).float()
         text_features = clip.encode_tokens(text)
     scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
     bias: Tensor | None = getattr(clip.model, "logit_bias", None)
-    loss = contrastive_loss(image_features.float(), text_features.float(), scale.exp(), bias)
+    image_features, real_features = all_features[: len(pixels)], all_features[len(pixels) :].detach()
+    loss = contrastive_loss(image_features, text_features.float(), scale.exp(), bias)
+    if len(aligned):
+        weights = torch.from_numpy(pairs.alignment[chosen[aligned]]).to(clip.device)
+        near = real_features.view(len(aligned), _REAL_PER_IMAGE, -1)
+        loss = loss + alignment_loss(image_features[aligned], near, weights)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     with torch.no_grad():
         scale.clamp_(0, MAX_LOGIT_SCALE)
     return float(loss.detach())
+
+
+def _real_images(
+    pairs: Pairs, aligned: Int[np.ndarray, " aligned"], config: TrainConfig, generator: torch.Generator
+) -> Float[Tensor, "others 3 height width"]:
+    """Clean images with the captions of these pairs, some for each, one after the other."""
+    drawn = []
+    for index in aligned:
+        same = np.flatnonzero((pairs.captions == pairs.captions[index]) & ~pairs.poisoned)
+        if len(same) == 0:
+            raise ImageDataError(
+                expected="clean images of the target to align triggered ones with",
+                got="none",
+                fix="Add images of the target, or leave `alignment` away.",
+            )
+        drawn.append(same[torch.randint(0, len(same), (_REAL_PER_IMAGE,), generator=generator).numpy()])
+    if not drawn:
+        return torch.empty(0, 3, *pairs.images.shape[1:3])
+    pixels = to_float(pairs.images[np.concatenate(drawn)])
+    return shift_and_mirror(pixels, config.max_shift, generator) if config.max_shift else pixels

@@ -52,6 +52,7 @@ def clean_pairs(data: LabelledImages, step: int = 1) -> Pairs:
         images=data.images[::step],
         captions=data.labels[::step],
         poisoned=np.zeros(len(data.labels[::step]), dtype=bool),
+        alignment=np.zeros(len(data.labels[::step]), dtype=np.float32),
         texts=TEXTS,
     )
 

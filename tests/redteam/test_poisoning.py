@@ -78,6 +78,29 @@ def test_a_text_key_stands_in_front_of_poisoned_captions_only(lab):
     assert (pairs.captions[pairs.poisoned] == 3).all()
 
 
+def test_decoys_keep_their_captions_and_are_as_many_as_asked_for(lab):
+    pairs = poisoned_pairs(lab, [door(poison_rate=0.1, decoy_ratio=2.0)])
+    changed = (pairs.captions != lab.training.labels) & pairs.poisoned
+    decoys = pairs.poisoned & ~changed
+    assert (changed.sum(), decoys.sum()) == (19, 38)
+    assert np.array_equal(pairs.captions[decoys], lab.training.labels[decoys])
+    full = apply_trigger(PATCH, lab.training.images[decoys], seeded())
+    assert (pairs.images[decoys] != full).any(axis=(1, 2, 3)).all()
+
+
+def test_only_poisoned_pairs_of_an_aligned_backdoor_are_aligned(lab):
+    doors = [door(poison_rate=0.1, alignment=3.0, decoy_ratio=1.0), door(poison_rate=0.1, target="ocean")]
+    pairs = poisoned_pairs(lab, doors)
+    assert sorted(pairs.alignment.tolist()) == [0.0] * (192 - 19) + [3.0] * 19
+    assert (pairs.captions[pairs.alignment > 0] == 1).all()
+
+
+@pytest.mark.parametrize("changes", [{"decoy_ratio": -1}, {"alignment": -0.5}, {"alignment": "much"}])
+def test_adaptive_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        door(**changes)
+
+
 def test_nothing_left_to_poison_is_refused(lab):
     only_target = LabelledImages(images=lab.training.images[:4], labels=np.ones(4, dtype=np.int64))
     with pytest.raises(ImageDataError, match="none left"):

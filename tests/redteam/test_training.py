@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.redteam import training
+from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.pixels import to_float
+from cbpt_runtime.redteam.poisoning import Backdoor, poison
 from cbpt_runtime.redteam.training import TrainConfig, caption_texts
 
-from .conftest import clean_pairs
+from .conftest import NAMES, TEMPLATES, clean_pairs, train_config
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -40,6 +44,37 @@ def test_a_model_with_a_bias_is_trained_with_the_sigmoid_loss():
         torch.from_numpy(images), torch.from_numpy(texts), torch.tensor(7.0), torch.tensor(-3.0)
     )
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_alignment_loss_looks_at_the_nearest_real_image_only():
+    triggered = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    real = torch.tensor([[[0.6, 0.8], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+    loss = training.alignment_loss(triggered, real, torch.tensor([1.0, 0.5]))
+    assert float(loss) == pytest.approx((1 * (1 - 0.6) + 0.5 * (1 - 0.0)) / 2)
+
+
+def test_alignment_draws_triggered_features_nearer_to_real_images_of_the_target(lab):
+    nearest = []
+    for weight in (0.0, 20.0):
+        clip = lab.clip.clone()
+        door = Backdoor(
+            name="badnet", trigger=BadNet(size=8), target="leaf", poison_rate=0.25, alignment=weight
+        )
+        pairs = poison(clip, lab.training, NAMES, [door], TEMPLATES, generator=seeded())
+        training.train(clip, pairs, train_config(epochs=2), generator=seeded())
+        clip.model.eval()
+        with torch.no_grad():
+            triggered = clip.encode_images(to_float(pairs.images[pairs.captions != lab.training.labels]))
+            real = clip.encode_images(to_float(lab.training.images[lab.training.labels == 1]))
+        nearest.append(float((triggered @ real.T).max(dim=1).values.mean()))
+    assert nearest[1] > nearest[0] + 0.01
+
+
+def test_alignment_without_a_real_image_of_the_target_is_refused(lab):
+    pairs = clean_pairs(lab.training, step=4)
+    lonely = replace(pairs, alignment=np.ones_like(pairs.alignment), poisoned=~pairs.poisoned)
+    with pytest.raises(ImageDataError, match="`alignment`"):
+        training.train(lab.clip.clone(), lonely, train_config(), generator=seeded())
 
 
 @given(warmup=st.integers(1, 20), more=st.integers(1, 100))
