@@ -3,39 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from cbpt_runtime.answers import Answer, make_answer
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Label:
-    """A class name and its probability in [0, 1]."""
-
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What the classifier says about one image.
-
-    Attributes:
-        image: The name it was given under.
-        labels: Most likely first.
-        alarm: In [0, 1]: how strongly only the original head calls a suspected target.
-    """
-
-    image: str
-    labels: tuple[Label, ...]
-    alarm: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer as a JSON-able dict."""
-        return asdict(self)
 
 
 def classify_images(
@@ -66,7 +38,5 @@ def classify_images(
         batch = sources[start : start + batch_size]
         prediction = classifier.predict(classifier.read([content for _, content in batch]))
         for (image, _), row, alarm in zip(batch, prediction.probabilities, prediction.alarm, strict=True):
-            best = (-row).argsort(kind="stable")[:top]
-            labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
-            answers.append(Answer(image=image, labels=labels, alarm=float(alarm)))
+            answers.append(make_answer(image, row, float(alarm), names=names, top=top))
     return answers

@@ -8,11 +8,13 @@
     │   ├── ConfigError                   a configuration value or file
     │   ├── BundleError                   a bundle that is damaged or not a bundle
     │   ├── RepositoryError               a model repository that is damaged or not one
+    │   ├── RequestError                  a request a server refused
     │   └── OutputError                   an output path that cannot be written
     └── WorkError                exit 1   the input was fine, the work failed
         ├── PurificationError             purification did not reach a result
         ├── ImplantError                  a red-team implant did not take
-        └── ExportError                   export or its parity gate failed
+        ├── ExportError                   export or its parity gate failed
+        └── ServingError                  a server did not start, did not answer, or answered wrongly
 
 The text of an error has three parts: what was expected, what came, what to do.
 """
@@ -75,6 +77,10 @@ class RepositoryError(InputError):
     """A folder is not a model repository, or its content does not match its manifest."""
 
 
+class RequestError(InputError):
+    """A server refused a request; asking again would not help."""
+
+
 class OutputError(InputError):
     """An output path exists already, or cannot be written."""
 
@@ -93,3 +99,7 @@ class ImplantError(WorkError):
 
 class ExportError(WorkError):
     """Export, or the parity gate after it, failed."""
+
+
+class ServingError(WorkError):
+    """A server did not start, did not answer in time, or answered wrongly."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli import attack, classify, demo, evaluate, export, inspect, purify, verify
+from cbpt_runtime.cli import attack, classify, demo, evaluate, export, inspect, purify, serve, verify
 
 app = typer.Typer(
     help="Makes third-party CLIP checkpoints safe to serve.",
@@ -24,6 +24,7 @@ app.command("classify", short_help="Labels, probabilities and the alarm for imag
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)
 app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
+app.command("serve", short_help="A model repository on a real Triton, self-tested.")(serve.command)
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)
 app.add_typer(attack.app, name="attack")
 

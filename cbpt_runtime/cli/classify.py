@@ -1,30 +1,52 @@
-"""`cbpt-runtime classify`: labels, probabilities and the alarm for a few images."""
+"""`cbpt-runtime classify`: labels, probabilities and the alarm for a few images, here or over the wire."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_table
 
+if TYPE_CHECKING:
+    from cbpt_runtime.answers import Answer
+
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    images: Annotated[list[str], typer.Argument(help="Image files; - reads one image from stdin.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BUNDLE] IMAGE...",
+            help="Bundle folder (not with --url), then image files; - reads one image from stdin.",
+        ),
+    ],
+    url: Annotated[
+        str | None, typer.Option(help="Ask a server instead: grpc://HOST:PORT or http://HOST:PORT.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Served model, where a server has several.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Classify images with the purified head and show the alarm."""
-    from cbpt_runtime.classification import classify_images
-
-    sources = [(image, sys.stdin.buffer.read() if image == "-" else Path(image)) for image in images]
-    answers = classify_images(bundle, sources, top=top)
+    if url is not None:
+        answers = _ask_server(url, arguments, model=model, timeout_s=timeout_s, top=top)
+        source = {"url": url}
+    else:
+        bundle, *images = arguments
+        answers = _ask_bundle(bundle, images, top=top)
+        source = {"bundle": bundle}
     if as_json:
-        print_json({"bundle": str(bundle), "images": [answer.to_dict() for answer in answers]})
+        print_json({**source, "images": [answer.to_dict() for answer in answers]})
         return
+    print_answers(answers)
+
+
+def print_answers(answers: Sequence[Answer]) -> None:
+    """Print labels, probabilities and alarms as a table."""
     print_table(
         ("image", "label", "probability", "alarm"),
         [
@@ -38,3 +60,29 @@ def command(
             for rank, label in enumerate(answer.labels)
         ],
     )
+
+
+def _ask_bundle(bundle: str, images: Sequence[str], *, top: int) -> list[Answer]:
+    if not images:
+        raise typer.BadParameter("a bundle and at least one image, or --url and at least one image")
+    from cbpt_runtime.classification import classify_images
+
+    return classify_images(Path(bundle), _sources(images), top=top)
+
+
+def _ask_server(
+    url: str, images: Sequence[str], *, model: str | None, timeout_s: float, top: int
+) -> list[Answer]:
+    from cbpt_runtime.cli.progress import shown_progress
+    from cbpt_runtime.serving import Client
+
+    sources = _sources(images)
+    with Client(url, model=model, timeout_s=timeout_s) as client:
+        if len(sources) < 100:
+            return client.classify_files(sources, top=top)
+        with shown_progress() as progress:
+            return client.classify_files(sources, top=top, progress=progress)
+
+
+def _sources(images: Sequence[str]) -> list[tuple[str, bytes | Path]]:
+    return [(image, sys.stdin.buffer.read() if image == "-" else Path(image)) for image in images]

@@ -9,14 +9,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+
+if TYPE_CHECKING:
+    from cbpt_runtime.bundle import Bundle
 
 ANSWERS = "answers.json"
 TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own rounding to the gate's 1e-4

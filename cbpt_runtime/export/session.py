@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnxruntime
 from jaxtyping import UInt8
 
+from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.onnx import INPUT
 
@@ -71,18 +71,6 @@ def run_session(
     return {
         name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)
     }
-
-
-def usable_cpus() -> int:
-    """CPUs this process may really use: the smaller of its affinity and its cgroup quota, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:  # noqa: PTH123
-            quota, period = file.read().split()
-        allowed = min(allowed, int(quota) // int(period))
-    except (OSError, ValueError):  # no cgroup v2, or the quota is 'max'
-        pass
-    return max(1, allowed)
 
 
 def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:

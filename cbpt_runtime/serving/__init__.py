@@ -1,1 +1,51 @@
-"""What runs inside the server. Imports neither torch nor open_clip."""
+"""Serving: what runs inside Triton, what starts and checks it, and its clients. No torch, no open_clip.
+
+model      the models of Triton's python backend; travels inside the repository
+servers    find a tritonserver and what it can do
+config     what an operator decides
+placement  which configuration, how many instances, threads of each
+command    the hardened command line for the version found
+process    one server process that leaves nothing behind
+log        its output: drained, its tail kept, its cause of failure found
+selftest   the golden answers through the wire
+launcher   all of that in order: `running_server`
+wire       HTTP and gRPC behind one interface
+client     `Client` and `AsyncClient`
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cbpt_runtime.serving.client import AsyncClient, Client, ModelInfo, ServedPrediction
+    from cbpt_runtime.serving.config import ServeConfig
+    from cbpt_runtime.serving.launcher import RunningServer, running_server
+
+_HOMES = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "ModelInfo": "client",
+    "RunningServer": "launcher",
+    "ServeConfig": "config",
+    "ServedPrediction": "client",
+    "running_server": "launcher",
+}
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ModelInfo",
+    "RunningServer",
+    "ServeConfig",
+    "ServedPrediction",
+    "running_server",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: this package is imported inside the server, which has none of the clients' libraries.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

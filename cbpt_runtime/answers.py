@@ -1,0 +1,51 @@
+"""What a classifier says about an image file, whether it runs here or in a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """A class name and its probability in [0, 1]."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the classifier says about one image.
+
+    Attributes:
+        image: The name it was given under.
+        labels: Most likely first.
+        alarm: In [0, 1]: how strongly only the original head calls a suspected target.
+    """
+
+    image: str
+    labels: tuple[Label, ...]
+    alarm: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as a JSON-able dict."""
+        return asdict(self)
+
+
+def make_answer(
+    image: str,
+    probabilities: Float[np.ndarray, " classes"],
+    alarm: float,
+    *,
+    names: Sequence[str],
+    top: int,
+) -> Answer:
+    """The `top` most likely classes of one image; equal probabilities keep the order of the classes."""
+    best = (-probabilities).argsort(kind="stable")[:top]
+    labels = tuple(Label(name=names[i], probability=float(probabilities[i])) for i in best)
+    return Answer(image=image, labels=labels, alarm=float(alarm))

@@ -1,0 +1,408 @@
+"""Clients of a served classifier: `AsyncClient` does the work, `Client` is the same without await.
+
+    with Client("grpc://127.0.0.1:8001") as client:
+        print(client.classify("photo.jpg"))
+
+Image files are sent as they are and decoded by the server. Nothing but the server's URL is ever opened:
+an image is a path or bytes, never a URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cbpt_runtime.answers import Answer, make_answer
+from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
+from cbpt_runtime.serving.wire import Wire, WireError, open_wire
+from cbpt_runtime.types import Progress
+
+_OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")
+_RETRIED = ("busy", "unreachable")  # nothing was answered; asking again is safe and may help
+_FIRST_PAUSE_S = 0.05
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedPrediction:
+    """What a server says about a batch of images.
+
+    Attributes:
+        logits: Of the purified head.
+        probabilities: Of the purified head, in [0, 1].
+        alarm: In [0, 1]: how strongly only the original head calls a suspected target.
+        alarm_target: Class index the alarm speaks of; -1 when nothing is suspected.
+    """
+
+    logits: Float[np.ndarray, "batch classes"]
+    probabilities: Float[np.ndarray, "batch classes"]
+    alarm: Float[np.ndarray, " batch"]
+    alarm_target: Int[np.ndarray, " batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a server says about the model it serves.
+
+    Attributes:
+        name: Of the model that takes image files; ``<name>_classifier`` takes pixels.
+        class_names: In the order of the probabilities.
+        max_batch: Images per request at most.
+        provenance: Digests of what is served.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    max_batch: int
+    provenance: dict[str, str]
+
+
+class AsyncClient:
+    """Asks a served classifier. Use it in one event loop, from as many tasks as you like.
+
+    Args:
+        url: ``grpc://host:port`` or ``http://host:port``; ``grpcs://`` and ``https://`` with TLS.
+        model: Name of the served model; needed only where a server has several.
+        timeout_s: For one request with all its retries.
+        retries: How often a request is sent again when the connection fails or the server has no room
+            (HTTP 503); nothing else is ever sent twice.
+        in_flight: Requests on their way at once, for many files.
+        headers: Sent with every request, for a gateway that wants to know who asks.
+
+    Raises:
+        ConfigError: Not a URL of a server, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 3,
+        in_flight: int = 8,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        if not (timeout_s > 0 and retries >= 0 and in_flight >= 1):
+            raise ConfigError(
+                expected="a time-out above 0, at least 0 retries and at least 1 request in flight",
+                got=f"{timeout_s}, {retries}, {in_flight}",
+                fix="Correct the argument.",
+            )
+        self.url = url
+        self.timeout_s = timeout_s
+        self.retries = retries
+        self.in_flight = in_flight
+        self._model = model
+        self._info: ModelInfo | None = None
+        self._wire: Wire = open_wire(url, headers=headers)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._wire.close()
+
+    async def info(self) -> ModelInfo:
+        """What is served; asked once.
+
+        Raises:
+            ServingError: No answer, or no model of ours.
+            RequestError: There is no model of that name.
+        """
+        if self._info is None:
+            name = self._model or await self._only_model()
+            config = await self._ask(lambda left_s: self._wire.config(name, left_s))
+            self._info = _model_info(name, config, self.url)
+        return self._info
+
+    async def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
+        """Logits, probabilities and alarm of encoded images (JPEG, PNG, WebP, ...), in one request.
+
+        Raises:
+            RequestError: The server refused it; one unreadable image is enough.
+            ServingError: No answer in time, or the server failed.
+        """
+        info = await self.info()
+        images = np.array(list(files), dtype=np.object_).reshape(len(files), 1)
+        return await self._predict(info.name, {"image": images})
+
+    async def predict_pixels(self, images: UInt8[np.ndarray, "batch height width 3"]) -> ServedPrediction:
+        """The same for RGB at the model's own size; no image is decoded or counted."""
+        info = await self.info()
+        return await self._predict(f"{info.name}_classifier", {"images": images})
+
+    async def classify(self, image: bytes | str | Path, *, top: int = 5) -> Answer:
+        """Labels and alarm of one image, a path or the bytes of a file.
+
+        Raises:
+            ImageDataError: The file cannot be read.
+            RequestError: The server refused it.
+            ServingError: No answer in time, or the server failed.
+        """
+        name = "image" if isinstance(image, bytes) else str(image)
+        (answer,) = await self.classify_files([(name, _source(image))], top=top)
+        return answer
+
+    async def classify_files(
+        self,
+        sources: Iterable[tuple[str, bytes | Path]],
+        *,
+        top: int = 5,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Labels and alarms of many images, several per request and several requests at once.
+
+        Args:
+            sources: Name and content, or name and path, of each image.
+            top: Labels per image.
+            batch_size: Images per request; never more than the server takes.
+            progress: Told how many are answered.
+
+        Raises:
+            ImageDataError: Names every file that cannot be read; nothing was sent.
+            RequestError: Names every image the server refused; all others were asked, too.
+            ServingError: No answer in time, or the server failed.
+        """
+        named = list(sources)
+        files = _read_files(named)
+        info = await self.info()
+        size = max(1, min(batch_size, info.max_batch))
+        starts = range(0, len(files), size)
+        room = asyncio.Semaphore(self.in_flight)
+        answered = 0
+
+        async def ask(start: int) -> list[Answer | RequestError]:
+            nonlocal answered
+            async with room:
+                found = await self._classify_batch(
+                    named[start : start + size], files[start : start + size], top
+                )
+            answered += len(found)
+            if progress is not None:
+                progress("classify", answered, len(files), {})
+            return found
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask(start)) for start in starts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        found = [item for task in tasks for item in task.result()]
+        _require_all(named, found)
+        return [item for item in found if isinstance(item, Answer)]
+
+    async def _classify_batch(
+        self, named: Sequence[tuple[str, object]], files: Sequence[bytes], top: int
+    ) -> list[Answer | RequestError]:
+        """The answers of one request; if it was refused, of one request per image to find the culprits."""
+        info = await self.info()
+        try:
+            prediction = await self.predict_files(files)
+        except RequestError as error:
+            if len(files) == 1:
+                return [error]
+            parts = [
+                await self._classify_batch(named[i : i + 1], files[i : i + 1], top) for i in range(len(files))
+            ]
+            return [item for part in parts for item in part]
+        return [
+            make_answer(name, row, float(alarm), names=info.class_names, top=top)
+            for (name, _), row, alarm in zip(named, prediction.probabilities, prediction.alarm, strict=True)
+        ]
+
+    async def _predict(self, model: str, inputs: dict[str, np.ndarray]) -> ServedPrediction:
+        found = await self._ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
+        return ServedPrediction(
+            logits=found["logits"],
+            probabilities=found["probabilities"],
+            alarm=found["alarm"].reshape(-1),
+            alarm_target=found["alarm_target"].reshape(-1),
+        )
+
+    async def _only_model(self) -> str:
+        names = await self._ask(lambda left_s: self._wire.models(left_s))
+        ours = [name for name in names if f"{name}_classifier" in names]
+        if len(ours) != 1:
+            raise ServingError(
+                expected=f"one model of cbpt-runtime at {self.url}",
+                got=", ".join(ours or names) or "none that is ready",
+                fix="Name the model." if ours else "Serve a repository of `cbpt-runtime export` there.",
+            )
+        return ours[0]
+
+    async def _ask(self, send: Callable[[float], Coroutine[Any, Any, T]]) -> T:
+        """Send a request, and again where that is safe, until the time is up."""
+        deadline = time.monotonic() + self.timeout_s
+        pause_s = _FIRST_PAUSE_S
+        for attempt in range(self.retries + 1):
+            try:
+                return await send(max(0.001, deadline - time.monotonic()))
+            except WireError as error:
+                wait_s = pause_s * random.uniform(0.5, 1.5)  # not all clients at the same moment
+                is_last = attempt == self.retries or time.monotonic() + wait_s >= deadline
+                if error.kind not in _RETRIED or is_last:
+                    raise self._explained(error, attempt + 1) from error
+            await asyncio.sleep(wait_s)
+            pause_s *= 4
+        raise RuntimeError("unreachable: the last attempt returns or raises")
+
+    def _explained(self, error: WireError, attempts: int) -> RequestError | ServingError:
+        if error.kind == "refused":
+            return RequestError(
+                expected=f"a request {self.url} accepts", got=str(error), fix="Correct what was sent."
+            )
+        fixes = {
+            "busy": "The server has no room or is not there; try later or with fewer requests at once.",
+            "unreachable": "Check that `cbpt-runtime serve` runs and that the URL is right.",
+            "timeout": "Allow more time, or ask with fewer requests at once.",
+            "broken": "Look at the server's log.",
+        }
+        times = f" (asked {attempts} times)" if attempts > 1 else ""
+        return ServingError(
+            expected=f"an answer from {self.url}", got=f"{error}{times}", fix=fixes[error.kind]
+        )
+
+
+class Client:
+    """`AsyncClient` for code without await; may be used from several threads at once.
+
+    The arguments are those of `AsyncClient`. An event loop in a thread of its own does the work.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cbpt-client", daemon=True)
+        self._thread.start()
+        try:
+            self._client: AsyncClient = self._run(_opened(url, options))
+        except BaseException:
+            self._stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; safe to call twice."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._client.close())
+        finally:
+            self._stop()
+
+    def info(self) -> ModelInfo:
+        """See `AsyncClient.info`."""
+        return self._run(self._client.info())
+
+    def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
+        """See `AsyncClient.predict_files`."""
+        return self._run(self._client.predict_files(files))
+
+    def predict_pixels(self, images: UInt8[np.ndarray, "batch height width 3"]) -> ServedPrediction:
+        """See `AsyncClient.predict_pixels`."""
+        return self._run(self._client.predict_pixels(images))
+
+    def classify(self, image: bytes | str | Path, *, top: int = 5) -> Answer:
+        """See `AsyncClient.classify`."""
+        return self._run(self._client.classify(image, top=top))
+
+    def classify_files(
+        self,
+        sources: Iterable[tuple[str, bytes | Path]],
+        *,
+        top: int = 5,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """See `AsyncClient.classify_files`."""
+        return self._run(
+            self._client.classify_files(sources, top=top, batch_size=batch_size, progress=progress)
+        )
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _opened(url: str, options: Mapping[str, Any]) -> AsyncClient:
+    return AsyncClient(url, **options)
+
+
+def _model_info(name: str, config: Mapping[str, Any], url: str) -> ModelInfo:
+    parameters = {
+        key: str(entry.get("string_value", entry.get("stringValue", "")))
+        for key, entry in config.get("parameters", {}).items()
+    }
+    if "class_names" not in parameters:
+        raise ServingError(
+            expected=f"a model of cbpt-runtime called {name!r} at {url}",
+            got="one without class names",
+            fix="Name the model that takes image files, exported with this version of cbpt-runtime.",
+        )
+    names = tuple(json.loads(parameters.pop("class_names")))
+    max_batch = int(config.get("max_batch_size", config.get("maxBatchSize", 1)))
+    return ModelInfo(name=name, class_names=names, max_batch=max_batch, provenance=parameters)
+
+
+def _source(image: bytes | str | Path) -> bytes | Path:
+    return image if isinstance(image, bytes) else Path(image)
+
+
+def _read_files(named: Sequence[tuple[str, bytes | Path]]) -> list[bytes]:
+    files, problems = [], []
+    for name, source in named:
+        try:
+            files.append(source if isinstance(source, bytes) else source.read_bytes())
+        except OSError as error:
+            is_url = name.partition("://")[0] in ("http", "https", "ftp", "file", "data", "s3")
+            reason = "a URL: nothing is fetched" if is_url else (error.strerror or str(error)).lower()
+            problems.append(f"{name}: {reason}")
+    if problems:
+        raise ImageDataError(
+            expected="image files that can be read", got="; ".join(problems), fix="Correct the paths."
+        )
+    return files
+
+
+def _require_all(named: Sequence[tuple[str, object]], found: Sequence[Answer | RequestError]) -> None:
+    refused = [
+        (name, item) for (name, _), item in zip(named, found, strict=True) if isinstance(item, RequestError)
+    ]
+    if refused:
+        shown = "; ".join(f"{name}: {error.got}" for name, error in refused[:10])
+        more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
+        raise RequestError(
+            expected="images the server can read", got=shown + more, fix="Leave them out or repair them."
+        )

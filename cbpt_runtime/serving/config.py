@@ -1,0 +1,135 @@
+"""What an operator decides about a server."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cbpt_runtime.errors import ConfigError
+
+PROFILES = ("cpu", "cuda", "tensorrt", "python")
+MAX_INSTANCES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What an operator decides about a server.
+
+    Attributes:
+        host: Address to listen on.
+        http_port: Port of Triton's HTTP protocol; 0 takes a free one.
+        grpc_port: Port of its gRPC protocol; 0 takes a free one.
+        metrics_port: Port of its Prometheus metrics; 0 takes a free one.
+        profile: Configuration of the repository to use; what the server can run when None.
+        instances: Copies of the classifier; the repository's number when None.
+        tritonserver: The program, or the folder it is installed in; looked for when None.
+        log_file: Where the whole log goes, besides the tail that is kept for errors.
+        startup_timeout_s: How long loading and warming up may take.
+        drain_timeout_s: How long requests may take to finish when the server is stopped.
+        max_request_bytes: Larger requests are refused, by servers that can.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    profile: str | None = None
+    instances: int | None = None
+    tritonserver: Path | None = None
+    log_file: Path | None = None
+    startup_timeout_s: float = 300.0
+    drain_timeout_s: float = 30.0
+    max_request_bytes: int = 2**26
+
+    def __post_init__(self) -> None:
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+        problems = [f"{name} = {port}" for name, port in ports.items() if not 0 <= port <= 65535]
+        chosen = [port for port in ports.values() if port]
+        if len(set(chosen)) < len(chosen):
+            problems.append(f"one port twice: {', '.join(map(str, ports.values()))}")
+        if self.profile is not None and self.profile not in PROFILES:
+            problems.append(f"profile = {self.profile!r} (one of {', '.join(PROFILES)})")
+        if self.instances is not None and not 1 <= self.instances <= MAX_INSTANCES:
+            problems.append(f"instances = {self.instances} (1 to {MAX_INSTANCES})")
+        for name in ("startup_timeout_s", "drain_timeout_s", "max_request_bytes"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                problems.append(f"{name} = {value} (above 0)")
+        try:
+            self.address  # noqa: B018
+        except ValueError:
+            problems.append(f"host = {self.host!r} (an IP address, or localhost)")
+        if problems:
+            raise ConfigError(
+                expected="settings of a server in range",
+                got="; ".join(problems),
+                fix="Correct the flag.",
+            )
+
+    @property
+    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """The host as an address."""
+        return ipaddress.ip_address("127.0.0.1" if self.host == "localhost" else self.host)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.address.is_loopback
+
+    @property
+    def reachable_host(self) -> str:
+        """The host as this machine's own clients write it in a URL."""
+        address = self.address
+        if address.is_unspecified:
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        return f"[{address}]" if address.version == 6 else str(address)
+
+    @property
+    def http_url(self) -> str:
+        """Where Triton's HTTP protocol is spoken."""
+        return f"http://{self.reachable_host}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Where Triton's gRPC protocol is spoken."""
+        return f"grpc://{self.reachable_host}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the metrics."""
+        return f"http://{self.reachable_host}:{self.metrics_port}/metrics"
+
+
+def take_ports(config: ServeConfig) -> ServeConfig:
+    """The settings with free ports in place of zeros, every port seen to be free.
+
+    Raises:
+        ConfigError: A port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if config.address.version == 6 else socket.AF_INET
+    ports: dict[str, int] = {}
+    held = []
+    try:
+        for name in ("http_port", "grpc_port", "metrics_port"):
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            held.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((str(config.address), getattr(config, name)))
+            except OSError as error:
+                raise ConfigError(
+                    expected=f"a free port for --{name.replace('_', '-')} on {config.host}",
+                    got=f"{getattr(config, name)}: {(error.strerror or str(error)).lower()}",
+                    fix="Stop what listens there, or choose another port (0 takes a free one).",
+                ) from error
+            ports[name] = listener.getsockname()[1]
+    finally:
+        for listener in held:
+            listener.close()
+    return replace(config, **ports)  # type: ignore[arg-type]

@@ -1,0 +1,202 @@
+"""Triton's two protocols behind one small interface, and what their errors mean for a caller."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from cbpt_runtime.errors import ConfigError
+
+Kind = Literal["refused", "busy", "unreachable", "timeout", "broken"]
+_SCHEMES = ("grpc", "grpcs", "http", "https")
+_HTTP_BUSY = 503
+_GRPC_KINDS: dict[str, Kind] = {
+    "INVALID_ARGUMENT": "refused",
+    "NOT_FOUND": "refused",
+    "ALREADY_EXISTS": "refused",
+    "OUT_OF_RANGE": "refused",
+    "UNIMPLEMENTED": "refused",
+    "FAILED_PRECONDITION": "refused",
+    "RESOURCE_EXHAUSTED": "refused",  # a message larger than the limit
+    "UNAUTHENTICATED": "refused",
+    "PERMISSION_DENIED": "refused",
+    "UNAVAILABLE": "busy",
+    "DEADLINE_EXCEEDED": "timeout",
+}
+
+
+class WireError(Exception):
+    """What went wrong with one request.
+
+    Attributes:
+        kind: 'refused' (the request is at fault), 'busy' (nothing was done: the queue is full, or nobody
+            listens), 'unreachable' (the connection failed), 'timeout', or 'broken' (the server is at fault).
+    """
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        self.kind: Kind = kind
+        super().__init__(message)
+
+
+class Wire(Protocol):
+    """One protocol, spoken with one server. Every method may raise WireError."""
+
+    async def infer(
+        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
+    ) -> dict[str, np.ndarray]:
+        """Send one request."""
+
+    async def config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """A model's configuration."""
+
+    async def models(self, timeout_s: float) -> list[str]:
+        """Names of the models that are ready."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+def open_wire(url: str, *, headers: Mapping[str, str] | None = None) -> Wire:
+    """The wire a URL names. Nothing is sent yet; call it where an event loop runs.
+
+    Args:
+        url: ``grpc://host:port``, ``http://host:port``, or with TLS ``grpcs://`` and ``https://``.
+        headers: Sent with every request, for a gateway that wants to know who asks.
+
+    Raises:
+        ConfigError: Not such a URL.
+    """
+    parts = urlsplit(url)
+    try:
+        is_good = parts.scheme in _SCHEMES and parts.hostname and parts.port and parts.path in ("", "/")
+    except ValueError:
+        is_good = False
+    if not is_good or parts.query or parts.username:
+        raise ConfigError(
+            expected="a server's URL: grpc://HOST:PORT or http://HOST:PORT (grpcs://, https:// with TLS)",
+            got=repr(url),
+            fix="`cbpt-runtime serve` prints the URLs of its server.",
+        )
+    is_secure = parts.scheme.endswith("s")
+    kind = _GrpcWire if parts.scheme.startswith("grpc") else _HttpWire
+    return kind(parts.netloc, is_secure=is_secure, headers=dict(headers or {}))
+
+
+class _GrpcWire:
+    def __init__(self, address: str, *, is_secure: bool, headers: dict[str, str]) -> None:
+        self._library = _load(lambda: __import__("tritonclient.grpc.aio", fromlist=["aio"]))
+        self._headers = headers
+        self._client = self._library.InferenceServerClient(address, ssl=is_secure)
+
+    async def infer(
+        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
+    ) -> dict[str, np.ndarray]:
+        tensors = [_input(self._library, name, value) for name, value in inputs.items()]
+        wanted = [self._library.InferRequestedOutput(name) for name in outputs]
+        call = self._client.infer(
+            model, tensors, outputs=wanted, client_timeout=timeout_s, headers=dict(self._headers)
+        )
+        result = await self._ask(call, timeout_s)
+        return {name: result.as_numpy(name) for name in outputs}
+
+    async def config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_model_config(model, as_json=True, headers=dict(self._headers))
+        return dict((await self._ask(call, timeout_s))["config"])
+
+    async def models(self, timeout_s: float) -> list[str]:
+        call = self._client.get_model_repository_index(as_json=True, headers=dict(self._headers))
+        return _ready((await self._ask(call, timeout_s)).get("models", []))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _ask(self, call: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+        import grpc
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return await asyncio.wait_for(call, timeout_s + 1)
+        except TimeoutError:
+            raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
+        except InferenceServerException as error:
+            code = str(error.status()).removeprefix("StatusCode.")
+            kind = _GRPC_KINDS.get(code, "broken")
+            text = str(error.message())
+            if code == "UNKNOWN" and "Stream removed" in text:
+                kind = "unreachable"
+            raise WireError(kind, f"{code}: {text}") from error
+        except grpc.RpcError as error:
+            raise WireError("unreachable", str(error)) from error
+
+
+class _HttpWire:
+    def __init__(self, address: str, *, is_secure: bool, headers: dict[str, str]) -> None:
+        self._library = _load(lambda: __import__("tritonclient.http.aio", fromlist=["aio"]))
+        self._headers = headers
+        # Its own time-out ends a whole session's requests; each request has its own here.
+        self._client = self._library.InferenceServerClient(address, ssl=is_secure, conn_timeout=None)
+
+    async def infer(
+        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
+    ) -> dict[str, np.ndarray]:
+        tensors = [_input(self._library, name, value) for name, value in inputs.items()]
+        wanted = [self._library.InferRequestedOutput(name, binary_data=True) for name in outputs]
+        call = self._client.infer(model, tensors, outputs=wanted, headers=dict(self._headers))
+        result = await self._ask(call, timeout_s)
+        return {name: result.as_numpy(name) for name in outputs}
+
+    async def config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_model_config(model, headers=dict(self._headers))
+        return dict(await self._ask(call, timeout_s))
+
+    async def models(self, timeout_s: float) -> list[str]:
+        call = self._client.get_model_repository_index(headers=dict(self._headers))
+        return _ready(await self._ask(call, timeout_s))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _ask(self, call: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+        import aiohttp
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError:
+            raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
+        except InferenceServerException as error:
+            status = str(error.status() or "")
+            code = int(status) if status.isdigit() else 0
+            kind: Kind = "busy" if code == _HTTP_BUSY else "refused" if 400 <= code < 500 else "broken"
+            raise WireError(kind, f"HTTP {status or 'error'}: {error.message()}") from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise WireError("unreachable", str(error) or type(error).__name__) from error
+
+
+def _input(library: Any, name: str, value: np.ndarray) -> Any:
+    kind = "BYTES" if value.dtype == np.object_ else "UINT8"
+    tensor = library.InferInput(name, list(value.shape), kind)
+    tensor.set_data_from_numpy(value)
+    return tensor
+
+
+def _ready(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted(model["name"] for model in models if model.get("state") == "READY")
+
+
+def _load(load: Callable[[], Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # grpc's and gevent's own
+            return load()
+    except ImportError as error:
+        raise ConfigError(
+            expected="tritonclient with gRPC and HTTP",
+            got=str(error),
+            fix="Install it: pip install 'tritonclient[grpc,http]'.",
+        ) from error
