@@ -492,3 +492,22 @@ def test_the_page_fits_the_width_of_a_phone(
     long = "a_very_long_class_name_without_any_space_in_it_" * 3
     triton.answer = copy.deepcopy(LOUD)
     triton.answer["outputs"][0]["data"] = [f"0.5:1:{long}"]
+    browser_page.set_viewport_size({"width": width, "height": 700})
+    browser_page.goto(ui.url)
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 1500, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
+    browser_page.set_input_files("#file", upload(stream.getvalue(), f"{long}.jpg"))
+    browser_page.locator("#answer").wait_for()
+    assert browser_page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_every_control_has_a_name(ui: UiServer, browser_page: Page) -> None:
+    browser_page.goto(ui.url)
+    assert browser_page.get_by_label("Choose an image, drop one here, or paste one").count() == 1
+    browser_page.set_input_files("#file", upload(jpeg()))
+    browser_page.locator("#answer").wait_for()
+    assert browser_page.get_by_role("table", name="Most likely classes").count() == 1
+    assert browser_page.get_by_role("img", name="The image that was classified").count() == 1
+    assert browser_page.get_by_role("meter", name="Alarm").count() == 1
+    assert browser_page.locator("html").get_attribute("lang") == "en"
