@@ -15,7 +15,6 @@ from cbpt_runtime.cli.output import print_json, print_note, print_pairs
 
 if TYPE_CHECKING:
     from cbpt_runtime.serving import RunningServer
-    from cbpt_runtime.serving.launcher import Companion
 
 _POLL_S = 0.5
 
@@ -26,6 +25,9 @@ def command(
     http_port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port for gRPC; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port for metrics; 0 takes a free one.")] = 8002,
+    ui_port: Annotated[
+        int | None, typer.Option(help="Also serve a page for people on loopback; 0 takes a free port.")
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="cpu, cuda, tensorrt or python. Default: what the server can run.")
     ] = None,
@@ -62,12 +64,25 @@ def command(
     if print_command:
         _print_command(repository, config, as_json=as_json)
         return
-    companions: list[Companion] = []
     print_note(f"verifying {repository} and starting a server")
-    with running_server(repository, config, companions=companions, tell=print_note) as server:
-        _print_ready(server, as_json=as_json)
+    with running_server(repository, config, tell=print_note) as server, _page(server, ui_port) as page:
+        _print_ready(server, page, as_json=as_json)
         _wait(server)
         print_note("stopping: requests on their way are finished first")
+
+
+@contextmanager
+def _page(server: RunningServer, port: int | None) -> Iterator[str | None]:
+    """The URL of a page for people while the block runs; None when none is wanted."""
+    if port is None:
+        yield None
+        return
+    from cbpt_runtime.serving.ui import UiServer
+
+    repository = server.plan.repository
+    limit = int(repository.manifest["profile"]["max_image_bytes"])
+    with UiServer(server.config.http_url, repository.name, port=port, max_image_bytes=limit) as page:
+        yield page.url
 
 
 def _wait(server: RunningServer) -> None:
@@ -97,7 +112,7 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print_ready(server: RunningServer, *, as_json: bool) -> None:
+def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> None:
     import sys
 
     plan, config, selftest = server.plan, server.config, server.selftest
@@ -110,7 +125,7 @@ def _print_ready(server: RunningServer, *, as_json: bool) -> None:
                 "http": config.http_url,
                 "grpc": config.grpc_url,
                 "metrics": config.metrics_url,
-                "beside": list(server.companion_urls),
+                "page": page,
                 "pid": server.process.pid,
                 "tritonserver": {
                     "path": str(plan.server.executable),
@@ -137,8 +152,8 @@ def _print_ready(server: RunningServer, *, as_json: bool) -> None:
             "grpc": config.grpc_url,
             "metrics": config.metrics_url,
         }
-        if server.companion_urls:
-            pairs["page"] = ", ".join(server.companion_urls)
+        if page is not None:
+            pairs["page"] = page
         print_pairs(pairs | {"next": f"cbpt-runtime classify --url {config.grpc_url} photo.jpg"})
     sys.stdout.flush()
 

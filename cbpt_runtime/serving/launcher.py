@@ -9,11 +9,10 @@ from __future__ import annotations
 import http.client
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from cbpt_runtime.errors import OutputError, ServingError
 from cbpt_runtime.export.manifest import Repository, read_repository
@@ -26,19 +25,6 @@ from cbpt_runtime.serving.servers import TritonServer, find_server
 
 LOG_LINES = 20
 _POLL_S = 0.1
-
-
-class Companion(Protocol):
-    """Something served beside Triton by this process, such as a page for people.
-
-    It is started after the self-test and stopped before Triton is.
-    """
-
-    def start(self, server: RunningServer) -> str:
-        """Start and return the URL to print."""
-
-    def stop(self) -> None:
-        """Stop; called once, only after `start`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +66,12 @@ class RunningServer:
         process: The tritonserver.
         version: As it says itself.
         selftest: The golden answers through the wire.
-        companion_urls: Where its companions are served.
     """
 
     plan: Plan
     process: ServerProcess
     version: str
     selftest: SelfTest
-    companion_urls: tuple[str, ...] = ()
 
     @property
     def config(self) -> ServeConfig:
@@ -127,7 +111,6 @@ def running_server(
     repository: str | Path,
     config: ServeConfig | None = None,
     *,
-    companions: Sequence[Companion] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[RunningServer]:
     """Serve a repository while the block runs; the server has passed its self-test when it begins.
@@ -135,7 +118,6 @@ def running_server(
     Args:
         repository: What `cbpt-runtime export` wrote.
         config: Settings; loopback and the usual ports when None.
-        companions: Served beside Triton.
         tell: Called with warnings for people, from any thread.
 
     Raises:
@@ -148,15 +130,8 @@ def running_server(
         stack.callback(process.stop, plan.config.drain_timeout_s)
         version = _wait_until_ready(plan, process)
         selftest = run_selftest(plan.repository, plan.config)
-        running = RunningServer(plan=plan, process=process, version=version, selftest=selftest)
-        urls = []
-        for companion in companions:
-            urls.append(companion.start(running))
-            stack.callback(companion.stop)
         process.log.listen()
-        yield RunningServer(
-            plan=plan, process=process, version=version, selftest=selftest, companion_urls=tuple(urls)
-        )
+        yield RunningServer(plan=plan, process=process, version=version, selftest=selftest)
 
 
 def startup_error(process: ServerProcess, what: str) -> ServingError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,15 @@ def _config_name(server: TritonServer, config: ServeConfig) -> str | None:
 def _check_stub_packages(server: TritonServer) -> None:
     """The wheel's stub runs this Python's packages; another server's are its own business."""
     missing = [name for module, name in _NEEDED_BY_STUBS.items() if not importlib.util.find_spec(module)]
-    if server.wheel is not None and missing:
+    if server.wheel is None:
+        return
+    if "numpy" not in missing and int(metadata.version("numpy").partition(".")[0]) > 1:
+        raise ServingError(
+            expected="numpy 1, which the python backend of nvidia-pytriton's server was built for",
+            got=f"numpy {metadata.version('numpy')}",
+            fix="Install `cbpt-runtime[server]` into the environment that runs `serve`, or use another server.",
+        )
+    if missing:
         raise ServingError(
             expected="numpy, Pillow and onnxruntime for Triton's python backend",
             got=f"no {', no '.join(missing)}",
