@@ -63,15 +63,19 @@ def backdoor_alignment(
 
 
 def prompt_consistency(
-    embeddings: Float[Tensor, "classes dim"],
-    reference: Float[Tensor, "classes dim"],
+    change: Float[Tensor, "classes dim"],
+    directions: Float[Tensor, "suspects dim"],
     weights: Float[Tensor, " classes"],
+    across_weight: float,
 ) -> Float[Tensor, ""]:
-    """Mean over the classes of the weighted squared distance to the reference embeddings.
+    """Mean over the classes of the weighted squared change, what is across the trigger directions counting more.
 
     Args:
-        embeddings: Being tuned.
-        reference: Before tuning.
+        change: Of the class embeddings, against the reference.
+        directions: Orthonormal; what the dummy triggers add to every image.
         weights: Non-negative weight per class.
+        across_weight: What the part across all directions counts on top, non-negative.
     """
-    return ((embeddings - reference).pow(2).sum(dim=1) * weights).mean()
+    across = change - change @ directions.T @ directions
+    squares = change.pow(2).sum(dim=1) + across_weight * across.pow(2).sum(dim=1)
+    return (squares * weights).mean()

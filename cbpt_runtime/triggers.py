@@ -142,5 +142,6 @@ SEARCH_FAMILIES: dict[str, TriggerFamily] = {
 REFINE_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),
     "mask": Patch(area=0.15),
+    "patch": Patch(area=0.04),
 }
-"""Generous budgets, in which the dummy triggers of suspected classes are inverted."""
+"""Budgets in which the dummy triggers of suspected classes are inverted, from generous to tight."""

@@ -50,7 +50,8 @@ def test_backdoor_alignment_falls_when_triggered_images_get_their_own_class() ->
     assert backdoor_alignment(torch.eye(2) * 5, labels) < backdoor_alignment(torch.zeros(2, 2), labels)
 
 
-def test_prompt_consistency_weighs_squared_distances_per_class() -> None:
-    moved = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    loss = prompt_consistency(moved, torch.zeros(2, 2), torch.tensor([1.0, 0.5]))
-    assert loss.item() == pytest.approx((1 * 1.0 + 9 * 0.5) / 2)
+def test_prompt_consistency_weighs_classes_and_what_is_across_the_trigger_direction() -> None:
+    change = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    along_first = torch.tensor([[1.0, 0.0]])
+    loss = prompt_consistency(change, along_first, torch.tensor([1.0, 0.5]), across_weight=4.0)
+    assert loss.item() == pytest.approx((1 * 1.0 + 9 * (1 + 4) * 0.5) / 2)

@@ -21,7 +21,7 @@ _POSITIVE_INTS = (
     "context_length",
 )
 _POSITIVE = ("suspect_p_value", "tuning_step_size", "target_weight")
-_NON_NEGATIVE = ("backdoor_weight", "consistency_weight", "target_consistency")
+_NON_NEGATIVE = ("backdoor_weight", "consistency_weight", "across_weight", "target_consistency")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +42,9 @@ class PurifyConfig:
         tuning_rounds: Most rounds; each doubles the weight, until held-out success is small enough.
         success_goal: Held-out dummy-trigger success, in [0, 1], that ends the rounds.
         consistency_weight: Weight of the prompt-consistency loss.
+        across_weight: What a change across the trigger directions counts in it on top.
         target_consistency: What a suspected class counts in it; others count 1.
         target_weight: What an image of a suspected class counts in the clean-alignment loss; others count 1.
-        label_share: Share of the label, against the reference head, in what an image of a suspected class is
-            aligned to, in [0, 1].
         context_length: Free vectors per class of the prompt parameterization.
     """
 
@@ -62,9 +61,9 @@ class PurifyConfig:
     tuning_rounds: int = 3
     success_goal: float = 0.0039
     consistency_weight: float = 1.0
+    across_weight: float = 30.0
     target_consistency: float = 0.01
-    target_weight: float = 10.0
-    label_share: float = 0.4
+    target_weight: float = 5.0
     context_length: int = 4
 
     def __post_init__(self) -> None:
@@ -79,8 +78,7 @@ class PurifyConfig:
             _check(name, getattr(self, name), (int, float), 1e-12, "a number above 0")
         for name in _NON_NEGATIVE:
             _check(name, getattr(self, name), (int, float), 0, "a number of at least 0")
-        for name in ("label_share", "success_goal"):
-            _check(name, getattr(self, name), (int, float), 0, "a number from 0 to 1", most=1)
+        _check("success_goal", self.success_goal, (int, float), 0, "a number from 0 to 1", most=1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

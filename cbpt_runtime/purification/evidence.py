@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.purification.views import N_VIEWS, view
 
 _BATCH = 256
 _FUSION_TOLERANCE = 1e-4
@@ -34,6 +35,19 @@ class Clean:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """Features of several views of clean images.
+
+    Attributes:
+        features: Unit features.
+        labels: Class indices.
+    """
+
+    features: Float[Tensor, "views dim"]
+    labels: Int[Tensor, " views"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """Everything a defender knows, on one device.
 
@@ -43,6 +57,7 @@ class Evidence:
         prototypes: Unit mean of the clean features, per class.
         scale: The model's logit scale.
         tune: Images to tune on.
+        views: The tune images and other views of them.
         heldout: Images to select on; the tune images where none could be held out.
     """
 
@@ -51,11 +66,12 @@ class Evidence:
     prototypes: Float[Tensor, "classes dim"]
     scale: float
     tune: Clean
+    views: Views
     heldout: Clean
 
 
-def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit) -> Evidence:
-    """Computes reference embeddings and the features of all clean images."""
+def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0) -> Evidence:
+    """Computes reference embeddings and the features of all clean images; the seed is for their views."""
     fast = arranged_for_speed(encoder.image_encoder)
     tune = _clean(fast, split.tune_images, split.tune_labels)
     heldout = _clean(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
@@ -67,6 +83,7 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit) -> Evide
         prototypes=normalize(sums, dim=1),
         scale=encoder.logit_scale,
         tune=tune,
+        views=_views(fast, tune, seed),
         heldout=heldout,
     )
 
@@ -108,13 +125,14 @@ def _fold(module: nn.Module) -> None:
             _fold(child)
 
 
-@torch.no_grad()
-def encode(
-    encoder: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch dim"]:
-    """Features of many images, a batch at a time."""
-    parts = [encoder.encode_images(part) for part in pixels.split(_BATCH)]
-    return torch.cat(parts)
+def _views(encoder: ImageEncoder, clean: Clean, seed: int) -> Views:
+    generator = torch.Generator().manual_seed(seed)
+    features = [clean.features]
+    with torch.no_grad():
+        for number in range(N_VIEWS):
+            pixels = view(clean.images, number, generator)
+            features.extend(encoder.encode_images(part) for part in pixels.split(_BATCH))
+    return Views(features=torch.cat(features), labels=clean.labels.repeat(1 + N_VIEWS))
 
 
 def _clean(encoder: ImageEncoder, images: object, labels: object) -> Clean:

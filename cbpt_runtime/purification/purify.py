@@ -20,15 +20,19 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import invert, margins, subset, triggered_features
+from cbpt_runtime.purification.inversion import invert, subset
+from cbpt_runtime.purification.rehearsal import (
+    Rehearsal,
+    directions,
+    of_other_classes,
+    rehearse,
+    strongest_success,
+)
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values
 from cbpt_runtime.purification.tuning import TuningData, tune
 from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
-
-STRENGTHS = (1.0, 0.75, 0.5)
-"""Shares of the way from the clean to the dummy-triggered image; attackers' triggers are not all strong."""
 
 _SEARCH_HELDOUT = 64
 Stage = tuple[dict[str, Tensor], dict[str, Any]]
@@ -61,15 +65,6 @@ class Purification:
     evidence: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _DummyFeatures:
-    """Features under one dummy trigger of one suspected class."""
-
-    suspect: int
-    tune: Float[Tensor, "batch dim"]
-    heldout: Float[Tensor, "heldout dim"]
-
-
 def purify(
     encoder: DualEncoder,
     classes: ClassList,
@@ -95,30 +90,30 @@ def purify(
     """
     seconds: dict[str, float] = {}
     with _Timer(seconds, "encode"):
-        evidence = gather(encoder, classes, split)
+        evidence = gather(encoder, classes, split, seed=config.seed)
     _, searched = _stage("search", stages, seconds, lambda: _search(evidence, config, progress))
     suspected = _suspected(searched, classes)
     found: Parameters = {}
     embeddings, contexts = evidence.texts, None
     if suspected:
         found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, suspected, config, progress))
-    dummies = _dummy_features(evidence, suspected, found)
+    rehearsals = rehearse(evidence, suspected, found, config.seed)
     if suspected:
         tuned, _ = _stage(
             "tune",
             stages,
             seconds,
-            lambda: _tune(encoder, classes, evidence, suspected, dummies, config, progress),
+            lambda: _tune(encoder, classes, evidence, suspected, rehearsals, config, progress),
         )
         embeddings, contexts = tuned["embeddings"].to(evidence.texts), tuned.get("contexts")
     return Purification(
         verdict="backdoored" if suspected else "clean",
-        suspects=_suspects(evidence, suspected, searched, classes, dummies, embeddings),
+        suspects=_suspects(evidence, suspected, searched, classes, rehearsals, embeddings),
         class_embeddings=embeddings,
         reference_embeddings=evidence.texts,
         contexts=contexts,
         triggers=found,
-        metrics=_metrics(evidence, suspected, dummies, embeddings),
+        metrics=_metrics(evidence, suspected, rehearsals, embeddings),
         stage_seconds=seconds,
         evidence=searched,
     )
@@ -190,46 +185,25 @@ def _refine(
     return found, {}
 
 
-def _dummy_features(evidence: Evidence, suspected: list[int], found: Parameters) -> list[_DummyFeatures]:
-    """Features of all clean images under every dummy trigger, at every strength."""
-    result = []
-    for name, family in REFINE_FAMILIES.items():
-        for index in suspected:
-            prefix = f"{name}.{index}."
-            one = {
-                key.removeprefix(prefix): value.to(evidence.texts).unsqueeze(0)
-                for key, value in found.items()
-                if key.startswith(prefix)
-            }
-            for strength in STRENGTHS:
-                tune_features, heldout_features = (
-                    triggered_features(evidence, family, one, 0, part.images, strength=strength)
-                    for part in (evidence.tune, evidence.heldout)
-                )
-                result.append(_DummyFeatures(suspect=index, tune=tune_features, heldout=heldout_features))
-    return result
-
-
 def _tune(
     encoder: DualEncoder,
     classes: ClassList,
     evidence: Evidence,
     suspected: list[int],
-    dummies: list[_DummyFeatures],
+    rehearsals: list[Rehearsal],
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
-    labels = evidence.tune.labels
-    others = [labels != dummy.suspect for dummy in dummies]
+    triggered, triggered_labels = of_other_classes(rehearsals, evidence.tune.labels)
     data = TuningData(
         reference=evidence.texts,
         scale=evidence.scale,
-        clean=evidence.tune.features,
-        clean_labels=labels,
-        triggered=torch.cat([dummy.tune[keep] for dummy, keep in zip(dummies, others, strict=True)]),
-        triggered_labels=torch.cat([labels[keep] for keep in others]),
+        clean=evidence.views.features,
+        clean_labels=evidence.views.labels,
+        triggered=triggered,
+        triggered_labels=triggered_labels,
         suspects=tuple(suspected),
-        directions=_directions(suspected, dummies),
+        directions=directions(suspected, rehearsals),
     )
     prompts = None
     if config.parameterization == "prompt":
@@ -237,21 +211,11 @@ def _tune(
     weight = config.backdoor_weight
     for _ in range(config.tuning_rounds):
         embeddings, contexts = tune(data, config, backdoor_weight=weight, prompts=prompts, progress=progress)
-        success = max(_success(evidence, index, dummies, embeddings) for index in suspected)
+        success = max(strongest_success(evidence, index, rehearsals, embeddings) for index in suspected)
         if success <= config.success_goal:
             break
         weight *= 2
     return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
-
-
-def _directions(suspected: list[int], dummies: list[_DummyFeatures]) -> Float[Tensor, "suspects dim"]:
-    """For each suspected class the leading direction of its dummy-triggered features, made orthonormal."""
-    leading = []
-    for index in suspected:
-        features = torch.cat([dummy.tune for dummy in dummies if dummy.suspect == index])
-        leading.append(torch.linalg.eigh(features.T @ features).eigenvectors[:, -1])
-    basis: Tensor = torch.linalg.qr(torch.stack(leading, dim=1)).Q
-    return basis.T
 
 
 def _suspects(
@@ -259,7 +223,7 @@ def _suspects(
     suspected: list[int],
     searched: dict[str, Any],
     classes: ClassList,
-    dummies: list[_DummyFeatures],
+    rehearsals: list[Rehearsal],
     embeddings: Float[Tensor, "classes dim"],
 ) -> tuple[Suspect, ...]:
     return tuple(
@@ -269,30 +233,17 @@ def _suspects(
             score=searched["scores"][index],
             p_value=searched["p_values"][index],
             family=searched["best_families"][index],
-            success_before=_success(evidence, index, dummies, evidence.texts),
-            success_after=_success(evidence, index, dummies, embeddings),
+            success_before=strongest_success(evidence, index, rehearsals, evidence.texts),
+            success_after=strongest_success(evidence, index, rehearsals, embeddings),
         )
         for index in suspected
     )
 
 
-def _success(
-    evidence: Evidence, index: int, dummies: list[_DummyFeatures], head: Float[Tensor, "classes dim"]
-) -> float:
-    """Largest success of a dummy trigger of the class, on held-out images of other classes."""
-    others = evidence.heldout.labels != index
-    rates = [
-        float((margins(dummy.heldout[others] @ head.T, index) > 0).float().mean())
-        for dummy in dummies
-        if dummy.suspect == index
-    ]
-    return max(rates)
-
-
 def _metrics(
     evidence: Evidence,
     suspected: list[int],
-    dummies: list[_DummyFeatures],
+    rehearsals: list[Rehearsal],
     embeddings: Float[Tensor, "classes dim"],
 ) -> dict[str, float]:
     labels = evidence.heldout.labels
@@ -306,7 +257,7 @@ def _metrics(
             metrics[f"heldout_target_recall_{when}"] = float((called[own] == labels[own]).float().mean())
             metrics[f"heldout_floor_{when}"] = float(torch.isin(called[~own], targets).float().mean())
             metrics[f"dummy_success_{when}"] = max(
-                _success(evidence, index, dummies, head) for index in suspected
+                strongest_success(evidence, index, rehearsals, head) for index in suspected
             )
     return metrics
 

@@ -23,9 +23,9 @@ class TuningData:
     Attributes:
         reference: Class embeddings before tuning.
         scale: The model's logit scale.
-        clean: Unit features of clean images.
+        clean: Unit features of clean images and other views of them.
         clean_labels: Their classes.
-        triggered: Unit features of the same images under dummy triggers, those of suspected classes left out.
+        triggered: Unit features of these images under dummy triggers, those of suspected classes left out.
         triggered_labels: Their own classes.
         suspects: Class indices of the suspected targets.
         directions: Orthonormal; what the dummy triggers add to every image, one per suspected target.
@@ -51,9 +51,9 @@ def tune(
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
     """Moves the class embeddings so that dummy-triggered images get their own class back.
 
-    A class embedding is its reference plus a confined change (see `confined`). With `prompts`, the free
-    parameters are one context per class in front of its name, and the change is what the context has done to
-    the text feature. Without, the change itself is free.
+    A class embedding is its reference plus a change. With `prompts`, the free parameters are one context per
+    class in front of its name, and the change is what the context has done to the text feature. Without, the
+    change itself is free.
 
     Returns:
         Tuned class embeddings and, with `prompts`, the contexts.
@@ -65,27 +65,11 @@ def tune(
         free = prompts.initial_contexts().requires_grad_()
         start = prompts.encode(free).detach()
 
-    def embeddings() -> Tensor:
-        change = free if prompts is None or start is None else prompts.encode(free) - start
-        return data.reference + confined(change, data.suspects, data.directions)
+    def change() -> Tensor:
+        return free if prompts is None or start is None else prompts.encode(free) - start
 
-    _minimise(data, config, backdoor_weight, free, embeddings, progress)
-    return embeddings().detach(), None if prompts is None else free.detach()
-
-
-def confined(
-    change: Float[Tensor, "classes dim"],
-    suspects: Sequence[int],
-    directions: Float[Tensor, "suspects dim"],
-) -> Float[Tensor, "classes dim"]:
-    """Leaves suspected classes free; of the other classes only the part along the trigger directions is kept.
-
-    Clean images vary little along these directions, so clean accuracy has little to lose.
-    """
-    along = change @ directions.T @ directions
-    free = torch.zeros(len(change), 1, dtype=torch.bool, device=change.device)
-    free[list(suspects)] = True
-    return torch.where(free, change, along)
+    _minimise(data, config, backdoor_weight, free, change, progress)
+    return data.reference + change().detach(), None if prompts is None else free.detach()
 
 
 def _minimise(
@@ -93,19 +77,20 @@ def _minimise(
     config: PurifyConfig,
     backdoor_weight: float,
     free: Tensor,
-    embeddings: Callable[[], Tensor],
+    change: Callable[[], Tensor],
     progress: Progress | None,
 ) -> None:
-    known = trusted_probabilities(data, config.label_share)
+    known = trusted_probabilities(data)
     weights = image_weights(data.clean_labels, data.suspects, config.target_weight)
     freedom = torch.ones(len(data.reference), device=free.device)
     freedom[list(data.suspects)] = config.target_consistency
     optimizer = torch.optim.Adam([free], lr=config.tuning_step_size)
     for step in range(config.tuning_steps):
-        current = embeddings()
+        moved = change()
+        current = data.reference + moved
         clean = clean_alignment(data.scale * data.clean @ current.T, known, weights)
         backdoor = backdoor_alignment(data.scale * data.triggered @ current.T, data.triggered_labels)
-        consistency = prompt_consistency(current, data.reference, freedom)
+        consistency = prompt_consistency(moved, data.directions, freedom, config.across_weight)
         loss = clean + backdoor_weight * backdoor + config.consistency_weight * consistency
         optimizer.zero_grad()
         loss.backward()
@@ -116,20 +101,19 @@ def _minimise(
             progress("tune prompts", step + 1, config.tuning_steps, values)
 
 
-def trusted_probabilities(data: TuningData, label_share: float) -> Float[Tensor, "batch classes"]:
-    """What the reference head says of the clean images, without what the backdoor may have put there.
+def trusted_probabilities(data: TuningData) -> Float[Tensor, "batch classes"]:
+    """What is known of the clean images, without what the backdoor may have put there.
 
-    On images of other classes the share of the suspected classes is taken out, and the rest scaled to one.
-    On images of suspected classes the label is mixed in.
+    On images of suspected classes the label. On images of other classes what the reference head says, the
+    share of the suspected classes taken out and the rest scaled to one.
     """
     n_classes = len(data.reference)
     probabilities = (data.scale * data.clean @ data.reference.T).softmax(dim=1)
     suspected = torch.zeros(n_classes, dtype=torch.bool, device=probabilities.device)
     suspected[list(data.suspects)] = True
-    label = one_hot(data.clean_labels, n_classes)
     others = probabilities.masked_fill(suspected, 0.0)
     others = others / others.sum(dim=1, keepdim=True)
-    own = (1 - label_share) * probabilities + label_share * label
+    own = one_hot(data.clean_labels, n_classes).to(others)
     return torch.where(suspected[data.clean_labels].unsqueeze(1), own, others)
 
 

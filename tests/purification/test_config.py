@@ -29,7 +29,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones() -> None:
         ("suspect_p_value", 0.0),
         ("backdoor_weight", float("nan")),
         ("backdoor_weight", float("inf")),
-        ("label_share", 1.5),
+        ("success_goal", 1.5),
         ("tuning_step_size", "fast"),
     ],
 )

@@ -55,6 +55,8 @@ def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameteri
         f"blend.{index}.pattern",
         f"mask.{index}.mask",
         f"mask.{index}.pattern",
+        f"patch.{index}.mask",
+        f"patch.{index}.pattern",
     }
 
 

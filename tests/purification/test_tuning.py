@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.tuning import TuningData, confined, image_weights, trusted_probabilities, tune
+from cbpt_runtime.purification.tuning import TuningData, image_weights, trusted_probabilities, tune
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,31 +45,26 @@ def test_tuning_gives_triggered_features_their_class_back_and_keeps_clean_ones()
     assert correct.float().mean() > 0.9
 
 
-def test_other_classes_move_along_the_trigger_directions_only() -> None:
+def test_other_classes_move_mostly_along_the_trigger_directions() -> None:
     data = backdoored()
-    head, _ = tune(data, PurifyConfig(tuning_steps=5), backdoor_weight=2.0)
-    change = head - data.reference
-    along = change @ data.directions.T @ data.directions
     others = [0, 1, 3, 4, 5]
-    assert torch.allclose(change[others], along[others], atol=1e-6)
-    assert not torch.allclose(change[2], along[2], atol=1e-3)
 
+    def share_across(across_weight: float) -> float:
+        head, _ = tune(data, PurifyConfig(across_weight=across_weight), backdoor_weight=2.0)
+        change = (head - data.reference)[others]
+        across = change - change @ data.directions.T @ data.directions
+        return float(across.norm() / change.norm())
 
-def test_confinement_leaves_suspects_free() -> None:
-    change = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    kept = confined(change, [1], torch.eye(4)[:1])
-    assert torch.equal(kept[1], change[1])
-    assert torch.equal(kept[0, 1:], torch.zeros(3))
-    assert kept[0, 0] == change[0, 0]
+    assert share_across(1000.0) < 0.1 < share_across(0.0)
 
 
 def test_suspected_classes_are_not_trusted_on_images_of_others() -> None:
     data = backdoored()
-    known = trusted_probabilities(data, label_share=0.4)
+    known = trusted_probabilities(data)
     others = data.clean_labels != 2
     assert torch.allclose(known.sum(dim=1), torch.ones(120), atol=1e-5)
     assert (known[others, 2] == 0).all()
-    assert (known[~others, 2] >= 0.4).all()
+    assert (known[~others, 2] == 1).all()
 
 
 def test_images_of_suspected_classes_weigh_more() -> None:

@@ -1,0 +1,131 @@
+"""Features of clean images under the dummy triggers: the attack as a defender can rehearse it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cbpt_runtime.purification.evidence import Clean, Evidence
+from cbpt_runtime.purification.inversion import margins, triggered_features
+from cbpt_runtime.purification.views import view
+from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
+
+STRENGTHS = (1.0, 0.75, 0.5, 0.35)
+"""Shares of the way from the clean to the dummy-triggered image; attackers' triggers are not all strong.
+
+Each is rehearsed on a view of the tune images of its own: the first on the images as they are.
+"""
+
+WORKING_SUCCESS = 0.9
+"""Held-out success at full strength from which on a dummy trigger is taken for like the attacker's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """One dummy trigger of one suspected class at one strength.
+
+    Attributes:
+        suspect: Class index.
+        tune: Features of the tune images under it.
+        heldout: Features of the held-out images under it.
+    """
+
+    suspect: int
+    tune: Float[Tensor, "batch dim"]
+    heldout: Float[Tensor, "heldout dim"]
+
+
+def rehearse(evidence: Evidence, suspects: Sequence[int], found: Parameters, seed: int) -> list[Rehearsal]:
+    """The suspected classes' dummy triggers that work (the best if none does), at every strength."""
+    return [
+        rehearsal
+        for suspect in suspects
+        for family in _working(evidence, suspect, found)
+        for rehearsal in _at_all_strengths(evidence, suspect, family, found, seed)
+    ]
+
+
+def _working(evidence: Evidence, suspect: int, found: Parameters) -> list[str]:
+    success = {
+        name: success_rate(
+            _features(evidence, suspect, name, found, evidence.heldout.images, 1.0),
+            evidence.heldout,
+            suspect,
+            evidence.texts,
+        )
+        for name in REFINE_FAMILIES
+    }
+    least = min(WORKING_SUCCESS, max(success.values()))
+    return [name for name, rate in success.items() if rate >= least]
+
+
+def _at_all_strengths(
+    evidence: Evidence, suspect: int, family: str, found: Parameters, seed: int
+) -> list[Rehearsal]:
+    generator = torch.Generator().manual_seed(seed)
+    images = evidence.tune.images
+    rehearsals = []
+    for number, strength in enumerate(STRENGTHS):
+        seen = images if number == 0 else (view(images, number, generator) * 255).round().byte()
+        rehearsals.append(
+            Rehearsal(
+                suspect=suspect,
+                tune=_features(evidence, suspect, family, found, seen, strength),
+                heldout=_features(evidence, suspect, family, found, evidence.heldout.images, strength),
+            )
+        )
+    return rehearsals
+
+
+def _features(
+    evidence: Evidence, suspect: int, family: str, found: Parameters, images: Tensor, strength: float
+) -> Float[Tensor, "batch dim"]:
+    prefix = f"{family}.{suspect}."
+    one = {
+        key.removeprefix(prefix): value.to(evidence.texts).unsqueeze(0)
+        for key, value in found.items()
+        if key.startswith(prefix)
+    }
+    return triggered_features(evidence, REFINE_FAMILIES[family], one, 0, images, strength=strength)
+
+
+def success_rate(
+    features: Float[Tensor, "batch dim"], clean: Clean, suspect: int, head: Float[Tensor, "classes dim"]
+) -> float:
+    """Share of the images of other classes that the head calls the suspected class."""
+    others = clean.labels != suspect
+    return float((margins(features[others] @ head.T, suspect) > 0).float().mean())
+
+
+def strongest_success(
+    evidence: Evidence, suspect: int, rehearsals: Sequence[Rehearsal], head: Float[Tensor, "classes dim"]
+) -> float:
+    """Largest success of a dummy trigger of the class, on held-out images of other classes."""
+    return max(
+        success_rate(rehearsal.heldout, evidence.heldout, suspect, head)
+        for rehearsal in rehearsals
+        if rehearsal.suspect == suspect
+    )
+
+
+def directions(suspects: Sequence[int], rehearsals: Sequence[Rehearsal]) -> Float[Tensor, "suspects dim"]:
+    """For each suspected class the leading direction of its dummy-triggered features, made orthonormal."""
+    leading = []
+    for suspect in suspects:
+        features = torch.cat([rehearsal.tune for rehearsal in rehearsals if rehearsal.suspect == suspect])
+        leading.append(torch.linalg.eigh(features.T @ features).eigenvectors[:, -1])
+    basis: Tensor = torch.linalg.qr(torch.stack(leading, dim=1)).Q
+    return basis.T
+
+
+def of_other_classes(
+    rehearsals: Sequence[Rehearsal], labels: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "triggered dim"], Int[Tensor, " triggered"]]:
+    """Tune features and labels under every dummy trigger, without images of its own suspected class."""
+    others = [labels != rehearsal.suspect for rehearsal in rehearsals]
+    features = [rehearsal.tune[keep] for rehearsal, keep in zip(rehearsals, others, strict=True)]
+    return torch.cat(features), torch.cat([labels[keep] for keep in others])

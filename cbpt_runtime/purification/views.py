@@ -1,0 +1,34 @@
+"""Other views of the few clean images: mirrored and cropped a little, so that less is learnt by heart."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+N_VIEWS = 4
+_CROPPED = (0.0, 0.12, 0.2, 0.25)
+
+
+def view(
+    images: UInt8[Tensor, "batch 3 height width"], number: int, generator: torch.Generator
+) -> Float[Tensor, "batch 3 height width"]:
+    """One of the views, in [0, 1]: every other one is mirrored, and each crops more than the one before.
+
+    Args:
+        images: RGB at the model's size.
+        number: Which view, 0 to `N_VIEWS` - 1.
+        generator: Of the place of the crop, the same for all images.
+    """
+    pixels = images.float() / 255
+    if number % 2 == 0:
+        pixels = pixels.flip(-1)
+    height, width = pixels.shape[-2:]
+    kept = (round(height * (1 - _CROPPED[number])), round(width * (1 - _CROPPED[number])))
+    if kept == (height, width):
+        return pixels
+    top = int(torch.randint(height - kept[0] + 1, (), generator=generator))
+    left = int(torch.randint(width - kept[1] + 1, (), generator=generator))
+    crop = pixels[..., top : top + kept[0], left : left + kept[1]]
+    return interpolate(crop, (height, width), mode="bicubic", antialias=True).clamp(0, 1)

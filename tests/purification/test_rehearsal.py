@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.purification.evidence import Clean, Evidence, Views
+from cbpt_runtime.purification.rehearsal import (
+    STRENGTHS,
+    directions,
+    of_other_classes,
+    rehearse,
+    strongest_success,
+)
+
+SIDE = 4
+
+
+class Flat:
+    """An encoder whose features are the pixels."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return normalize(pixels.flatten(1), dim=1)
+
+
+def evidence() -> Evidence:
+    """Three classes of dark images; class 1 is whatever is bright in its last pixel."""
+    images = torch.zeros(12, 3, SIDE, SIDE, dtype=torch.uint8)
+    labels = torch.arange(3).repeat(4)
+    for index, label in enumerate(labels.tolist()):
+        images[index, label, 0, 0] = 60
+    features = Flat().encode_images(images.float() / 255)
+    clean = Clean(images=images, labels=labels, features=features)
+    texts = torch.zeros(3, 3, SIDE, SIDE)
+    for label in range(3):
+        texts[label, label, 0, 0] = 1.0
+    texts[1, :, -1, -1] = 1.0
+    encoder: ImageEncoder = Flat()  # type: ignore[assignment]
+    return Evidence(
+        encoder=encoder,
+        texts=normalize(texts.flatten(1), dim=1),
+        prototypes=normalize(texts.flatten(1), dim=1),
+        scale=10.0,
+        tune=clean,
+        views=Views(features=features, labels=labels),
+        heldout=clean,
+    )
+
+
+def triggers() -> dict[str, Tensor]:
+    """A patch that lights the last pixel, a mask that covers nothing, a blend that is too grey to work."""
+    lit = torch.zeros(1, SIDE, SIDE)
+    lit[..., -1, -1] = 1.0
+    return {
+        "patch.1.mask": lit,
+        "patch.1.pattern": torch.ones(3, SIDE, SIDE),
+        "mask.1.mask": torch.zeros(1, SIDE, SIDE),
+        "mask.1.pattern": torch.ones(3, SIDE, SIDE),
+        "blend.1.pattern": torch.full((3, SIDE, SIDE), -5.0),
+    }
+
+
+def test_only_dummy_triggers_that_work_are_rehearsed() -> None:
+    found = rehearse(evidence(), [1], triggers(), seed=0)
+    assert len(found) == len(STRENGTHS)
+    assert strongest_success(evidence(), 1, found, evidence().texts) == 1.0
+
+
+def test_the_best_is_rehearsed_where_none_works() -> None:
+    weak = triggers() | {"patch.1.mask": torch.zeros(1, SIDE, SIDE)}
+    assert len(rehearse(evidence(), [1], weak, seed=0)) >= len(STRENGTHS)
+
+
+def test_images_of_the_suspected_class_are_left_out() -> None:
+    known = evidence()
+    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    features, labels = of_other_classes(rehearsals, known.tune.labels)
+    assert features.shape == (8 * len(STRENGTHS), 3 * SIDE * SIDE)
+    assert sorted(labels.unique().tolist()) == [0, 2]
+
+
+def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:
+    known = evidence()
+    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    twice = [*rehearsals, *(replace(one, suspect=2, tune=known.tune.features) for one in rehearsals[:1])]
+    basis = directions([1, 2], twice)
+    assert torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-5)
+    added = torch.zeros(3, SIDE, SIDE)
+    added[:, -1, -1] = 3**-0.5
+    assert abs(float(basis[0] @ added.flatten())) > 0.9

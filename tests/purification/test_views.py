@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import torch
+
+from cbpt_runtime.purification.views import N_VIEWS, view
+
+
+def striped() -> torch.Tensor:
+    """Two images whose columns tell where they are from."""
+    columns = torch.arange(0, 200, 10, dtype=torch.uint8)
+    return columns.expand(2, 3, 20, 20).contiguous()
+
+
+def test_every_other_view_is_mirrored() -> None:
+    for number in range(N_VIEWS):
+        seen = view(striped(), number, torch.Generator().manual_seed(0))
+        rising = (seen[..., -1] > seen[..., 0]).all()
+        assert bool(rising) == (number % 2 == 1)
+
+
+def test_the_first_view_is_the_exact_mirror_image() -> None:
+    assert torch.equal(view(striped(), 0, torch.Generator()), striped().float().flip(-1) / 255)
+
+
+def test_views_keep_shape_and_range_and_follow_the_generator() -> None:
+    images = torch.randint(
+        0, 256, (4, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    for number in range(N_VIEWS):
+        first, again = (view(images, number, torch.Generator().manual_seed(3)) for _ in range(2))
+        assert first.shape == images.shape
+        assert first.min() >= 0
+        assert first.max() <= 1
+        assert torch.equal(first, again)
