@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported
 
-_SOURCES = {"folder": "the images of --calibration", "drawn": "drawn pictures"}
+_SOURCES = {"folder": "the images given", "bundle": "the bundle's images", "drawn": "drawn pictures"}
 
 
 def command(
@@ -22,7 +22,9 @@ def command(
     name: Annotated[str, typer.Option(help="Name of the served model.")] = "clip",
     precision: Annotated[
         Literal["fp32", "fp16", "int8"] | None,
-        typer.Option(help="Of the network. Default: the profile's, fp32. The others need --calibration."),
+        typer.Option(
+            help="Of the network. Default: the profile's, fp32. The others are measured on clean images."
+        ),
     ] = None,
     profile: Annotated[
         str, typer.Option(help="Deployment target: cpu, cuda, tensorrt or a TOML file.")
@@ -32,8 +34,9 @@ def command(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Clean labelled images, one folder per class, for the gate and the golden set."),
+        typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bake encoder and heads into one ONNX graph, compare it with PyTorch, write a Triton repository."""
@@ -43,9 +46,15 @@ def command(
     settings = read_profile(profile, precision=precision, max_batch=max_batch)
     with shown_progress() as progress:
         exported = export_bundle(
-            bundle, output, name=name, profile=settings, calibration=calibration, progress=progress
+            bundle,
+            output,
+            name=name,
+            profile=settings,
+            calibration=calibration,
+            force=force,
+            progress=progress,
         )
-    if calibration is None:
+    if exported.parity["images"] == "drawn":
         print_note("note: the gate looked at drawn pictures; --calibration makes it look at your images")
     if as_json:
         print_json(
@@ -70,25 +79,40 @@ def print_exported(exported: Exported) -> None:
 
 
 def print_parity(parity: dict[str, Any]) -> None:
-    """Print every comparison of a gate."""
+    """Print every comparison of a gate, and what a lower precision costs and saves."""
+    if "comparisons" in parity:
+        print_table(
+            ("PyTorch against onnxruntime", "batch", "images", "largest difference", "tolerance"),
+            [
+                (
+                    row["quantity"],
+                    row["batch_size"],
+                    row["images"],
+                    f"{row['largest_difference']:.2g}",
+                    f"{row['tolerance']:g}",
+                )
+                for row in parity["comparisons"]
+            ],
+        )
+    if "precision" in parity:
+        print_precision(parity["precision"])
+
+
+def print_precision(measured: dict[str, Any]) -> None:
+    """Print what fp16 or int8 costs on the held-out images, and what it saves."""
+    rows = {"clean accuracy": "accuracy", "worst dummy-trigger success": "dummy_trigger_success"}
     print_table(
-        ("PyTorch against onnxruntime", "batch", "images", "largest difference", "tolerance"),
-        [
-            (
-                row["quantity"],
-                row["batch_size"],
-                row["images"],
-                f"{row['largest_difference']:.2g}",
-                f"{row['tolerance']:g}",
-            )
-            for row in parity["comparisons"]
-        ],
+        (f"on {measured['heldout_images']} held-out images", "fp32", "now"),
+        [(title, percent(measured[f"{key}_fp32"]), percent(measured[key])) for title, key in rows.items()],
     )
-    if measured := parity.get("precision"):
-        print_pairs({name: _number(value) for name, value in measured.items()})
-        if measured["speed_up_batch_1"] < 1 and measured["speed_up_batch_8"] < 1:
-            print_note("note: this precision is slower than fp32 on this machine")
-
-
-def _number(value: object) -> object:
-    return f"{value:.4g}" if isinstance(value, float) else value
+    pairs = {"labels as in fp32": percent(measured["labels_equal"])}
+    if speed_ups := measured.get("speed_ups"):
+        kept, layers = len(measured["layers_kept_in_fp32"]), measured["layers"]
+        pairs["layers in fp32"] = f"{kept} of {layers}" if layers else "norms and softmax"
+        pairs["size"] = f"{measured['size_ratio']:.2f}× fp32"
+        pairs["speed here"] = ", ".join(
+            f"{ratio:.2f}× fp32 at batch {size}" for size, ratio in speed_ups.items()
+        )
+    print_pairs(pairs)
+    if speed_ups and max(speed_ups.values()) < 1:
+        print_note("note: this precision is slower than fp32 on this machine")

@@ -18,7 +18,7 @@ def command(
         Path | None, typer.Option(help="Bundle it was exported from: runs the parity gate again.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Labelled images for the gate, one folder per class.")
+        Path | None, typer.Option(help="Labelled images for the gate instead of the bundle's own.")
     ] = None,
     provider: Annotated[
         Literal["cpu", "cuda", "tensorrt"] | None,
@@ -33,7 +33,7 @@ def command(
     if as_json:
         print_json(asdict(found))
         return
-    if found.parity is not None and "comparisons" in found.parity:
+    if found.parity is not None:
         print_parity(found.parity)
     print_pairs(
         {

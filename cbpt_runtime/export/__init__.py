@@ -1,14 +1,16 @@
 """From a bundle to what a server loads: an ONNX graph behind a parity gate, a Triton repository around it.
 
-graph       the served classifier as one torch module: pixels in, both heads and the alarm out
-onnx        that module as the bytes of one portable, deterministic ONNX file
-session     onnxruntime sessions whose provider is checked
-images      the pictures the gate looks at
-parity      the gate: PyTorch against onnxruntime
-precision   fp16 and int8 variants of a graph
-profiles    what differs between deployment targets
-triton      config.pbtxt, written through Triton's own protobuf
-golden      a few images and the expected answers, which travel with the repository
-repository  the Triton model repository, whole or absent, with a SHA-256 manifest
-verify      all of it checked again, later and elsewhere
+graph         the served classifier as one torch module: pixels in, both heads and the alarm out
+onnx          that module as the bytes of one portable, deterministic ONNX file
+session       onnxruntime sessions whose provider is checked
+images        the pictures the gate looks at
+parity        the gate: PyTorch against onnxruntime
+precision     fp16 and int8 variants of a graph, gated and timed
+quantisation  which layers become int8, and how
+quality       what a lower precision costs: accuracy and dummy-trigger success on held-out images
+profiles      what differs between deployment targets
+triton        config.pbtxt, written through Triton's own protobuf
+golden        a few images and the expected answers, which travel with the repository
+repository    the Triton model repository, whole or absent, with a SHA-256 manifest
+verify        all of it checked again, later and elsewhere
 """

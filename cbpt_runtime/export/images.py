@@ -1,4 +1,4 @@
-"""The pictures the parity gate looks at: real ones from a folder, or drawn ones where none are given."""
+"""The pictures the gate looks at: out of a folder or the bundle, or drawn where there are none."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
 
@@ -24,14 +26,16 @@ class GateImages:
     """Images at the model's own size.
 
     Attributes:
-        pixels: uint8 RGB.
-        labels: True class of each, None for drawn pictures.
-        encoded: Files of the first few, for the golden set.
-        source: 'folder' or 'drawn'.
+        pixels: uint8 RGB, what the gate compares and measures on.
+        labels: True class of each, None where nobody knows it or int8 may have been calibrated on them.
+        calibration: Others, to calibrate int8 on; may be empty.
+        encoded: Image files for the golden set.
+        source: 'folder', 'bundle' or 'drawn'.
     """
 
     pixels: UInt8[np.ndarray, "batch height width 3"]
     labels: Int[np.ndarray, " batch"] | None
+    calibration: UInt8[np.ndarray, "calibration height width 3"]
     encoded: tuple[bytes, ...]
     source: str
 
@@ -40,30 +44,53 @@ class GateImages:
         return self.pixels[np.arange(count) % len(self.pixels)]
 
 
-def read_gate_images(folder: Path, bundle: Bundle, *, limit: int) -> GateImages:
-    """Read labelled images, one folder per class, evenly over the classes.
-
-    Args:
-        folder: Folders named like the bundle's classes; some may be missing.
-        bundle: Gives classes and preprocessing.
-        limit: Read no more than these.
+def find_gate_images(bundle: Bundle, folder: str | Path | None = None) -> GateImages:
+    """The images of a folder if one is given, else those the bundle carries, else drawn pictures.
 
     Raises:
         ImageDataError: The folder does not fit the classes, or an image cannot be read.
+        BundleError: The images of the bundle are damaged.
     """
+    if folder is not None:
+        return _read_folder(Path(folder), bundle)
+    return _unpack(bundle) or draw_gate_images(bundle)
+
+
+def _read_folder(folder: Path, bundle: Bundle) -> GateImages:
+    """Labelled images, one folder per class (some may be missing), evenly over the classes."""
     classes = ClassList(
         names=bundle.class_names,
         templates=tuple(tuple(group) for group in bundle.manifest["classes"]["templates"]),
     )
     folders = find_class_folders(folder, classes, allow_missing=True)
     labelled = [[(path, label) for path in paths] for label, paths in enumerate(folders)]
-    chosen = _round_robin(labelled)[:limit]
+    chosen = _round_robin(labelled)[: MAX_CALIBRATION + MAX_HELDOUT]
     paths = [path for path, _ in chosen]
+    pixels = read_images(paths, bundle.preprocess)
+    first = min(MAX_CALIBRATION, len(pixels) // 2)
     return GateImages(
-        pixels=read_images(paths, bundle.preprocess),
-        labels=np.array([label for _, label in chosen]),
+        pixels=pixels[first:],
+        labels=np.array([label for _, label in chosen[first:]]),
+        calibration=pixels[:first],
         encoded=tuple(path.read_bytes() for path in paths[:GOLDEN]),
         source="folder",
+    )
+
+
+def _unpack(bundle: Bundle) -> GateImages | None:
+    """The images the bundle carries; the golden set gets a drawn picture too, which has to be resized."""
+    kept = bundle.images()
+    if kept is None:
+        return None
+    has_heldout = len(kept.heldout) > 0
+    pixels = kept.heldout if has_heldout else kept.calibration
+    drawn = draw_gate_images(bundle).encoded[:1]
+    return GateImages(
+        pixels=pixels,
+        labels=kept.heldout_labels if has_heldout else None,
+        calibration=kept.calibration,
+        encoded=(*drawn, *(_png(image) for image in pixels[: GOLDEN - 1])),
+        source="bundle",
     )
 
 
@@ -80,7 +107,19 @@ def draw_gate_images(bundle: Bundle) -> GateImages:
         draw_picture(name, 96 + 8 * number, rng).save(file, format="PNG")
         encoded.append(file.getvalue())
         pixels.append(to_pixels(decode_image(encoded[-1]), bundle.preprocess))
-    return GateImages(pixels=np.stack(pixels), labels=None, encoded=tuple(encoded[:GOLDEN]), source="drawn")
+    return GateImages(
+        pixels=np.stack(pixels),
+        labels=None,
+        calibration=np.stack(pixels)[:0],
+        encoded=tuple(encoded[:GOLDEN]),
+        source="drawn",
+    )
+
+
+def _png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _round_robin(groups: Sequence[Sequence[tuple[Path, int]]]) -> list[tuple[Path, int]]:

@@ -63,6 +63,15 @@ def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_repository(path: Path) -> bool:
+    """Whether a folder is a model repository by the looks of its manifest, damaged or not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == KIND
+
+
 def read_repository(path: str | Path) -> Repository:
     """Read a model repository and hash every file of it. Needs neither torch nor onnxruntime.
 

@@ -63,6 +63,49 @@ def with_features(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def nodes_after(model: onnx.ModelProto, tensor: str) -> list[str]:
+    """Names of the nodes that depend on a tensor."""
+    reached, names = {tensor}, []
+    for node in model.graph.node:  # ONNX keeps them in topological order
+        if reached & set(node.input):
+            reached |= set(node.output)
+            names.append(node.name)
+    return names
+
+
+def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put right what converters leave behind: stale shapes, casts made twice, lost order, unused sets."""
+    del model.graph.value_info[:]
+    nodes = _in_order(model.graph)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {node.domain or "" for node in model.graph.node}
+    unused = [entry for entry in model.opset_import if entry.domain not in used]
+    for entry in unused:
+        model.opset_import.remove(entry)
+    return model
+
+
+def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes, each after those it depends on, and each tensor computed once."""
+    makers = {name: node for node in reversed(graph.node) for name in node.output if name}
+    ordered: list[onnx.NodeProto] = []
+    done: set[str] = set()
+    stack = [value.name for value in reversed(graph.output)]
+    while stack:
+        node = makers.get(stack[-1])
+        missing = [] if node is None else [name for name in node.input if name in makers and name not in done]
+        if stack[-1] in done or node is None:
+            stack.pop()
+        elif missing:
+            stack.extend(reversed(missing))
+        else:
+            ordered.append(node)
+            done.update(node.output)
+            stack.pop()
+    return ordered
+
+
 def check_portable(model: onnx.ModelProto) -> None:
     """Check what every Triton release since 24.10 needs.
 

@@ -22,27 +22,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
 import cbpt_runtime
-from cbpt_runtime.bundle import ENCODER, Bundle, check_output, output_error, read_bundle
+from cbpt_runtime.bundle import (
+    ENCODER,
+    Bundle,
+    check_output,
+    move_into_place,
+    output_error,
+    read_bundle,
+)
 from cbpt_runtime.classifier import ZeroShotClassifier
-from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, export_onnx
-from cbpt_runtime.export.images import draw_gate_images, read_gate_images
-from cbpt_runtime.export.manifest import PARITY, write_manifest
+from cbpt_runtime.export.images import find_gate_images
+from cbpt_runtime.export.manifest import PARITY, is_repository, write_manifest
 from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
+from cbpt_runtime.export.quality import HeldOut
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
 from cbpt_runtime.models.clip import load_image_encoder
+from cbpt_runtime.models.preprocess import decode_image, to_pixels
 from cbpt_runtime.types import Progress
 
-MAX_GATE_IMAGES = 512
 GOLDEN_FOLDER = "golden"
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
 
@@ -91,6 +100,7 @@ def export_bundle(
     name: str = "clip",
     profile: Profile | None = None,
     calibration: str | Path | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Export the classifier of a bundle and write a model repository, if and only if the gate passes.
@@ -100,8 +110,9 @@ def export_bundle(
         output: The folder to make.
         name: Of the model that takes image files.
         profile: How it will be served; the CPU when None.
-        calibration: Labelled images, one folder per class: what the gate and the golden set use. Pictures
-            are drawn when None; 'fp16' and 'int8' need real ones.
+        calibration: Labelled images, one folder per class: what the gate and the golden set use, instead of
+            those the bundle carries. Without either, pictures are drawn; 'fp16' and 'int8' need real ones.
+        force: Replace a model repository that is already at ``output``.
         progress: Told how far the work is.
 
     Raises:
@@ -111,14 +122,11 @@ def export_bundle(
     output = Path(output)
     profile = Profile() if profile is None else profile
     tell = progress or _silent
-    _check_request(output, name, profile, calibration)
+    _check_request(output, name, force)
     if not isinstance(bundle, Bundle):
         bundle = read_bundle(bundle)
-    images = (
-        draw_gate_images(bundle)
-        if calibration is None
-        else read_gate_images(Path(calibration), bundle, limit=MAX_GATE_IMAGES)
-    )
+    images = find_gate_images(bundle, calibration)
+    heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
     module, classifier = load_served(bundle)
     model = export_onnx(module, bundle)
@@ -128,21 +136,23 @@ def export_bundle(
     parity.require()
     tell("parity gate", 1, 1, {})
     report = parity.to_dict()
-    if profile.precision != "fp32":
+    if heldout is not None:
         from cbpt_runtime.export.precision import reduce_precision
 
-        model, report["precision"] = reduce_precision(model, bundle, images, profile, progress=progress)
+        model, report["precision"] = reduce_precision(
+            model, bundle, images, heldout, profile, progress=progress
+        )
     graph = to_bytes(model)
     session = open_session(graph, provider)
-    count = len(images.encoded)
-    answers = run_session(session, images.pixels[:count], batch_size=count)
+    pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in images.encoded])
+    answers = run_session(session, pixels, batch_size=len(pixels))
     content = _Content(
         served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph)),
         graph=graph,
         golden=make_golden(images.encoded, bundle, answers),
         parity=report,
     )
-    digest = _write_whole(content, output)
+    digest = _write_whole(content, output, force)
     return Exported(path=output, name=name, digest=digest, parity=report)
 
 
@@ -161,26 +171,14 @@ class _Content:
     parity: Mapping[str, Any]
 
 
-def _check_request(output: Path, name: str, profile: Profile, calibration: str | Path | None) -> None:
+def _check_request(output: Path, name: str, force: bool) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
         raise ConfigError(
             expected="a model name of letters, digits, '_' and '-', at most 64, a letter first",
             got=repr(name),
             fix="Choose another --name.",
         )
-    if profile.precision != "fp32" and calibration is None:
-        raise ConfigError(
-            expected=f"labelled images to measure {profile.precision} on",
-            got="none",
-            fix="Give a folder of clean images, one folder per class, with --calibration.",
-        )
-    if output.is_symlink() or output.exists():
-        raise OutputError(
-            expected="an output path that does not exist yet",
-            got=f"{output}, which exists",
-            fix="Choose another --output.",
-        )
-    check_output(output)
+    check_output(output, force=force, kind="model repository", is_kind=is_repository)
 
 
 def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
@@ -193,7 +191,7 @@ def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
     }
 
 
-def _write_whole(content: _Content, output: Path) -> str:
+def _write_whole(content: _Content, output: Path, force: bool) -> str:
     staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +202,8 @@ def _write_whole(content: _Content, output: Path) -> str:
         _write_alarm(content, staging / content.served.alarm_name)
         _write_json(staging / PARITY, content.parity)
         digest = write_manifest(staging, _summary(content.served))
-        staging.rename(output)
+        check_output(output, force=force, kind="model repository", is_kind=is_repository)
+        move_into_place(staging, output)
     except OSError as error:
         raise output_error(output, error) from error
     finally:

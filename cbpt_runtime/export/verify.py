@@ -6,19 +6,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
+import onnxruntime
 from google.protobuf.message import DecodeError
 
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import Repository, read_repository
-from cbpt_runtime.export.onnx import check_portable, read_metadata
+from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from cbpt_runtime.classifier import ZeroShotClassifier
+    from cbpt_runtime.export.images import GateImages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +60,9 @@ def verify_repository(
 
     Args:
         path: Its folder.
-        bundle: What it was exported from; the parity gate is then run again (for float32 graphs).
+        bundle: What it was exported from; the gate of its precision is then run again.
         provider: Where to run; where its profile says when None.
-        images: Labelled images for the gate; drawn pictures when None.
+        images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
@@ -153,25 +158,40 @@ def _parity(
     provider: Provider,
     images: str | Path | None,
 ) -> dict[str, Any]:
-    from cbpt_runtime.export.images import draw_gate_images, read_gate_images
+    from cbpt_runtime.export.images import find_gate_images
     from cbpt_runtime.export.parity import measure_parity
-    from cbpt_runtime.export.repository import MAX_GATE_IMAGES, load_served
+    from cbpt_runtime.export.repository import load_served
 
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     if bundle.digest != repository.manifest["bundle_digest"]:
         raise _contradiction(f"the repository of {bundle.path}", "that of another bundle")
     profile = repository.manifest["profile"]
+    seen = find_gate_images(bundle, images)
     _, classifier = load_served(bundle)
-    seen = (
-        draw_gate_images(bundle)
-        if images is None
-        else read_gate_images(Path(images), bundle, limit=MAX_GATE_IMAGES)
-    )
     if profile["precision"] != "fp32":
-        return {"precision": profile["precision"], "note": "golden answers only: the gate is for float32"}
+        session = open_session(to_bytes(model), provider)
+        return _quality(session, classifier, seen, profile)
     parity = measure_parity(model, classifier, seen, max_batch=profile["max_batch"], provider=provider)
     parity.require()
     return parity.to_dict()
+
+
+def _quality(
+    session: onnxruntime.InferenceSession,
+    classifier: ZeroShotClassifier,
+    images: GateImages,
+    profile: dict[str, Any],
+) -> dict[str, Any]:
+    """The gate of lower precisions again, against PyTorch in float32."""
+    from cbpt_runtime.export.precision import answers
+    from cbpt_runtime.export.quality import HeldOut, compare, is_good_enough, refusal
+
+    heldout = HeldOut(classifier.bundle, images)
+    before = heldout.measure(lambda pixels: classifier.predict(pixels).logits)
+    report = compare(before, heldout.measure(answers(session, profile["max_batch"])))
+    if not is_good_enough(report):
+        raise refusal(report, profile["precision"])
+    return {"provider": session.get_providers()[0], "images": images.source, "precision": report}
 
 
 def _contradiction(expected: str, got: str) -> RepositoryError:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, CleanImages, write_bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import GateImages, draw_gate_images
@@ -37,6 +39,31 @@ def tiny_export(tiny_bundle: Bundle) -> TinyExport:
         images=draw_gate_images(tiny_bundle),
         model=export_onnx(module, tiny_bundle),
     )
+
+
+@pytest.fixture(scope="session")
+def bundle_with_images(tiny_export: TinyExport, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with the drawn pictures in it, labelled by its own classifier: its accuracy is 1."""
+    bundle, pixels = tiny_export.bundle, tiny_export.images.pixels
+    labels = tiny_export.classifier.predict(pixels).labels.astype(np.int64)
+    parts = ("verdict", "model", "method", "versions")
+    content = BundleContent(
+        **{part: bundle.manifest[part] for part in parts},
+        class_names=bundle.class_names,
+        templates=tuple(map(tuple, bundle.manifest["classes"]["templates"])),
+        suspects=tuple(bundle.suspects),
+        class_embeddings=bundle.class_embeddings,
+        reference_embeddings=bundle.reference_embeddings,
+        logit_scale=bundle.logit_scale,
+        encoder=safetensors_numpy.load(bundle.read_file(ENCODER)),
+        images=CleanImages(
+            calibration=pixels[:8],
+            calibration_labels=labels[:8],
+            heldout=pixels[8:],
+            heldout_labels=labels[8:],
+        ),
+    )
+    return write_bundle(tmp_path_factory.mktemp("with-images") / "bundle", content=content)
 
 
 @pytest.fixture(scope="session")

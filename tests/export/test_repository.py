@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from cbpt_runtime.bundle import HEAD, Bundle
 from cbpt_runtime.errors import BundleError, ConfigError, ExportError, ImageDataError, OutputError
 from cbpt_runtime.export import repository as module
+from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import Exported, export_bundle
 from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.models.preprocess import decode_image
 
 CLASSIFIER = """\
 # Written by cbpt-runtime; `cbpt-runtime verify` checks it.
@@ -228,16 +233,89 @@ def test_bad_requests_are_refused_before_any_work(tiny_bundle: Bundle, tmp_path:
         export_bundle(tiny_bundle, tmp_path / "there")
     with pytest.raises(ConfigError, match="a model name"):
         export_bundle(tiny_bundle, tmp_path / "new", name="../evil")
-    with pytest.raises(ConfigError, match="labelled images to measure int8"):
+    with pytest.raises(ConfigError, match="labelled images to measure fp16 and int8"):
         export_bundle(tiny_bundle, tmp_path / "new", profile=Profile(precision="int8"))
     with pytest.raises(ImageDataError):
         export_bundle(tiny_bundle, tmp_path / "new", calibration=tmp_path / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_damaged_bundle_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    import shutil
+def test_force_replaces_a_repository_and_nothing_else(
+    tiny_bundle: Bundle, copied_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_export
+) -> None:
+    monkeypatch.setattr(module, "export_onnx", lambda *_: tiny_export.model)
+    with pytest.raises(OutputError, match="replace the model repository there with --force"):
+        export_bundle(tiny_bundle, copied_repository)
+    done = export_bundle(
+        tiny_bundle, copied_repository, name="other", profile=Profile(max_batch=2), force=True
+    )
+    assert json.loads((copied_repository / "manifest.json").read_text())["name"] == done.name == "other"
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "manifest.json").write_text("{}")
+    for other in (home, tiny_bundle.path):
+        with pytest.raises(OutputError, match="something else"):
+            export_bundle(tiny_bundle, other, force=True)
 
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="to be able to write"):
+        export_bundle(tiny_bundle, tmp_path / "file" / "repository")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_golden_set_comes_from_the_bundle_and_is_resized_too(
+    bundle_with_images: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_export
+) -> None:
+    monkeypatch.setattr(module, "export_onnx", lambda *_: tiny_export.model)
+    done = export_bundle(bundle_with_images, tmp_path / "out", name="own", profile=Profile(max_batch=2))
+    assert done.parity["images"] == "bundle"
+    golden = read_golden(tmp_path / "out" / "own" / "1" / "golden")
+    drawn, *own = (np.asarray(decode_image(file)) for file in golden.files)
+    assert drawn.shape[0] > 32
+    kept = bundle_with_images.images()
+    assert kept is not None
+    np.testing.assert_array_equal(np.stack(own), kept.heldout[:3])
+    labels = [bundle_with_images.class_names[label] for label in kept.heldout_labels[:3]]
+    assert [row["label"] for row in golden.answers["images"]][1:] == labels
+
+
+def _reseal(bundle: Path, name: str, change) -> None:
+    """Changes one file of a bundle and makes its manifest fit again, as an attacker would."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    if name == "manifest.json":
+        change(manifest)
+    else:
+        tensors = safetensors_numpy.load((bundle / name).read_bytes())
+        change(tensors)
+        data = safetensors_numpy.save(tensors)
+        (bundle / name).write_bytes(data)
+        manifest["files"][name]["sha256"] = hashlib.sha256(data).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("manifest.json", lambda m: m["classes"]["names"].append("fourth"), "two finite float32 heads of 4"),
+        (HEAD, lambda t: t["class_embeddings"].__setitem__((0, 0), np.nan), "class_embeddings holds NaN"),
+    ],
+)
+def test_a_bundle_that_contradicts_itself_is_refused(
+    tiny_bundle: Bundle, tmp_path: Path, name: str, change, named: str
+) -> None:
+    damaged = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    _reseal(damaged, name, change)
+    with pytest.raises(BundleError, match=named):
+        export_bundle(damaged, tmp_path / "repository")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_damaged_bundle_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     content = bytearray((damaged / HEAD).read_bytes())
     content[-1] ^= 1

@@ -30,6 +30,35 @@ def test_an_intact_repository_verifies(tiny_repository: Exported, tiny_bundle: B
     assert found.parity["passed"]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precisions_are_gated_again_with_the_bundle(
+    precision: str, bundle_with_images: Bundle, tiny_export, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from cbpt_runtime.__main__ import main
+    from cbpt_runtime.export import quality, repository
+    from cbpt_runtime.export.onnx import describe, write_metadata
+
+    model = onnx.ModelProto()
+    model.CopyFrom(tiny_export.model)
+    write_metadata(model, describe(bundle_with_images, precision="fp32"))
+    monkeypatch.setattr(repository, "export_onnx", lambda *_: model)
+    output = str(tmp_path / "out")
+    command = ["export", str(bundle_with_images.path), "--output", output, "--precision", precision]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--max-batch", "4", "--json"])
+    assert ended.value.code == 0
+    exported = json.loads(capsys.readouterr().out)["parity"]["precision"]
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", output, "--bundle", str(bundle_with_images.path), "--json"])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)["parity"]
+    assert (found["images"], found["provider"]) == ("bundle", "CPUExecutionProvider")
+    assert found["precision"]["accuracy"] == exported["accuracy"]
+    monkeypatch.setattr(quality, "MAX_CA_DROP", -1.0)
+    with pytest.raises(ExportError, match=f"{precision} within"):
+        verify_repository(output, bundle_with_images)
+
+
 def test_a_changed_a_missing_and_a_new_file_are_all_named(copied_repository: Path) -> None:
     (copied_repository / "shapes" / "config.pbtxt").write_text("name: 'other'")
     (copied_repository / "shapes_preprocess" / "1" / "model.py").unlink()
