@@ -139,6 +139,7 @@ def _listening(config: ServeConfig) -> list[tuple[str, str]]:
 def _limits(config: ServeConfig, placement: Placement) -> list[tuple[str, str | None]]:
     return [
         ("--allow-gpu-metrics", "false" if placement.provider == "cpu" else None),
+        ("--metrics-config", "summary_latencies=true"),  # quantiles of queue and request times
         ("--allow-client-shm", "false"),
         ("--http-max-input-size", str(config.max_request_bytes)),
         ("--grpc-max-response-pool-size", "16"),
