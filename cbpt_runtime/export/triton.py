@@ -21,6 +21,7 @@ from cbpt_runtime.export.profiles import Profile
 LABELS = "labels.txt"
 WARMUP = "image"
 MAX_DECODERS = 4
+COUNTED = ("alarm", "alarm_target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +74,13 @@ def ensemble_config(served: Served) -> str:
     classify = config.ensemble_scheduling.step.add(model_name=served.classifier_name, model_version=-1)
     classify.input_map[INPUT] = "pixels"
     for output in OUTPUTS:
-        classify.output_map[output] = "uncounted_alarm" if output == "alarm" else output
+        # No tensor is both an output of the ensemble and the input of a step: Triton would miscount which
+        # steps a client needs that asks for a few of the outputs, and answer with an error.
+        classify.output_map[output] = f"uncounted_{output}" if output in COUNTED else output
     count = config.ensemble_scheduling.step.add(model_name=served.alarm_name, model_version=-1)
-    count.input_map["alarm"] = "uncounted_alarm"
-    count.input_map["alarm_target"] = "alarm_target"
-    count.output_map["alarm"] = "alarm"
+    for output in COUNTED:
+        count.input_map[output] = f"uncounted_{output}"
+        count.output_map[output] = output
     _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
     return _text(config)
 
@@ -146,9 +149,9 @@ def alarm_config(served: Served) -> str:
     config = _model(served, served.alarm_name)
     config.backend = "python"
     config.default_model_filename = "model.py"
-    config.input.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
-    config.input.add(name="alarm_target", data_type=pb.TYPE_INT64, dims=[1])
-    config.output.add(name="alarm", data_type=pb.TYPE_FP32, dims=[1])
+    for name, data_type in zip(COUNTED, (pb.TYPE_FP32, pb.TYPE_INT64), strict=True):
+        config.input.add(name=name, data_type=data_type, dims=[1])
+        config.output.add(name=name, data_type=data_type, dims=[1])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     _add_batching(config, served.profile)
     names = served.bundle.class_names
@@ -179,7 +182,7 @@ def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) 
     classes = len(served.bundle.class_names)
     for name in ("logits", "probabilities"):
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS)
-    for name, data_type in (("alarm", pb.TYPE_FP32), ("alarm_target", pb.TYPE_INT64)):
+    for name, data_type in zip(COUNTED, (pb.TYPE_FP32, pb.TYPE_INT64), strict=True):
         output = config.output.add(name=name, data_type=data_type, dims=[1])
         if has_batch_shape:
             output.reshape.SetInParent()

@@ -6,6 +6,7 @@ config     what an operator decides
 placement  which configuration, how many instances, threads of each
 command    the hardened command line for the version found
 process    one server process that leaves nothing behind
+usage      its processes, memory and open files
 log        its output: drained, its tail kept, its cause of failure found
 selftest   the golden answers through the wire
 launcher   all of that in order: `running_server`

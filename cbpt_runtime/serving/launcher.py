@@ -7,6 +7,8 @@ with running_server("model_repository/") as server:
 from __future__ import annotations
 
 import http.client
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from cbpt_runtime.serving.servers import TritonServer, find_server
 
 LOG_LINES = 20
 _POLL_S = 0.1
+_SCRATCH = "cbpt-serve-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,8 @@ def running_server(
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
     plan = make_plan(repository, config or ServeConfig())
-    with tempfile.TemporaryDirectory(prefix="cbpt-serve-") as scratch, ExitStack() as stack:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch, ExitStack() as stack:
         process = _start(plan, Path(scratch), tell or _silent)
         stack.callback(process.stop, plan.config.drain_timeout_s)
         version = _wait_until_ready(plan, process)
@@ -144,6 +148,15 @@ def startup_error(process: ServerProcess, what: str) -> ServingError:
         got=f"{what}: {cause}" if cause else what,
         fix=f"The last lines of its log:\n{lines or '  | (it wrote nothing)'}",
     )
+
+
+def _sweep() -> None:
+    """Remove what launchers that were killed left in the temporary folder: a few links, never a model."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        number = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        is_left = number.isdigit() and not Path("/proc", number).exists()
+        if is_left and folder.owner() == Path("/proc/self").owner():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(plan: Plan, scratch: Path, tell: Callable[[str], None]) -> ServerProcess:

@@ -110,7 +110,8 @@ class AlarmCounter:
     """``<name>_alarm``: passes the alarm on and counts it per suspected target beside Triton's own metrics.
 
     ``cbpt_images_total{model}`` counts images answered, ``cbpt_alarm_total{model,target}`` those whose alarm
-    is at least `ALARM_THRESHOLD`. Every suspected target has a counter from the start, at zero.
+    is at least `ALARM_THRESHOLD`; requests for other outputs only are not counted. Every suspected target
+    has a counter from the start, at zero.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -134,14 +135,16 @@ class AlarmCounter:
         }
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response per request: the alarm it came with."""
+        """One response per request: the alarm and the target it came with."""
         import triton_python_backend_utils as pb
 
         responses = []
         for request in requests:
             alarm = pb.get_input_tensor_by_name(request, "alarm").as_numpy()
-            self.count(alarm, pb.get_input_tensor_by_name(request, "alarm_target").as_numpy())
-            responses.append(pb.InferenceResponse(output_tensors=[pb.Tensor("alarm", alarm)]))
+            target = pb.get_input_tensor_by_name(request, "alarm_target").as_numpy()
+            self.count(alarm, target)
+            tensors = [pb.Tensor("alarm", alarm), pb.Tensor("alarm_target", target)]
+            responses.append(pb.InferenceResponse(output_tensors=tensors))
         return responses
 
     def count(self, alarm: np.ndarray, target: np.ndarray) -> None:

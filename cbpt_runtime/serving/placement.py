@@ -147,7 +147,7 @@ def _check_stub_packages(server: TritonServer) -> None:
         raise ServingError(
             expected="numpy 1, which the python backend of nvidia-pytriton's server was built for",
             got=f"numpy {metadata.version('numpy')}",
-            fix="Install `cbpt-runtime[server]` into the environment that runs `serve`, or use another server.",
+            fix="Install `cbpt-runtime[server]` where `serve` runs, or use another server.",
         )
     if missing:
         raise ServingError(

@@ -1,0 +1,128 @@
+"""A real tritonserver around the tiny bundle, started by the tests."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.export.repository import export_bundle
+from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
+from cbpt_runtime.serving.servers import TritonServer, find_server
+
+TOLERANCE = 1e-4
+MAX_BATCH = 8
+QUEUE = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def tritonserver() -> TritonServer:
+    """The server; skips loudly only where none can be installed."""
+    try:
+        return find_server()
+    except ConfigError as error:
+        message = f"NO REAL SERVER TESTED: {error}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def repository(
+    tritonserver: TritonServer,
+    tiny_bundle: Bundle,
+    tiny_image_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The repository of the tiny bundle. Read only."""
+    output = tmp_path_factory.mktemp("served") / "repository"
+    profile = Profile(max_batch=MAX_BATCH, decoders=2, threads=1, max_queue_size=QUEUE, max_pixels=4_000_000)
+    export_bundle(tiny_bundle, output, name="shapes", profile=profile, calibration=tiny_image_folder)
+    return output
+
+
+@pytest.fixture(scope="session")
+def serve(repository: Path) -> Callable[..., AbstractContextManager[RunningServer]]:
+    """`serve(**settings)`: a server of the repository on free ports while the block runs."""
+
+    def start(**settings: Any) -> AbstractContextManager[RunningServer]:
+        ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "drain_timeout_s": 10.0}
+        return running_server(repository, ServeConfig(**(ports | settings)))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
+    """One server for all tests that leave it as it was."""
+    with serve() as running:
+        yield running
+        running.require_running()
+
+
+@pytest.fixture(scope="session")
+def classifier(tiny_bundle: Bundle) -> ZeroShotClassifier:
+    """What the server must agree with."""
+    return ZeroShotClassifier.from_bundle(tiny_bundle)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files and what the bundle says about them."""
+
+    files: list[bytes]
+    pixels: np.ndarray
+    expected: Prediction
+
+
+def make_pictures(files: list[bytes], classifier: ZeroShotClassifier) -> Pictures:
+    pixels = classifier.read(files)
+    return Pictures(files=files, pixels=pixels, expected=classifier.predict(pixels))
+
+
+@pytest.fixture(scope="session")
+def drawn(classifier: ZeroShotClassifier) -> Pictures:
+    """200 generated images of many sizes, formats and colour modes."""
+    generator = np.random.default_rng(11)
+    files = []
+    for number in range(200):
+        height, width = generator.integers(8, 120, 2)
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BILINEAR)
+        mode = ("RGB", "L", "RGBA", "P", "CMYK")[number % 5]
+        file = io.BytesIO()
+        image.convert(mode).save(file, format="JPEG" if mode in ("RGB", "CMYK", "L") else "PNG")
+        files.append(file.getvalue())
+    return make_pictures(files, classifier)
+
+
+@pytest.fixture(scope="session")
+def real(shared_data: Path, classifier: ZeroShotClassifier) -> Pictures:
+    """200 real photographs: the full-size ones, then small ones."""
+    files: list[bytes] = []
+    for archive in ("imagenet-samples.zip", "tiny-imagenet-100.zip"):
+        with zipfile.ZipFile(shared_data / "data" / archive) as content:
+            names = sorted(n for n in content.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png")))
+            files += [content.read(name) for name in names[:: max(1, len(names) // 100)][:100]]
+    assert len(files) == 200
+    return make_pictures(files, classifier)
