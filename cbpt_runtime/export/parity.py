@@ -1,6 +1,6 @@
 """The gate every export must pass: PyTorch and onnxruntime agree on images, at several batch sizes.
 
-One tolerance per quantity: features, class cosines, probabilities, alarm and arg-max are compared
+One tolerance per quantity: features, class cosines, probabilities, alarm, its target and arg-max are compared
 separately, because a logit scale near 100 turns a cosine error of 1e-5 into 1e-3 in logits.
 """
 
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
+from cbpt_runtime import heads
+from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.images import GateImages
@@ -127,7 +129,7 @@ def measure_parity(
         got = _run(session, pixels[:count], batch_size)
         embedded = _run(inner, pixels[:count], batch_size, [FEATURES])[FEATURES]
         largest = {"features": (_cosine_distance(embedded, features[:count]), COSINE_TOLERANCE)}
-        largest |= _answer_differences(got, expected, classifier.bundle.logit_scale)
+        largest |= _answer_differences(got, expected, classifier.bundle)
         comparisons += [
             Comparison(
                 quantity=quantity,
@@ -170,10 +172,10 @@ def _run(
 
 
 def _answer_differences(
-    got: dict[str, np.ndarray], expected: Prediction, logit_scale: float
+    got: dict[str, np.ndarray], expected: Prediction, bundle: Bundle
 ) -> dict[str, tuple[float, float]]:
     count = len(got["logits"])
-    cosines = _largest(got["logits"], expected.logits[:count]) / logit_scale
+    cosines = _largest(got["logits"], expected.logits[:count]) / bundle.logit_scale
     disagree = int(np.count_nonzero(got["logits"].argmax(axis=1) != expected.labels[:count]))
     return {
         "class cosines": (cosines, COSINE_TOLERANCE),
@@ -182,8 +184,27 @@ def _answer_differences(
             PROBABILITY_TOLERANCE,
         ),
         "alarm": (_largest(got["alarm"], expected.alarm[:count]), PROBABILITY_TOLERANCE),
+        "alarm target": (_quieter(got["alarm_target"], expected, bundle), PROBABILITY_TOLERANCE),
         "arg-max": (disagree, 0),
     }
+
+
+def _quieter(named: Int[np.ndarray, " batch"], expected: Prediction, bundle: Bundle) -> float:
+    """By how much the suspected target that is named is at most quieter than the loudest one."""
+    suspects, count = list(bundle.suspect_indices), len(named)
+    if not suspects:
+        return 0.0 if (named == -1).all() else math.inf
+    if not np.isin(named, suspects).all():
+        return math.inf
+    each = np.full((count, len(bundle.class_names)), -math.inf)
+    for suspect in suspects:
+        each[:, suspect] = heads.alarm(
+            expected.reference_logits[:count],
+            expected.logits[:count],
+            [suspect],
+            sigmoid=bundle.logit_bias is not None,
+        )
+    return float((each.max(axis=1) - each[np.arange(count), named]).max())
 
 
 def _largest(got: np.ndarray, expected: np.ndarray) -> float:

@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from cbpt_runtime import heads
 from cbpt_runtime.errors import ConfigError, ExportError
-from cbpt_runtime.export.parity import measure_parity
+from cbpt_runtime.export.parity import _quieter, measure_parity
 from cbpt_runtime.export.session import open_session, usable_cpus
 
 Mutation = Callable[[onnx.ModelProto], None]
@@ -51,6 +52,14 @@ def drop_reference_head(model: onnx.ModelProto) -> None:
     rewire(model, "reference_embeddings", "class_embeddings")
 
 
+def name_another_target(model: onnx.ModelProto) -> None:
+    """The alarm speaks of class 0, which nobody suspects."""
+    maker = next(node for node in model.graph.node if "alarm_target" in node.output)
+    maker.output[0] = "honest"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0), "zero"))
+    model.graph.node.append(helper.make_node("Mul", ["honest", "zero"], ["alarm_target"]))
+
+
 def fix_batch(model: onnx.ModelProto) -> None:
     """As an exporter that bakes the example's batch size into a reshape."""
     shape = numpy_helper.from_array(np.array([2, 32, 32, 3]), "baked")
@@ -64,7 +73,7 @@ def test_a_faithful_graph_passes_at_every_batch_size(tiny_export) -> None:
     parity.require()
     assert {row.batch_size for row in parity.comparisons} == {1, 3, 8}
     assert {row.quantity for row in parity.comparisons} == {
-        "features", "class cosines", "probabilities", "alarm", "arg-max",
+        "features", "class cosines", "probabilities", "alarm", "alarm target", "arg-max",
     }  # fmt: skip
     assert parity.provider == "CPUExecutionProvider"
     assert parity.to_dict()["passed"] is True
@@ -77,6 +86,7 @@ def test_a_faithful_graph_passes_at_every_batch_size(tiny_export) -> None:
         (drop_normalisation, "features at batch 1: largest difference"),
         (swap_two_classes, "class cosines at batch 1: largest difference"),
         (drop_reference_head, "alarm at batch 1: largest difference"),
+        (name_another_target, "alarm target at batch 1: largest difference"),
         (fix_batch, "runs at batch size"),
     ],
 )
@@ -127,3 +137,14 @@ def test_a_file_that_is_no_graph_is_an_error() -> None:
 
 def test_at_least_one_cpu_is_usable() -> None:
     assert usable_cpus() >= 1
+
+
+def test_of_two_suspects_the_louder_one_must_be_named(tiny_export) -> None:
+    manifest = tiny_export.bundle.manifest | {"suspects": [{"index": 0}, {"index": 2}]}
+    bundle = replace(tiny_export.bundle, manifest=manifest)
+    expected = tiny_export.classifier.predict(tiny_export.images.pixels[:4])
+    each = [heads.alarm(expected.reference_logits, expected.logits, [suspect]) for suspect in (0, 2)]
+    louder = np.where(each[0] >= each[1], 0, 2)
+    assert _quieter(louder, expected, bundle) == 0
+    assert _quieter(2 - louder, expected, bundle) == pytest.approx(np.abs(each[0] - each[1]).max())
+    assert _quieter(np.full(4, 1), expected, bundle) == np.inf
