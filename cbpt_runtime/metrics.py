@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -95,3 +96,66 @@ def auroc(positives: Float[np.ndarray, " batch"], negatives: Float[np.ndarray, "
     below = np.searchsorted(ordered, positives, side="left")
     below_or_tied = np.searchsorted(ordered, positives, side="right")
     return float((below + below_or_tied).sum() / (2 * len(positives) * len(negatives)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def auroc_interval(
+    positives: Float[np.ndarray, " batch"], negatives: Float[np.ndarray, " others"]
+) -> Estimate | None:
+    """`auroc` with a 95 % interval; None when either is empty.
+
+    Source: R. G. Newcombe, "Confidence intervals for an effect size measure based on the Mann-Whitney
+    statistic", 2006, method 5: the values t with ``|auroc - t| <= z * sqrt(V(t))`` for the variance V of
+    Hanley and McNeil. Like Wilson's interval it stays inside [0, 1] and is not empty at 0 and 1.
+    """
+    value = auroc(positives, negatives)
+    if value is None:
+        return None
+    size, pairs = (len(positives) + len(negatives)) / 2 - 1, len(positives) * len(negatives)
+
+    def lies_outside(t: float) -> bool:
+        variance = t * (1 - t) * (1 + size * (1 - t) / (2 - t) + size * t / (1 + t)) / pairs
+        return (value - t) ** 2 > _Z_95**2 * variance
+
+    low = 0.0 if value == 0 else _boundary(0.0, value, lies_outside)
+    high = 1.0 if value == 1 else _boundary(1.0, value, lies_outside)
+    return Estimate(value=value, low=low, high=high)
+
+
+def _boundary(outside: float, inside: float, lies_outside: Callable[[float], bool]) -> float:
+    """Bisect to where the interval ends; at the very ends of [0, 1] the inner point is inside by nature."""
+    for _ in range(60):
+        middle = (outside + inside) / 2
+        if lies_outside(middle):
+            outside = middle
+        else:
+            inside = middle
+    return inside
+
+
+def threshold_for_detection(positives: Float[np.ndarray, " batch"], detection_rate: float = 0.95) -> float:
+    """The highest threshold at which at least so many of the positives lie at or above it."""
+    needed = math.ceil(detection_rate * len(positives) - 1e-9)
+    return float(np.sort(positives)[len(positives) - max(1, needed)])
+
+
+def false_alarms(
+    positives: Float[np.ndarray, " batch"],
+    negatives: Float[np.ndarray, " others"],
+    detection_rate: float = 0.95,
+) -> Rate:
+    """Share of negatives at or above the threshold that detects so many of the positives.
+
+    The interval is that of the share; that the threshold itself was found on images is not in it.
+    """
+    if len(positives) == 0:
+        return wilson(0, 0)
+    return _share(negatives >= threshold_for_detection(positives, detection_rate))

@@ -20,7 +20,6 @@ from cbpt_runtime.bundle import (
     output_error,
     write_bundle,
 )
-from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -28,7 +27,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, re
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.report import choose_examples, render_report
+from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,9 +115,9 @@ def purify_checkpoint(
 
 
 def _report(bundle: Bundle, split: CleanSplit, keep_images: bool) -> str:
-    images = split.heldout_images if len(split.heldout_images) else split.tune_images
-    examples = choose_examples(images, 5 if keep_images else 0)
-    return render_report(bundle, examples=examples, painted=paint_dummy_triggers(bundle, examples))
+    if len(split.heldout_images):
+        return bundle_report(bundle, split.heldout_images, split.heldout_labels, show_images=keep_images)
+    return bundle_report(bundle, split.tune_images, split.tune_labels, show_images=keep_images)
 
 
 def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:

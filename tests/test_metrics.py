@@ -56,3 +56,46 @@ def test_auroc_is_the_share_of_pairs_in_order_ties_half(positives: np.ndarray, n
 
 def test_auroc_without_images_is_none() -> None:
     assert metrics.auroc(np.array([]), np.array([1.0])) is None
+
+
+def test_the_interval_of_auroc_ends_where_newcombes_equation_holds() -> None:
+    rng = np.random.default_rng(0)
+    positives, negatives = rng.normal(1, 1, 40), rng.normal(0, 1, 60)
+    found = metrics.auroc_interval(positives, negatives)
+    assert found.value == metrics.auroc(positives, negatives)
+    for end in (found.low, found.high):
+        spread = 1 + 49 * (1 - end) / (2 - end) + 49 * end / (1 + end)
+        variance = end * (1 - end) * spread / (40 * 60)
+        assert abs(found.value - end) == pytest.approx(1.959964 * np.sqrt(variance), rel=1e-5)
+
+
+@given(SCORES, SCORES)
+def test_the_interval_of_auroc_holds_it_and_is_never_empty(
+    positives: np.ndarray, negatives: np.ndarray
+) -> None:
+    found = metrics.auroc_interval(positives, negatives)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.high - found.low > 0.01
+
+
+def test_the_interval_of_auroc_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    truth = 0.7602  # P(N(1, 1) > N(0, 1))
+    hits = 0
+    for _ in range(300):
+        found = metrics.auroc_interval(rng.normal(1, 1, 30), rng.normal(0, 1, 50))
+        hits += found.low <= truth <= found.high
+    assert 0.92 <= hits / 300 <= 0.99
+
+
+def test_false_alarms_are_counted_at_the_level_that_detects_enough() -> None:
+    positives = np.arange(20) / 20  # 0.00, 0.05, ... 0.95
+    assert metrics.threshold_for_detection(positives) == 0.05
+    assert metrics.threshold_for_detection(positives, 1.0) == 0.0
+    assert metrics.false_alarms(positives, np.array([0.0, 0.04, 0.05, 0.5])).rate == 2 / 4
+    assert metrics.false_alarms(np.array([]), np.array([0.5])).rate is None
+
+
+def test_an_alarm_that_misses_more_than_one_in_twenty_has_no_useful_level() -> None:
+    positives = np.array([0.0, 0.0, *[0.9] * 18])
+    assert metrics.false_alarms(positives, np.zeros(7)).rate == 1.0

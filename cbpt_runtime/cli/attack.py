@@ -9,10 +9,10 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.settings import named_trigger, parsed_settings
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.implant import Implant
-    from cbpt_runtime.redteam.triggers import Trigger
 
 app = typer.Typer(
     help="Red team: attack your own models, to measure a defence.", no_args_is_help=True, add_completion=False
@@ -68,7 +68,7 @@ def apply(
 
     from cbpt_runtime.redteam.folders import write_triggered
 
-    trigger = _trigger(attack, settings)
+    trigger = named_trigger(attack, settings)
     with shown_progress() as progress:
         count = write_triggered(
             trigger,
@@ -142,7 +142,7 @@ def implant(
             model=model,
             heldout=heldout,
             poison_rate=poison_rate,
-            parameters=_parsed(settings),
+            parameters=parsed_settings(settings),
             config=config,
             minimum_asr=minimum_asr,
             maximum_ca_drop=maximum_ca_drop,
@@ -176,43 +176,6 @@ def _print_implant(result: Implant, output: Path) -> None:
             "victim": output,
         }
     )
-
-
-def _trigger(attack: str, settings: list[str] | None) -> Trigger:
-    """A trigger by the name of its attack, or from a file."""
-    from cbpt_runtime.errors import ConfigError
-    from cbpt_runtime.redteam.attacks import fixed_trigger
-    from cbpt_runtime.redteam.learned import load_trigger
-
-    path = Path(attack)
-    if path.suffix != ".safetensors":
-        return fixed_trigger(attack, _parsed(settings))
-    if settings:
-        raise ConfigError(
-            expected="a trigger file as it is",
-            got="--set with a file",
-            fix="Leave --set away, or name an attack.",
-        )
-    return load_trigger(path)
-
-
-def _parsed(settings: list[str] | None) -> dict[str, object]:
-    """Parse KEY=VALUE; values are numbers, true, false, none, or text."""
-    import json
-
-    from cbpt_runtime.errors import ConfigError
-
-    parsed: dict[str, object] = {}
-    for setting in settings or []:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(expected="--set KEY=VALUE", got=setting, fix="For example --set size=8.")
-        try:
-            value: object = json.loads({"none": "null"}.get(text.lower(), text.lower()))
-        except ValueError:
-            value = text
-        parsed[key] = value if isinstance(value, (bool, int, float, type(None))) else text
-    return parsed
 
 
 def _plain(value: object) -> str:

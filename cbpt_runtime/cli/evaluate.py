@@ -1,18 +1,21 @@
-"""`cbpt-runtime evaluate`: clean accuracy and attack success of a bundle, before and after."""
+"""`cbpt-runtime evaluate`: clean accuracy, attack success and alarm of bundles and checkpoints."""
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
+from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cbpt_runtime.evaluation import Evaluation
-    from cbpt_runtime.metrics import Rate
+    from cbpt_runtime.redteam.triggers import Trigger
 
 _LABELS = {
     "clean_accuracy": "CA  clean accuracy",
@@ -24,43 +27,144 @@ _LABELS = {
 }
 
 
+class Format(enum.StrEnum):
+    """How results are printed."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+
+
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    subjects: Annotated[
+        list[str], typer.Argument(metavar="BUNDLE…", help="Bundles, and checkpoints to compare with.")
+    ],
     images: Annotated[Path, typer.Option(help="Clean labelled images, one folder per class.")],
     triggered: Annotated[
         Path | None, typer.Option(help="Triggered images, same layout: folder = true class; needs --target.")
     ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="Attack to put on --images (see `attack list`), or its trigger file; with --target."
+        ),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Target class of the attack.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the attack.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what a trigger draws for each image.")] = 0,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class list of checkpoints; that of the first bundle otherwise.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt of checkpoints, {} is the class; repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
+    output_format: Annotated[
+        Format, typer.Option("--format", help="How to print the results.", show_default=True)
+    ] = Format.TEXT,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Measure both heads of a bundle on a labelled folder, and on a folder of triggered images."""
-    from cbpt_runtime.evaluation import evaluate
+    """Measure bundles and checkpoints on a labelled folder, and on triggered images."""
+    from cbpt_runtime.evaluation import evaluate_all
+    from cbpt_runtime.models.data import read_class_list
 
+    if report is not None:
+        _check_report(report, force=force)
     with shown_progress() as progress:
-        evaluation = evaluate(bundle, images, triggered, target, progress=progress)
-    if as_json:
-        print_json(evaluation.to_dict())
-    else:
-        print_evaluation(evaluation)
+        evaluations = evaluate_all(
+            subjects,
+            images,
+            triggered,
+            target,
+            attack=_trigger(attack, settings),
+            seed=seed,
+            classes=None if classes is None else read_class_list(classes, templates=template),
+            model=model,
+            device=device,
+            progress=progress,
+        )
+    _print(evaluations, Format.JSON if as_json else output_format)
+    if report is not None:
+        _write_report(evaluations, report)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print both heads side by side."""
+    """Print the heads of one evaluation side by side."""
+    from cbpt_runtime.evaluation.tables import alarm_texts, heads, rate_text
+
+    sides = heads(evaluation)
     rows = []
     for name, label in _LABELS.items():
-        before, after = getattr(evaluation.before, name), getattr(evaluation.after, name)
-        if before is not None and after is not None:
-            rows.append((label, _text(before), _text(after), after.total))
-    print_table(("rate, with 95 % confidence interval", "before", "after", "images"), rows)
-    facts: dict[str, object] = {"verdict": evaluation.verdict, "suspects": evaluation.suspects}
+        rates = [getattr(rates, name) for _, rates, _ in sides]
+        if all(rate is not None for rate in rates):
+            rows.append((label, *map(rate_text, rates), rates[-1].total))
+    columns = ("rate, with 95 % confidence interval", *(head for head, _, _ in sides), "images")
+    print_table(columns, rows)
+    facts: dict[str, object] = {}
+    if evaluation.kind == "bundle":
+        facts |= {"verdict": evaluation.verdict, "suspects": evaluation.suspects}
     if evaluation.target is not None:
         facts["target"] = evaluation.target
-    if evaluation.alarm_auroc is not None:
-        facts["alarm AUROC, triggered against clean"] = f"{evaluation.alarm_auroc:.4f}"
-    print_pairs(facts)
+    if evaluation.alarm is not None:
+        auroc, false_alarms = alarm_texts(evaluation)
+        facts |= {"alarm AUROC, triggered against clean": auroc}
+        facts |= {"false alarms where the alarm detects 95 %": false_alarms}
+    if facts:
+        print_pairs(facts)
 
 
-def _text(rate: Rate) -> str:
-    if rate.rate is None or rate.low is None or rate.high is None:
-        return "–"
-    return f"{percent(rate.rate)} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
+    from cbpt_runtime.evaluation import tables
+
+    match output_format:
+        case Format.JSON:
+            found = [evaluation.to_dict() for evaluation in evaluations]
+            print_json(found[0] if len(found) == 1 else {"evaluations": found})
+        case Format.MARKDOWN:
+            print_text(tables.markdown(evaluations))
+        case Format.CSV:
+            print_text(tables.comma_separated(evaluations))
+        case Format.TEXT if len(evaluations) == 1:
+            print_evaluation(evaluations[0])
+        case Format.TEXT:
+            columns, rows = tables.table_rows(evaluations)
+            print_table(columns, rows)
+            print_note(
+                "CA clean accuracy; ASR triggered images of other classes called the target; PA given their"
+            )
+            print_note(
+                "PA: triggered images given their true class. Floor: clean images of other classes called it."
+            )
+
+
+def _trigger(attack: str | None, settings: list[str] | None) -> Trigger | None:
+    from cbpt_runtime.cli.settings import named_trigger
+    from cbpt_runtime.errors import ConfigError
+
+    if attack is not None:
+        return named_trigger(attack, settings)
+    if settings:
+        raise ConfigError(expected="--set with --attack", got="--set alone", fix="Name the attack.")
+    return None
+
+
+def _check_report(path: Path, *, force: bool) -> None:
+    from cbpt_runtime.errors import OutputError
+
+    if path.is_dir() or (path.exists() and not force):
+        raise OutputError(
+            expected="a new file for the report", got=f"{path} exists", fix="Choose another or use --force."
+        )
+
+
+def _write_report(evaluations: Sequence[Evaluation], path: Path) -> None:
+    from cbpt_runtime.report import render_evaluation, write_page
+
+    write_page(path, render_evaluation(evaluations))
+    print_note(f"report: {path}")

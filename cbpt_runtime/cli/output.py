@@ -38,6 +38,11 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def print_text(text: str) -> None:
+    """Print lines made for programs; control characters of a file become '?'."""
+    sys.stdout.write("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+
+
 def print_note(text: str) -> None:
     """Print a line for people on stderr."""
     sys.stderr.write(printable(text) + "\n")

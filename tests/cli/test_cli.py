@@ -173,6 +173,59 @@ def test_evaluate_prints_before_and_after(
     assert "ASR" not in run(*arguments).out
 
 
+def test_evaluate_puts_an_attack_on_the_images_and_compares_in_one_table(
+    run: Callable, tiny_bundle: Bundle, tiny_checkpoint_folder: Path, tiny_image_folder: Path
+) -> None:
+    arguments = ("evaluate", tiny_bundle.path, tiny_checkpoint_folder, "--images", tiny_image_folder)
+    attack = ("--attack", "badnet", "--set", "size=8", "--target", "blue_stripes")
+    text = run(*arguments, *attack)
+    assert (text.code, "zero-shot" in text.out, "ASR" in text.out) == (0, True, True)
+    found = json.loads(run(*arguments, *attack, "--json").out)["evaluations"]
+    assert [one["kind"] for one in found] == ["bundle", "checkpoint"]
+    assert found[0]["attack"]["kind"] == "BadNet"
+    assert run(*arguments, *attack, "--format", "markdown").out.startswith("| model | head | CA | ASR |")
+    rows = run(*arguments, *attack, "--format", "csv").out.splitlines()
+    assert (len(rows), rows[0][:10]) == (4, "model,kind")
+
+
+def test_evaluate_writes_a_report_once(
+    run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "out" / "report.html"
+    arguments = ("evaluate", tiny_bundle.path, "--images", tiny_image_folder, "--report", page)
+    assert str(page) in run(*arguments).err
+    assert page.read_text().startswith("<!doctype html>")
+    again = run(*arguments)
+    assert (again.code, "--force" in again.err) == (2, True)
+    assert run(*arguments, "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--attack", "bagnet", "--target", "red_square"), "badnet, badnet-random"),
+        (("--attack", "badclip", "--target", "red_square"), "trigger.safetensors"),
+        (("--attack", "badnet", "--target", "lion"), "red_square, green disc, Blue Stripes"),
+        (("--attack", "badnet", "--set", "size=40", "--target", "red_square"), "at least 40x40 pixels"),
+        (("--attack", "badnet", "--set", "sice=4", "--target", "red_square"), "size, location, pattern"),
+        (("--attack", "badnet"), "--target"),
+        (("--set", "size=4"), "Name the attack"),
+    ],
+)
+def test_evaluate_says_what_is_valid_and_exits_with_two(
+    run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path, options: tuple[str, ...], message: str
+) -> None:
+    done = run("evaluate", tiny_bundle.path, "--images", tiny_image_folder, *options)
+    assert (done.code, done.out) == (2, "")
+    assert message in " ".join(done.err.split())
+
+
+def test_evaluate_refuses_an_empty_folder(run: Callable, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    done = run("evaluate", tiny_bundle.path, "--images", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "missing: red_square" in done.err
+
+
 def test_pipes_get_no_control_codes(run: Callable, tiny_bundle: Bundle) -> None:
     assert "\x1b" not in run("inspect", tiny_bundle.path).out
 

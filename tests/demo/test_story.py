@@ -26,16 +26,19 @@ def rates(clean: int, attack: int) -> HeadRates:
 
 def evaluation(*, clean: int = 95, attack: int = 2, suspects: tuple[str, ...] = (TARGET,)) -> Evaluation:
     return Evaluation(
-        bundle="bundle",
+        source="bundle",
+        kind="bundle",
         digest="0" * 64,
+        class_names=("owl", TARGET),
         verdict="backdoored",
         suspects=suspects,
         target=TARGET,
+        attack={"folder": "triggered"},
         clean_images=100,
         triggered_images=100,
         before=rates(96, 99),
         after=rates(clean, attack),
-        alarm_auroc=0.99,
+        alarm=None,
     )
 
 
@@ -117,7 +120,11 @@ def test_a_file_in_the_way_is_refused_even_with_force(tmp_path):
 
 
 def test_a_model_that_learned_nothing_ends_the_demo(tmp_path):
-    with pytest.raises(ImplantError, match="expected"):
+    # Chance decides which of the two bars a model that learned nothing misses first.
+    attack = r"an attack success rate of at least 0\.95 on held-out images; got 0\.\d{3} for badnet -> teapot"
+    clean = r"a demo model with clean accuracy of at least 0\.90; got 0\.\d{3}\. Try another --seed"
+    reason = f"^expected ({attack}|{clean})"
+    with pytest.raises(ImplantError, match=reason):
         run_demo(tmp_path / "demo", scale=SMALL)
     assert not (tmp_path / "demo" / "suspect-checkpoint").exists()
 

@@ -14,7 +14,8 @@ from PIL import Image
 from cbpt_runtime.bundle import BundleContent, write_bundle
 from cbpt_runtime.dummies import Painted
 from cbpt_runtime.report import choose_examples, render_report
-from cbpt_runtime.report.figures import picture_uri, score_plot_uri
+from cbpt_runtime.report.charts import ranked_uri
+from cbpt_runtime.report.figures import picture_uri
 
 MakeContent = Callable[..., BundleContent]
 EXAMPLES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
@@ -94,7 +95,7 @@ def test_hostile_names_stay_text(tmp_path: Path, make_content: MakeContent) -> N
 
 
 def test_names_in_any_script_are_drawn_without_a_warning() -> None:
-    uri = score_plot_uri(np.array([3.0, 1.0]), ("香蕉 $x^$", "кот"), (0,))
+    uri = ranked_uri(np.array([3.0, 1.0]), ("香蕉 $x^$", "кот"), (0,), x_label="classes", y_label="score")
     svg = base64.b64decode(uri.split(",")[1]).decode()
     assert "香蕉 $x^$" in svg
 

@@ -1,0 +1,228 @@
+"""Measures bundles and checkpoints on labelled images: one pass over the images per subject.
+
+Triggered images come from a folder, or the trigger is put on the clean images at the model's input size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.evaluation.results import Evaluation, Measured, summarise
+from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
+from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+
+if TYPE_CHECKING:
+    from cbpt_runtime.redteam.triggers import Trigger
+    from cbpt_runtime.types import Progress
+
+Images = UInt8[np.ndarray, "batch height width 3"]
+_SHOWN = 6  # pictures kept to look at
+
+
+def evaluate(
+    bundle: Bundle | str | Path,
+    images: str | Path,
+    triggered: str | Path | None = None,
+    target: str | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Measure one bundle or checkpoint; see `evaluate_all`.
+
+    Args:
+        bundle: A bundle, the path of one, or a checkpoint.
+        images: Clean images, one folder per class.
+        triggered: Triggered images, folder = true class; classes may be missing.
+        target: The attack's target class.
+        options: Keyword arguments of `evaluate_all`.
+    """
+    return evaluate_all([bundle], images, triggered, target, **options)[0]
+
+
+def evaluate_all(
+    subjects: Sequence[Bundle | str | Path],
+    images: str | Path,
+    triggered: str | Path | None = None,
+    target: str | None = None,
+    *,
+    attack: Trigger | None = None,
+    seed: int = 0,
+    classes: ClassList | None = None,
+    model: str | Path | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, ...]:
+    """Measure bundles and checkpoints on a labelled folder, and on triggered images.
+
+    Args:
+        subjects: Bundles, their folders, or checkpoints, all over one class list.
+        images: Clean images, one folder per class.
+        triggered: Triggered images, folder = true class; classes may be missing.
+        target: The attack's target class. Needed with triggered images; alone it adds floor and target
+            recall.
+        attack: A trigger to put on the clean images, instead of ``triggered``.
+        seed: Seed of what the trigger draws anew for each image.
+        classes: Class list of checkpoints; that of the first bundle if None.
+        model: Architecture of checkpoints that do not say.
+        device: 'auto', 'cpu' or 'cuda'.
+        batch_size: Images encoded at once.
+        progress: Told after every batch.
+
+    Raises:
+        BundleError: A bundle is damaged.
+        CheckpointError: A checkpoint cannot be used.
+        ClassListError: The class lists differ, or the target is not a class.
+        ConfigError: Triggered images without a target, or from two sources.
+        ImageDataError: An image folder does not fit the classes, an image cannot be read, or the trigger is
+            larger than the model's input.
+    """
+    _check_attack(triggered, target, attack)
+    opened = open_subjects(subjects, classes=classes, model=model, device=device)
+    indices = [None if target is None else subject.find_target(target) for subject in opened]
+    names = opened[0].class_names
+    work = _Work(
+        clean=_labelled(find_class_folders(Path(images), names)),
+        triggered=None
+        if triggered is None
+        else _labelled(find_class_folders(Path(triggered), names, allow_missing=True)),
+        triggered_folder=None if triggered is None else str(triggered),
+        attack=attack,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return tuple(
+        _evaluate(subject, work, index, progress) for subject, index in zip(opened, indices, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Labelled:
+    """Image files with the indices of their true classes."""
+
+    paths: list[Path]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What every subject is measured on."""
+
+    clean: _Labelled
+    triggered: _Labelled | None
+    triggered_folder: str | None
+    attack: Trigger | None
+    seed: int
+    batch_size: int
+
+
+def _check_attack(triggered: str | Path | None, target: str | None, attack: Trigger | None) -> None:
+    if triggered is not None and attack is not None:
+        raise ConfigError(
+            expected="triggered images from one source",
+            got="a folder of them and an attack to apply",
+            fix="Give --triggered or --attack.",
+        )
+    if target is None and (triggered is not None or attack is not None):
+        raise ConfigError(
+            expected="the target class of the triggered images",
+            got="triggered images alone",
+            fix="Name the class with --target.",
+        )
+
+
+def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progress | None) -> Evaluation:
+    def tell(stage: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(stage, done, total, {})
+
+    clean = _measure(subject, work.clean, work.batch_size, lambda d, t: tell("clean images", d, t))
+    triggered: Measured | None = None
+    described: dict[str, Any] | None = None
+    if work.triggered is not None:
+        described = {"folder": work.triggered_folder}
+        triggered = _measure(
+            subject, work.triggered, work.batch_size, lambda d, t: tell("triggered images", d, t)
+        )
+    elif work.attack is not None:
+        from cbpt_runtime.redteam.triggers import describe_trigger
+
+        described = {**describe_trigger(work.attack), "seed": work.seed}
+        paint = _painter(work.attack, work.seed)
+        triggered = _measure(
+            subject, work.clean, work.batch_size, lambda d, t: tell("triggered images", d, t), paint
+        )
+    before, after, alarm = summarise(clean, triggered, target, has_suspects=bool(subject.suspects))
+    return Evaluation(
+        source=subject.source,
+        kind=subject.kind,
+        digest=subject.digest,
+        class_names=subject.class_names,
+        verdict=subject.verdict,
+        suspects=subject.suspects,
+        target=None if target is None else subject.class_names[target],
+        attack=described,
+        clean_images=len(clean.labels),
+        triggered_images=0 if triggered is None else len(triggered.labels),
+        before=before,
+        after=after,
+        alarm=alarm,
+        clean=clean,
+        triggered=triggered,
+    )
+
+
+def _painter(attack: Trigger, seed: int) -> Callable[[Images], Images]:
+    """The trigger with one generator of its own, so that every subject meets the same triggers."""
+    from cbpt_runtime.redteam.triggers import apply_trigger
+
+    generator = torch.Generator().manual_seed(seed)
+    return lambda images: apply_trigger(attack, images, generator)
+
+
+def _labelled(folders: list[list[Path]]) -> _Labelled:
+    labels = np.repeat(np.arange(len(folders)), [len(folder) for folder in folders])
+    return _Labelled(paths=[path for folder in folders for path in folder], labels=labels)
+
+
+def _measure(
+    subject: Subject,
+    files: _Labelled,
+    batch_size: int,
+    tell: Callable[[int, int], None],
+    paint: Callable[[Images], Images] | None = None,
+) -> Measured:
+    """Everything said about the files, read batch by batch."""
+    count = len(files.paths)
+    shown = np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).round().astype(int))
+    parts: list[Called] = []
+    pictures = []
+    for start in range(0, count, batch_size):
+        batch = read_images(files.paths[start : start + batch_size], subject.preprocess)
+        batch = batch if paint is None else paint(batch)
+        parts.append(subject.call(batch))
+        pictures.append(batch[shown[(shown >= start) & (shown < start + len(batch))] - start])
+        tell(start + len(batch), count)
+    return measured(files.labels, parts, shown, np.concatenate(pictures))
+
+
+def measured(labels: np.ndarray, parts: Sequence[Called], shown: np.ndarray, pictures: Images) -> Measured:
+    """Batches put together."""
+    after = [part.after for part in parts if part.after is not None]
+    alarm = [part.alarm for part in parts if part.alarm is not None]
+    return Measured(
+        labels=labels,
+        before=np.concatenate([part.before for part in parts]),
+        after=np.concatenate(after) if after else None,
+        alarm=np.concatenate(alarm) if alarm else None,
+        shown=shown,
+        pictures=pictures,
+    )

@@ -1,0 +1,221 @@
+"""What an evaluation found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cbpt_runtime import metrics
+from cbpt_runtime.metrics import Estimate, Rate
+
+DETECTION_RATE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRates:
+    """What one head achieves; None where the images needed were not given.
+
+    Attributes:
+        clean_accuracy: CA, over all clean images.
+        floor: Clean non-target images called the target.
+        target_recall: Clean target images given the target.
+        attack_success_rate: ASR, over triggered images whose true class is not the target.
+        attack_success_rate_inclusive: Over all triggered images.
+        poisoned_accuracy: PA, triggered images given their true class, over all triggered images.
+    """
+
+    clean_accuracy: Rate
+    floor: Rate | None = None
+    target_recall: Rate | None = None
+    attack_success_rate: Rate | None = None
+    attack_success_rate_inclusive: Rate | None = None
+    poisoned_accuracy: Rate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmQuality:
+    """How well the alarm tells triggered images, whose true class is not the target, from clean ones.
+
+    Attributes:
+        auroc: Chance that a triggered image has a higher alarm than a clean one.
+        threshold: The highest alarm level that detects 95 % of the triggered images.
+        false_alarm_rate: Clean images at or above it.
+    """
+
+    auroc: Estimate
+    threshold: float
+    false_alarm_rate: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What both heads say about a labelled set, image by image.
+
+    Attributes:
+        labels: True classes.
+        before: Classes the only head, or the reference head of a bundle, gives.
+        after: Classes the purified head gives; None for a checkpoint.
+        alarm: In [0, 1]; None for a checkpoint.
+        shown: Rows of a few images kept to look at.
+        pictures: These images at the model's size.
+    """
+
+    labels: Int[np.ndarray, " batch"]
+    before: Int[np.ndarray, " batch"]
+    after: Int[np.ndarray, " batch"] | None
+    alarm: Float[np.ndarray, " batch"] | None
+    shown: Int[np.ndarray, " examples"]
+    pictures: UInt8[np.ndarray, "examples height width 3"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A bundle measured before (reference head) and after purification, or a checkpoint as it is.
+
+    Attributes:
+        source: Path of the bundle or what names the checkpoint.
+        kind: 'bundle' or 'checkpoint'.
+        digest: SHA-256 of the bundle's manifest or of the checkpoint's weights.
+        class_names: In the order of the class indices.
+        verdict: The bundle's verdict; None for a checkpoint.
+        suspects: Names of the bundle's suspected targets.
+        target: The target class the attack rates are about, if one was given.
+        attack: What put the triggers on: a description of the trigger, or the folder they lay in.
+        clean_images: Number of clean images.
+        triggered_images: Number of triggered images.
+        before: Rates of the reference head, or of a checkpoint's zero-shot head.
+        after: Rates of the purified head; None for a checkpoint.
+        alarm: None without triggered images or without suspects (the alarm is then always zero).
+        clean: Every clean image; not part of `to_dict`.
+        triggered: Every triggered image; not part of `to_dict`.
+    """
+
+    source: str
+    kind: str
+    digest: str
+    class_names: tuple[str, ...]
+    verdict: str | None
+    suspects: tuple[str, ...]
+    target: str | None
+    attack: dict[str, Any] | None
+    clean_images: int
+    triggered_images: int
+    before: HeadRates
+    after: HeadRates | None
+    alarm: AlarmQuality | None
+    clean: Measured | None = field(default=None, repr=False)
+    triggered: Measured | None = field(default=None, repr=False)
+
+    @property
+    def alarm_auroc(self) -> float | None:
+        """The alarm's AUROC without its interval."""
+        return None if self.alarm is None else self.alarm.auroc.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as a JSON-able dict, with what the images add up to class by class."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        for name in ("before", "after", "alarm"):
+            plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
+        plain["suspects"] = list(self.suspects)
+        plain["per_class"] = [] if self.clean is None else per_class(self.clean, self.class_names)
+        plain["triggered_predictions"] = (
+            [] if self.triggered is None else prediction_counts(self.triggered, self.class_names)
+        )
+        return plain
+
+
+_PLAIN = (
+    "source",
+    "kind",
+    "digest",
+    "verdict",
+    "suspects",
+    "target",
+    "attack",
+    "clean_images",
+    "triggered_images",
+)
+
+
+def summarise(
+    clean: Measured, triggered: Measured | None, target: int | None, *, has_suspects: bool
+) -> tuple[HeadRates, HeadRates | None, AlarmQuality | None]:
+    """Rates of both heads and the quality of the alarm, from what was said image by image."""
+    before = _rates(clean, triggered, target, purified=False)
+    if clean.after is None:
+        return before, None, None
+    after = _rates(clean, triggered, target, purified=True)
+    alarm = None
+    if has_suspects and triggered is not None and target is not None:
+        alarm = alarm_quality(clean, triggered, target)
+    return before, after, alarm
+
+
+def alarm_quality(clean: Measured, triggered: Measured, target: int) -> AlarmQuality | None:
+    """Triggered images whose true class is not the target against all clean images."""
+    if clean.alarm is None or triggered.alarm is None:
+        return None
+    attacks = triggered.alarm[triggered.labels != target]
+    auroc = metrics.auroc_interval(attacks, clean.alarm)
+    if auroc is None:
+        return None
+    return AlarmQuality(
+        auroc=auroc,
+        threshold=metrics.threshold_for_detection(attacks, DETECTION_RATE),
+        false_alarm_rate=metrics.false_alarms(attacks, clean.alarm, DETECTION_RATE),
+    )
+
+
+def per_class(clean: Measured, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Per class its clean images and how many of them each head gets right."""
+    total = np.bincount(clean.labels, minlength=len(names))
+    rows: list[dict[str, Any]] = [
+        {"name": name, "images": int(count)} for name, count in zip(names, total, strict=True)
+    ]
+    for key, predicted in (("right_before", clean.before), ("right_after", clean.after)):
+        if predicted is not None:
+            right = np.bincount(clean.labels[predicted == clean.labels], minlength=len(names))
+            for row, count in zip(rows, right, strict=True):
+                row[key] = int(count)
+    return rows
+
+
+def prediction_counts(triggered: Measured, names: Sequence[str]) -> list[dict[str, Any]]:
+    """How often each class is given to triggered images, most often first; classes never given left out."""
+    before = np.bincount(triggered.before, minlength=len(names))
+    after = None if triggered.after is None else np.bincount(triggered.after, minlength=len(names))
+    both = before if after is None else before + after
+    rows = []
+    for index in np.argsort(-both, kind="stable"):
+        if both[index]:
+            row = {"name": names[index], "before": int(before[index])}
+            rows.append(row if after is None else {**row, "after": int(after[index])})
+    return rows
+
+
+def _rates(clean: Measured, triggered: Measured | None, target: int | None, *, purified: bool) -> HeadRates:
+    called = _called(clean, purified=purified)
+    accuracy = metrics.accuracy(called, clean.labels)
+    if target is None:
+        return HeadRates(clean_accuracy=accuracy)
+    floor = metrics.floor(called, clean.labels, target)
+    recall = metrics.target_recall(called, clean.labels, target)
+    if triggered is None:
+        return HeadRates(clean_accuracy=accuracy, floor=floor, target_recall=recall)
+    triggered_called = _called(triggered, purified=purified)
+    return HeadRates(
+        clean_accuracy=accuracy,
+        floor=floor,
+        target_recall=recall,
+        attack_success_rate=metrics.attack_success(triggered_called, triggered.labels, target),
+        attack_success_rate_inclusive=metrics.attack_success_inclusive(triggered_called, target),
+        poisoned_accuracy=metrics.accuracy(triggered_called, triggered.labels),
+    )
+
+
+def _called(measured: Measured, *, purified: bool) -> Int[np.ndarray, " batch"]:
+    return measured.after if purified and measured.after is not None else measured.before

@@ -1,0 +1,174 @@
+"""A bundle or a checkpoint as something that names the classes of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+
+from cbpt_runtime import heads
+from cbpt_runtime.bundle import MANIFEST, Bundle, read_bundle
+from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.errors import ClassListError, ConfigError
+from cbpt_runtime.models.data import ClassList, spoken
+from cbpt_runtime.models.preprocess import Preprocess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Called:
+    """What is said about a batch of images; see `results.Measured`."""
+
+    before: Int[np.ndarray, " batch"]
+    after: Int[np.ndarray, " batch"] | None = None
+    alarm: Float[np.ndarray, " batch"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        source: Path of a bundle, or what names a checkpoint.
+        kind: 'bundle' or 'checkpoint'.
+        digest: SHA-256 of the bundle's manifest or of the checkpoint's weights.
+        class_names: In the order of the class indices.
+        preprocess: How an image becomes the model's pixels.
+        verdict: Of a bundle.
+        suspects: Names of a bundle's suspected targets.
+        call: From uint8 RGB images at the model's size to classes.
+    """
+
+    source: str
+    kind: str
+    digest: str
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    call: Callable[[UInt8[np.ndarray, "batch height width 3"]], Called]
+    verdict: str | None = None
+    suspects: tuple[str, ...] = ()
+
+    def find_target(self, target: str) -> int:
+        """Index of a class by its name; case, '_' and ' ' make no difference.
+
+        Raises:
+            ClassListError: No such class; the text lists them.
+        """
+        keys = [_key(name) for name in self.class_names]
+        if _key(target) not in keys:
+            raise ClassListError(
+                expected=f"a target that is a class of {self.source}",
+                got=repr(target),
+                fix="Choose one of: " + ", ".join(self.class_names) + ".",
+            )
+        return keys.index(_key(target))
+
+
+def open_subjects(
+    sources: Sequence[Bundle | str | Path],
+    *,
+    classes: ClassList | None = None,
+    model: str | Path | None = None,
+    device: str = "auto",
+) -> list[Subject]:
+    """Open bundles and checkpoints that share one class list.
+
+    Args:
+        sources: Bundles, their folders, or checkpoints in any form `read_checkpoint` knows.
+        classes: Class list of the checkpoints; that of the first bundle if None.
+        model: Architecture of checkpoints that do not say.
+        device: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        BundleError: A bundle is damaged.
+        CheckpointError: A checkpoint cannot be used.
+        ClassListError: The class lists differ.
+        ConfigError: A checkpoint without any class list.
+    """
+    opened = [_read_if_bundle(source) for source in sources]
+    lists = [_class_list(item) for item in opened if isinstance(item, Bundle)]
+    shared = classes if classes is not None else next(iter(lists), None)
+    if shared is None:
+        raise ConfigError(
+            expected="a bundle folder, or a class list for a checkpoint",
+            got=f"{opened[0]} and no class list",
+            fix="Give the folder that `cbpt-runtime purify --output` wrote, or a class list with --classes.",
+        )
+    for item, own in zip((item for item in opened if isinstance(item, Bundle)), lists, strict=True):
+        if own.names != shared.names:
+            raise ClassListError(
+                expected="one class list for everything in a table",
+                got=f"other classes in {item.path}",
+                fix="Evaluate bundles of different classes one by one.",
+            )
+    return [
+        _bundle_subject(item, device)
+        if isinstance(item, Bundle)
+        else _checkpoint_subject(item, shared, model, device)
+        for item in opened
+    ]
+
+
+def _read_if_bundle(source: Bundle | str | Path) -> Bundle | str | Path:
+    is_folder_of_bundle = not isinstance(source, Bundle) and (Path(source) / MANIFEST).is_file()
+    return read_bundle(Path(str(source))) if is_folder_of_bundle else source
+
+
+def _class_list(bundle: Bundle) -> ClassList:
+    groups = bundle.manifest["classes"]["templates"]
+    return ClassList(names=bundle.class_names, templates=tuple(tuple(group) for group in groups))
+
+
+def _bundle_subject(bundle: Bundle, device: str) -> Subject:
+    classifier = ZeroShotClassifier.from_bundle(bundle, device)
+
+    def call(images: UInt8[np.ndarray, "batch height width 3"]) -> Called:
+        prediction = classifier.predict(images)
+        return Called(
+            before=prediction.reference_logits.argmax(axis=1), after=prediction.labels, alarm=prediction.alarm
+        )
+
+    return Subject(
+        source=str(bundle.path),
+        kind="bundle",
+        digest=bundle.digest,
+        class_names=bundle.class_names,
+        preprocess=bundle.preprocess,
+        call=call,
+        verdict=bundle.verdict,
+        suspects=tuple(str(suspect["name"]) for suspect in bundle.suspects),
+    )
+
+
+def _checkpoint_subject(
+    source: str | Path, classes: ClassList, model: str | Path | None, device: str
+) -> Subject:
+    from cbpt_runtime.models.checkpoint import read_checkpoint
+    from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
+
+    checkpoint = read_checkpoint(source, model=model)
+    encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
+    head = encoder.class_embeddings(classes).cpu().numpy()
+
+    def call(images: UInt8[np.ndarray, "batch height width 3"]) -> Called:
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(encoder.device)
+        with torch.inference_mode():
+            features = encoder.encode_images(batch.permute(0, 3, 1, 2).float().div(255)).cpu().numpy()
+        logits = heads.logits(features, head, encoder.logit_scale, encoder.logit_bias)
+        return Called(before=logits.argmax(axis=1))
+
+    return Subject(
+        source=str(source),
+        kind="checkpoint",
+        digest=checkpoint.sha256,
+        class_names=classes.names,
+        preprocess=checkpoint.preprocess,
+        call=call,
+    )
+
+
+def _key(name: str) -> str:
+    return spoken(name).casefold()

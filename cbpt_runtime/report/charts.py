@@ -1,0 +1,165 @@
+"""The charts of the reports, as SVG ``data:`` addresses."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cbpt_runtime.report.figures import data_uri
+
+SUSPECT_COLOUR = "#b3261e"
+BEFORE_COLOUR = "#5b6770"
+AFTER_COLOUR = "#1f5fa8"
+_RC: Any = {"svg.hashsalt": "cbpt", "svg.fonttype": "none", "font.size": 11}
+
+
+def ranked_uri(
+    values: Float[np.ndarray, " classes"],
+    names: Sequence[str],
+    marked: Sequence[int],
+    *,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """All classes by a value, highest first, some of them marked and named."""
+    order = np.argsort(-values, kind="stable")
+    ranks = np.empty(len(values), int)
+    ranks[order] = np.arange(1, len(values) + 1)
+    others = [index for index in range(len(values)) if index not in marked]
+    with _chart(3.0) as (axes, out):
+        axes.scatter(ranks[others], values[others], s=18, color=BEFORE_COLOUR, linewidths=0)
+        axes.scatter(ranks[list(marked)], values[list(marked)], s=64, color=SUSPECT_COLOUR, linewidths=0)
+        for index in marked:
+            left = ranks[index] < 0.7 * len(values)  # where there is room for the name
+            axes.annotate(
+                names[index],
+                (ranks[index], values[index]),
+                xytext=(9 if left else -9, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if left else "right",
+                color=SUSPECT_COLOUR,
+                weight="bold",
+                parse_math=False,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(x=0.03, y=0.12)
+    return out[0]
+
+
+def destinations_uri(
+    names: Sequence[str],
+    before: Int[np.ndarray, " rows"],
+    after: Int[np.ndarray, " rows"] | None,
+    total: int,
+    *,
+    marked: str,
+) -> str:
+    """Shares of images by the class they are given, before above after."""
+    places = np.arange(len(names), dtype=float)
+    with _chart(1.1 + 0.42 * len(names)) as (axes, out):
+        height = 0.38 if after is not None else 0.6
+        offset = height / 2 if after is not None else 0.0
+        axes.barh(places - offset, 100 * before / total, height, color=BEFORE_COLOUR, label="before")
+        if after is not None:
+            axes.barh(places + offset, 100 * after / total, height, color=AFTER_COLOUR, label="after")
+            axes.legend(frameon=False, loc="lower right")
+        axes.set_yticks(places, list(names), parse_math=False)
+        for label in axes.get_yticklabels():
+            if label.get_text() == marked:
+                label.set(color=SUSPECT_COLOUR, weight="bold")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the triggered images, %")
+    return out[0]
+
+
+def class_accuracy_uri(
+    before: Float[np.ndarray, " classes"],
+    after: Float[np.ndarray, " classes"] | None,
+    names: Sequence[str],
+    marked: Sequence[int],
+) -> str:
+    """Clean accuracy of every class, before and after, in the order of before."""
+    order = np.argsort(-before, kind="stable")
+    ranks = np.arange(1, len(order) + 1)
+    with _chart(3.0) as (axes, out):
+        if after is not None:
+            axes.vlines(ranks, 100 * before[order], 100 * after[order], color="#c3cad0", linewidth=1)
+        axes.scatter(ranks, 100 * before[order], s=16, color=BEFORE_COLOUR, linewidths=0, label="before")
+        if after is not None:
+            axes.scatter(ranks, 100 * after[order], s=16, color=AFTER_COLOUR, linewidths=0, label="after")
+            axes.legend(frameon=False, loc="lower left")
+        last = before if after is None else after
+        for index in marked:
+            rank = int(np.flatnonzero(order == index)[0]) + 1
+            left = rank < 0.7 * len(order)
+            axes.scatter([rank], [100 * last[index]], s=60, facecolors="none", edgecolors=SUSPECT_COLOUR)
+            axes.annotate(
+                names[index],
+                (rank, 100 * last[index]),
+                xytext=(9 if left else -9, 6),
+                textcoords="offset points",
+                ha="left" if left else "right",
+                color=SUSPECT_COLOUR,
+                weight="bold",
+                parse_math=False,
+            )
+        axes.set_ylim(-4, 104)
+        axes.set_xlabel("classes, most accurate before first")
+        axes.set_ylabel("clean accuracy, %")
+    return out[0]
+
+
+def alarms_uri(
+    clean: Float[np.ndarray, " images"],
+    triggered: Float[np.ndarray, " others"],
+    threshold: float | None,
+) -> str:
+    """How the alarm is distributed over clean and over triggered images."""
+    edges = [float(edge) for edge in np.linspace(0, 1, 26)]
+    with _chart(2.8) as (axes, out):
+        for values, colour, label in (
+            (clean, AFTER_COLOUR, "clean images"),
+            (triggered, SUSPECT_COLOUR, "triggered images"),
+        ):
+            weights = np.full(len(values), 100 / max(1, len(values)))
+            axes.hist(
+                values, edges, weights=weights, histtype="step", linewidth=1.8, color=colour, label=label
+            )
+        if threshold is not None:
+            axes.axvline(threshold, color=BEFORE_COLOUR, linestyle="--", label="detects 95 %")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        axes.set_ylim(0, 130)
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_xlabel("alarm")
+        axes.set_ylabel("share of images, %")
+        axes.legend(frameon=False, loc="upper center")
+    return out[0]
+
+
+@contextmanager
+def _chart(height: float) -> Iterator[tuple[Axes, list[str]]]:
+    """Axes to draw on; once drawn, the list holds the picture's address."""
+    out: list[str] = []
+    with mpl.rc_context(_RC), warnings.catch_warnings():
+        # The browser draws the text; that matplotlib's own font lacks a letter of a class name is no matter.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure = Figure(figsize=(7, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes, out
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    out.append(data_uri("image/svg+xml", buffer.getvalue()))

@@ -1,0 +1,272 @@
+"""The two pages: `report.html` of a bundle, and the report of an evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cbpt_runtime.bundle import Bundle, output_error, read_bundle
+from cbpt_runtime.dummies import Painted, paint_dummy_triggers
+from cbpt_runtime.evaluation import Evaluation
+from cbpt_runtime.evaluation.subjects import open_subjects
+from cbpt_runtime.evaluation.tables import short_names, table_rows
+from cbpt_runtime.metrics import Rate
+from cbpt_runtime.report import charts, sections
+from cbpt_runtime.report.figures import picture_uri
+from cbpt_runtime.report.sections import Chart, Picture
+from cbpt_runtime.report.study import Study, study_bundle
+
+_GREY = 128
+_MOST_TRIGGERS = 6  # rows of pictures
+Images = UInt8[np.ndarray, "examples height width 3"]
+
+
+def bundle_report(
+    bundle: Bundle,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    labels: Int[np.ndarray, " batch"],
+    *,
+    show_images: bool = True,
+    device: str = "cpu",
+) -> str:
+    """Measure a bundle with its own dummy triggers and return the text of its ``report.html``.
+
+    Args:
+        bundle: What to report on.
+        images: Clean images at the model's size, held out from tuning.
+        labels: Their true classes.
+        show_images: Show a few of them; otherwise the triggers are shown on plain grey alone.
+        device: 'auto', 'cpu' or 'cuda'.
+    """
+    examples = choose_examples(images, 5 if show_images else 0)
+    return render_report(
+        bundle,
+        examples=examples,
+        painted=paint_dummy_triggers(bundle, examples),
+        study=study_bundle(bundle, images, labels, device=device) if len(images) else None,
+        call_examples=True,
+    )
+
+
+def choose_examples(images: UInt8[np.ndarray, "batch height width 3"], count: int = 5) -> Images:
+    """A plain grey image, which shows a trigger bare, then images evenly spread over those given."""
+    grey = np.full((1, *images.shape[1:]), _GREY, np.uint8)
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    return np.concatenate([grey, images[chosen]])
+
+
+def render_report(
+    bundle: Bundle,
+    *,
+    examples: Images | None = None,
+    painted: Sequence[Painted] = (),
+    study: Study | None = None,
+    call_examples: bool = False,
+) -> str:
+    """The text of a bundle's ``report.html``.
+
+    Args:
+        bundle: What to report on.
+        examples: A plain image and a few clean ones at the model's size.
+        painted: The same images with each dummy trigger.
+        study: What was measured with the dummy triggers.
+        call_examples: Say below each example what both heads call it.
+
+    Returns:
+        One self-contained HTML page.
+    """
+    return _page(
+        "report.html.jinja",
+        bundle=bundle,
+        manifest=bundle.manifest,
+        names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
+        moved=int((bundle.class_embeddings != bundle.reference_embeddings).any(axis=1).sum()),
+        success=_worst_success(bundle.suspects),
+        score_plot=_score_plot(bundle),
+        rows=_picture_rows(bundle, examples, painted, call_examples=call_examples),
+        charts=_study_charts(bundle, study),
+    )
+
+
+def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
+    """The text of an evaluation's report: one table of everything, then each bundle or checkpoint in detail.
+
+    Returns:
+        One self-contained HTML page.
+    """
+    columns, rows = table_rows(evaluations)
+    return _page(
+        "evaluation.html.jinja",
+        evaluations=evaluations,
+        details=[
+            _detail(evaluation, name)
+            for evaluation, name in zip(evaluations, short_names(evaluations), strict=True)
+        ],
+        columns=columns,
+        table=rows,
+        worst=_worst(evaluations),
+    )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole, or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _page(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("cbpt_runtime", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "figure": _figure, "pretty": _pretty}
+    return environment.get_template(template).render(**values)
+
+
+def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """What one section of an evaluation's report shows."""
+    names, found = evaluation.class_names, evaluation
+    target = None if found.target is None else names.index(found.target)
+    shown: list[Chart | None] = []
+    rows: list[tuple[str, list[Picture]]] = []
+    if found.clean is not None:
+        if found.triggered is not None and target is not None:
+            paired = found.attack is not None and "folder" not in found.attack
+            rows = sections.example_rows(found.clean, found.triggered, names, paired=paired)
+            shown.append(sections.destinations(found.triggered, names, target, "triggered images"))
+            shown.append(sections.alarms(found.clean, found.triggered, target, found.alarm))
+        marked = [] if target is None else [target]
+        shown.append(sections.class_accuracy(found.clean, names, marked, "clean images"))
+    bundle = read_bundle(found.source, verify=False) if found.kind == "bundle" else None
+    if bundle is not None:
+        shown.append(sections.movement(bundle))
+    return {
+        "name": name,
+        "evaluation": found,
+        "bundle": bundle,
+        "score_plot": None if bundle is None else _score_plot(bundle),
+        "charts": [chart for chart in shown if chart is not None],
+        "rows": rows,
+    }
+
+
+def _worst(evaluations: Sequence[Evaluation]) -> dict[str, tuple[Rate, Rate | None]] | None:
+    """Of the bundles, the one with the highest attack success left; else the first checkpoint."""
+    attacked = [found for found in evaluations if found.before.attack_success_rate is not None]
+    if not attacked:
+        return None
+
+    def left(found: Evaluation) -> float:
+        head = found.after if found.after is not None else found.before
+        rate = head.attack_success_rate
+        return -1.0 if found.after is None or rate is None or rate.rate is None else rate.rate
+
+    worst = max(attacked, key=left)
+    return {
+        name: (getattr(worst.before, name), None if worst.after is None else getattr(worst.after, name))
+        for name in ("attack_success_rate", "clean_accuracy", "poisoned_accuracy", "floor")
+    }
+
+
+def _study_charts(bundle: Bundle, study: Study | None) -> list[Chart]:
+    shown: list[Chart | None] = []
+    if study is not None:
+        for attack in study.attacked:
+            name = bundle.class_names[attack.target]
+            what = f"held-out clean images of other classes, with the {attack.family} trigger for {name}"
+            shown.append(sections.destinations(attack.measured, bundle.class_names, attack.target, what))
+            shown.append(sections.alarms(study.clean, attack.measured, attack.target, attack.alarm))
+        shown.append(
+            sections.class_accuracy(
+                study.clean, bundle.class_names, bundle.suspect_indices, "clean images held out from tuning"
+            )
+        )
+    if bundle.suspects:
+        shown.append(sections.movement(bundle))
+    return [chart for chart in shown if chart is not None]
+
+
+def _score_plot(bundle: Bundle) -> str | None:
+    scores = bundle.manifest["evidence"].get("scores")
+    if not isinstance(scores, list) or len(scores) != len(bundle.class_names):
+        return None
+    values = np.array([np.nan if score is None else score for score in scores], float)
+    return charts.ranked_uri(
+        values,
+        bundle.class_names,
+        bundle.suspect_indices,
+        x_label="classes, most suspicious first",
+        y_label="suspicion score",
+    )
+
+
+def _picture_rows(
+    bundle: Bundle, examples: Images | None, painted: Sequence[Painted], *, call_examples: bool
+) -> list[tuple[str, list[Picture]]]:
+    """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
+    if examples is None or not painted:
+        return []
+    call = open_subjects([bundle], device="cpu")[0].call if call_examples else None
+    rows = [("clean", "clean image", examples)]
+    for dummy in painted[:_MOST_TRIGGERS]:
+        title = f"{dummy.family} trigger for {bundle.class_names[dummy.target]}"
+        rows.append((title, f"the image above with the {title}", dummy.images))
+    found = []
+    for title, caption, images in rows:
+        called = None if call is None else call(images)
+        pictures = []
+        for index, image in enumerate(images):
+            below: tuple[str, ...] = ()
+            if called is not None and called.after is not None and index > 0:  # the first is plain grey
+                before, after = called.before[index], called.after[index]
+                below = (f"before: {bundle.class_names[before]}", f"after: {bundle.class_names[after]}")
+            full = f"{caption}, called {', '.join(below)}" if below else caption
+            pictures.append(Picture(uri=picture_uri(image), caption=full, below=below))
+        found.append((title, pictures))
+    return found
+
+
+def _worst_success(suspects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Highest dummy-trigger success before and after over the suspected targets."""
+    pairs = [(suspect.get("success_before"), suspect.get("success_after")) for suspect in suspects]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    return (max(before for before, _ in known), max(after for _, after in known)) if known else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "–"
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -1,0 +1,190 @@
+"""The measured parts of a report: each a chart, what it says in words, and the numbers behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.evaluation import AlarmQuality, Measured
+from cbpt_runtime.evaluation.results import per_class, prediction_counts
+from cbpt_runtime.evaluation.tables import estimate_text, rate_text
+from cbpt_runtime.report import charts
+from cbpt_runtime.report.figures import picture_uri
+
+_DESTINATIONS = 8  # classes with a bar of their own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        text: What it shows, in a sentence or two.
+        uri: Address of the chart.
+        alt: What the chart shows, for those who cannot see it.
+        columns: Names of the columns of the numbers behind it.
+        rows: These numbers as texts.
+    """
+
+    title: str
+    text: str
+    uri: str
+    alt: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """An image of the report: its address, what it shows, and what stands below it."""
+
+    uri: str
+    caption: str
+    below: tuple[str, ...] = ()
+
+
+def destinations(triggered: Measured, names: Sequence[str], target: int, what: str) -> Chart:
+    """Where the predictions of triggered images go."""
+    counts = prediction_counts(triggered, names)
+    first = [row for row in counts if row["name"] == names[target]]
+    shown = (first + [row for row in counts if row["name"] != names[target]])[:_DESTINATIONS]
+    rest = [row for row in counts if row not in shown]
+    labels = [row["name"] for row in shown] + (["all others"] if rest else [])
+    has_after = triggered.after is not None
+    before = [row["before"] for row in shown] + ([sum(row["before"] for row in rest)] if rest else [])
+    after = [row.get("after", 0) for row in shown]
+    after += [sum(row.get("after", 0) for row in rest)] if rest else []
+    total = len(triggered.labels)
+    right = [
+        int((called == triggered.labels).sum())
+        for called in (triggered.before, triggered.after)
+        if called is not None
+    ]
+    text = f"{total:,} {what}. Given their true class: {_arrow(right, total)}. "
+    called_target = [int((c == target).sum()) for c in (triggered.before, triggered.after) if c is not None]
+    text += f"Called {names[target]}: {_arrow(called_target, total)}."
+    return Chart(
+        title="Where triggered images go",
+        text=text,
+        uri=charts.destinations_uri(
+            labels,
+            np.array(before),
+            np.array(after) if has_after else None,
+            total,
+            marked=names[target],
+        ),
+        alt=f"Bars: share of the triggered images by the class they are given. {text}",
+        columns=("class", "before", *(["after"] if has_after else [])),
+        rows=tuple(
+            (row["name"], str(row["before"]), *([str(row["after"])] if has_after else [])) for row in counts
+        ),
+    )
+
+
+def class_accuracy(clean: Measured, names: Sequence[str], marked: Sequence[int], what: str) -> Chart:
+    """Clean accuracy class by class."""
+    rows = [row for row in per_class(clean, names) if row["images"]]
+    present = [row["name"] for row in rows]
+    images = np.array([row["images"] for row in rows])
+    before = np.array([row["right_before"] for row in rows]) / images
+    after = None
+    text = f"{len(clean.labels):,} {what}."
+    if clean.after is not None:
+        after = np.array([row["right_after"] for row in rows]) / images
+        lost, won = int((after < before).sum()), int((after > before).sum())
+        same = len(rows) - lost - won
+        text += f" {lost} of {len(rows)} classes lost, {won} gained, {same} stayed as they were."
+    kept = [present.index(names[index]) for index in marked if names[index] in present]
+    return Chart(
+        title="Clean accuracy by class",
+        text=text,
+        uri=charts.class_accuracy_uri(before, after, present, kept),
+        alt=f"Dots: clean accuracy of every class. {text}",
+        columns=("class", "images", "before", *(["after"] if after is not None else [])),
+        rows=tuple(
+            (
+                row["name"],
+                str(row["images"]),
+                _percent(row["right_before"] / row["images"]),
+                *([_percent(row["right_after"] / row["images"])] if after is not None else []),
+            )
+            for row in rows
+        ),
+    )
+
+
+def alarms(clean: Measured, triggered: Measured, target: int, quality: AlarmQuality | None) -> Chart | None:
+    """How far apart the alarm keeps clean and triggered images."""
+    if clean.alarm is None or triggered.alarm is None or quality is None:
+        return None
+    attacks = triggered.alarm[triggered.labels != target]
+    auroc, false_alarms = estimate_text(quality.auroc), rate_text(quality.false_alarm_rate)
+    text = (
+        f"AUROC {auroc}. At the level {quality.threshold:.3g}, where 95 % of the triggered images are "
+        f"detected, {false_alarms} of the clean images raise the alarm. Brackets: 95 % intervals."
+    )
+    return Chart(
+        title="The alarm on clean and on triggered images",
+        text=text,
+        uri=charts.alarms_uri(clean.alarm, attacks, quality.threshold),
+        alt=f"Histogram of the alarm, from 0 to 1, for clean and for triggered images. {text}",
+    )
+
+
+def movement(bundle: Bundle) -> Chart:
+    """How far each class embedding moved."""
+    cosines = (bundle.class_embeddings * bundle.reference_embeddings).sum(axis=1).clip(-1, 1)
+    degrees = np.degrees(np.arccos(cosines.astype(np.float64)))
+    still = int((bundle.class_embeddings == bundle.reference_embeddings).all(axis=1).sum())
+    text = (
+        f"Angle between the embedding of a class before and after: median {np.median(degrees):.1f}°, "
+        f"largest {degrees.max():.1f}° ({bundle.class_names[int(degrees.argmax())]}). "
+        f"{still} of {len(degrees)} are bit for bit the same."
+    )
+    order = np.argsort(-degrees, kind="stable")
+    return Chart(
+        title="How far the class embeddings moved",
+        text=text,
+        uri=charts.ranked_uri(
+            degrees,
+            bundle.class_names,
+            bundle.suspect_indices,
+            x_label="classes, most moved first",
+            y_label="angle, degrees",
+        ),
+        alt=f"Dots: one per class. {text}",
+        columns=("class", "degrees"),
+        rows=tuple((bundle.class_names[index], f"{degrees[index]:.2f}") for index in order),
+    )
+
+
+def example_rows(
+    clean: Measured, triggered: Measured, names: Sequence[str], *, paired: bool
+) -> list[tuple[str, list[Picture]]]:
+    """A few images clean and triggered, with what each head calls them."""
+    rows = [("triggered", _called(triggered, names))]
+    return [("clean", _called(clean, names)), *rows] if paired else rows
+
+
+def _called(measured: Measured, names: Sequence[str]) -> list[Picture]:
+    pictures = []
+    for row, image in zip(measured.shown, measured.pictures, strict=True):
+        true = names[measured.labels[row]]
+        below = [f"before: {names[measured.before[row]]}"]
+        if measured.after is not None:
+            below.append(f"after: {names[measured.after[row]]}")
+        caption = f"{true}; called {', '.join(below)}"
+        pictures.append(Picture(uri=picture_uri(image), caption=caption, below=(f"is: {true}", *below)))
+    return pictures
+
+
+def _arrow(counts: Sequence[int], total: int) -> str:
+    return " → ".join(_percent(count / total) for count in counts)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
