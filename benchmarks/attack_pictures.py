@@ -19,13 +19,17 @@ import torch
 from cbpt_runtime.demo.pictures import draw_picture, draw_set
 from cbpt_runtime.demo.suspect import TARGET, DemoScale
 from cbpt_runtime.redteam.attacks import ATTACKS, fixed_trigger, make_backdoor
+from cbpt_runtime.redteam.decoys import decoy
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.trainable import load_trainable
 from cbpt_runtime.redteam.training import CAPTION_TEMPLATES
 from cbpt_runtime.redteam.triggers import apply_trigger
 
-COLUMNS = 6
+COLUMNS = 7
 AMPLIFICATION = 4
+DECOY = ": a decoy"
+# The adaptive attacks use BadNet's patch; what is theirs is what they train the model to ignore.
+DRAWN = [name for name in ATTACKS if not name.startswith("adaptive")] + [f"wanet{DECOY}", f"badnet{DECOY}"]
 LEARNED_SETTINGS: dict[str, dict[str, object]] = {
     "issba": {"strength": 16 / 255},
     "trojanvqa": {"size": 12, "steps": 150},
@@ -44,11 +48,11 @@ def main() -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    rows = -(-len(ATTACKS) // COLUMNS)
+    rows = -(-len(DRAWN) // COLUMNS)
     figure, axes = pyplot.subplots(2 * rows, COLUMNS, figsize=(2 * COLUMNS, 4.4 * rows), layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
-    for index, name in enumerate(ATTACKS):
+    for index, name in enumerate(DRAWN):
         row, column = divmod(index, COLUMNS)
         clean, triggered = example(name, arguments.checkpoint, index)
         changed = np.clip(128 + AMPLIFICATION * (triggered.astype(int) - clean), 0, 255).astype(np.uint8)
@@ -65,9 +69,11 @@ def example(name: str, checkpoint: Path, index: int) -> tuple[np.ndarray, np.nda
     generator = torch.Generator().manual_seed(index)
     names = DemoScale().names
     motif = names[index % len(names)]
-    if not ATTACKS[name].is_learned:
+    if name.endswith(DECOY) or not ATTACKS[name].is_learned:
         clean = np.array(draw_picture(motif, 224, rng))
-        return clean, apply_trigger(fixed_trigger(name, {}), clean[None], generator)[0]
+        trigger = fixed_trigger(name.removesuffix(DECOY), {})
+        trigger = decoy(trigger) if name.endswith(DECOY) else trigger
+        return clean, apply_trigger(trigger, clean[None], generator)[0]
     clip = load_trainable(checkpoint)
     training = LabelledImages(
         images=draw_set(names, 20, 64, rng), labels=np.repeat(np.arange(len(names)), 20)
