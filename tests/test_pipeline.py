@@ -227,9 +227,9 @@ def test_the_purified_classifier_is_the_one_that_was_tuned(fake: FakePurify, pur
 
 
 def test_flags_win_over_the_configuration_file_even_when_zero(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"seed": 7, "parameterization": "embedding"}')
+    (tmp_path / "config.json").write_text('{"seed": 7, "parameterization": "prompt"}')
     config = read_config(tmp_path / "config.json", seed=0, parameterization=None)
-    assert (config.seed, config.parameterization) == (0, "embedding")
+    assert (config.seed, config.parameterization) == (0, "prompt")
     assert read_config(tmp_path / "config.json").seed == 7
     assert read_config() == PurifyConfig()
 

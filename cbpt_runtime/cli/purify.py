@@ -35,8 +35,10 @@ def command(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     parameterization: Annotated[
-        Literal["prompt", "embedding"] | None,
-        typer.Option(help="What is tuned: prompt contexts, or class embeddings directly. Default: prompt."),
+        Literal["embedding", "prompt"] | None,
+        typer.Option(
+            help="What is tuned: class embeddings, or contexts in front of names. Default: embedding."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with purification settings; flags given here win.")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from cbpt_runtime.errors import ConfigError
 
-Parameterization = Literal["prompt", "embedding"]
+Parameterization = Literal["embedding", "prompt"]
 
 _POSITIVE_INTS = (
     "search_steps",
@@ -30,7 +30,7 @@ class PurifyConfig:
 
     Attributes:
         seed: Of every random choice.
-        parameterization: Tune one context per class through the text tower, or the class embeddings.
+        parameterization: Tune the class embeddings, or one context per class through the text tower.
         search_steps: Steps of the short inversion that every class gets in every search family.
         search_batch: Clean images per step and class.
         inversion_steps: Steps of the long inversion.
@@ -40,7 +40,7 @@ class PurifyConfig:
         tuning_step_size: Its learning rate.
         backdoor_weight: Weight of the backdoor-alignment loss in the first round of tuning.
         tuning_rounds: Most rounds; each doubles the weight, until held-out success is small enough.
-        success_goal: Held-out dummy-trigger success, in [0, 1], that ends the rounds.
+        success_goal: Held-out dummy-trigger success, in [0, 1], that ends the rounds; the floor, if larger.
         consistency_weight: Weight of the prompt-consistency loss.
         across_weight: What a change across the trigger directions counts in it on top.
         target_consistency: What a suspected class counts in it; others count 1.
@@ -49,7 +49,7 @@ class PurifyConfig:
     """
 
     seed: int = 0
-    parameterization: Parameterization = "prompt"
+    parameterization: Parameterization = "embedding"
     search_steps: int = 20
     search_batch: int = 8
     suspect_p_value: float = 0.01

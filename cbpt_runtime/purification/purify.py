@@ -24,13 +24,14 @@ from cbpt_runtime.purification.inversion import invert, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
+    is_safe,
     of_other_classes,
     rehearse,
     strongest_success,
 )
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values
-from cbpt_runtime.purification.tuning import TuningData, tune
+from cbpt_runtime.purification.tuning import TuningData, tune_in_rounds
 from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
 
@@ -208,13 +209,11 @@ def _tune(
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
-    weight = config.backdoor_weight
-    for _ in range(config.tuning_rounds):
-        embeddings, contexts = tune(data, config, backdoor_weight=weight, prompts=prompts, progress=progress)
-        success = max(strongest_success(evidence, index, rehearsals, embeddings) for index in suspected)
-        if success <= config.success_goal:
-            break
-        weight *= 2
+
+    def safe(head: Tensor) -> bool:
+        return all(is_safe(evidence, index, rehearsals, head, config.success_goal) for index in suspected)
+
+    embeddings, contexts = tune_in_rounds(data, config, safe, prompts=prompts, progress=progress)
     return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
 
 

@@ -112,6 +112,21 @@ def strongest_success(
     )
 
 
+def is_safe(
+    evidence: Evidence,
+    suspect: int,
+    rehearsals: Sequence[Rehearsal],
+    head: Float[Tensor, "classes dim"],
+    goal: float,
+) -> bool:
+    """Whether every dummy trigger of the class succeeds no more than the goal, or than chance.
+
+    Chance is the floor: the share of clean held-out images of other classes that the head calls the class.
+    """
+    floor = success_rate(evidence.heldout.features, evidence.heldout, suspect, head)
+    return strongest_success(evidence, suspect, rehearsals, head) <= max(goal, floor)
+
+
 def directions(suspects: Sequence[int], rehearsals: Sequence[Rehearsal]) -> Float[Tensor, "suspects dim"]:
     """For each suspected class the leading direction of its dummy-triggered features, made orthonormal."""
     leading = []

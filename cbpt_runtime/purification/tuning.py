@@ -72,6 +72,32 @@ def tune(
     return data.reference + change().detach(), None if prompts is None else free.detach()
 
 
+def tune_in_rounds(
+    data: TuningData,
+    config: PurifyConfig,
+    safe: Callable[[Float[Tensor, "classes dim"]], bool],
+    *,
+    prompts: PromptEncoder | None = None,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
+    """Tunes with a backdoor weight that doubles from round to round until the dummy triggers fail.
+
+    Args:
+        data: Features.
+        config: Most rounds and the first weight.
+        safe: Whether the dummy triggers fail on held-out images with a head.
+        prompts: As in `tune`.
+        progress: Told about the steps.
+    """
+    weight = config.backdoor_weight
+    for _ in range(config.tuning_rounds):
+        embeddings, contexts = tune(data, config, backdoor_weight=weight, prompts=prompts, progress=progress)
+        if safe(embeddings):
+            break
+        weight *= 2
+    return embeddings, contexts
+
+
 def _minimise(
     data: TuningData,
     config: PurifyConfig,

@@ -1,0 +1,289 @@
+"""What is each part of the purification worth? One victim at a time, parts taken out or replaced.
+
+    python benchmarks/ablations.py --victims VICTIMS --images TINY_IMAGENET_100 --seeds 0 1 2
+
+Search and inversion run once per victim and seed; the rows differ in the tuning. A victim that is reported
+clean is left out. Rows that know more than a defender, or do less than the method, are made here and nowhere
+else: 'oracle' tunes on one half of the true triggered test images, and every row is measured on the other;
+'class-agnostic' inverts without a target and suspects the class that most images then go to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from purification import unpacked
+from torch import Tensor
+
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
+from cbpt_runtime.models.data import (
+    ClassList,
+    draw_clean_split,
+    find_class_folders,
+    read_class_list,
+    read_images,
+)
+from cbpt_runtime.models.prompts import PromptEncoder
+from cbpt_runtime.purification import tuning
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import Evidence, gather
+from cbpt_runtime.purification.purify import purify
+from cbpt_runtime.purification.rehearsal import (
+    STRENGTHS,
+    Rehearsal,
+    directions,
+    is_safe,
+    of_other_classes,
+    rehearse,
+)
+from cbpt_runtime.purification.tuning import TuningData, tune_in_rounds
+from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
+
+RESULTS = Path(__file__).parent / "results" / "ablations.json"
+Case = Callable[["Setting"], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the rows of one victim and seed share; images are features, but for the evidence."""
+
+    encoder: DualEncoder
+    classes: ClassList
+    evidence: Evidence
+    config: PurifyConfig
+    suspects: list[int]
+    found: Parameters
+    rehearsals: list[Rehearsal]
+    oracle: Tensor
+    oracle_labels: Tensor
+
+
+def main() -> None:
+    """Run everything, write the results after every victim, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--victims", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        images = unpacked(options.images, Path(scratch) / "images")
+        names = sorted(folder.name.replace("_", " ") for folder in (images / "train").iterdir())
+        (Path(scratch) / "classes.txt").write_text("\n".join(names) + "\n")
+        classes = read_class_list(Path(scratch) / "classes.txt")
+        for victim in sorted(path.parent for path in options.victims.glob("*/attack.json")):
+            target = json.loads((victim / "attack.json").read_text()).get("target")
+            if target is None:
+                continue
+            for seed in options.seeds:
+                rows += measured(victim, names.index(target), images, classes, seed, Path(scratch))
+                options.output.write_text(
+                    json.dumps({"config": PurifyConfig().to_dict(), "rows": rows}, indent=1) + "\n"
+                )
+    print(table(rows))
+
+
+def measured(
+    victim: Path, target: int, images: Path, classes: ClassList, seed: int, scratch: Path
+) -> list[dict[str, Any]]:
+    """Every row for one victim and seed."""
+    encoder = load_dual_encoder(read_checkpoint(victim))
+    config = PurifyConfig(seed=seed)
+    split = draw_clean_split(images / "train", classes, encoder.preprocess, seed=seed)
+    result = purify(encoder, classes, split, config)
+    evidence = gather(encoder, classes, split, seed=seed)
+    suspects = [suspect.index for suspect in result.suspects]
+    if not suspects:
+        return []
+    triggered = unpacked(victim / "test-triggered.zip", scratch / f"triggered-{victim.name}")
+    dirty, dirty_labels = features(evidence, classes, triggered)
+    clean, clean_labels = features(evidence, classes, images / "val")
+    known = torch.arange(len(dirty)) % 2 == 0
+    setting = Setting(
+        encoder=encoder,
+        classes=classes,
+        evidence=evidence,
+        config=config,
+        suspects=suspects,
+        found=result.triggers,
+        rehearsals=rehearse(evidence, suspects, result.triggers, seed),
+        oracle=dirty[known],
+        oracle_labels=dirty_labels[known],
+    )
+    rows = []
+    for name, case in CASES.items():
+        head = case(setting)
+        called, dirty_called = (part @ head.T for part in (clean, dirty[~known]))
+        rows.append(
+            {"victim": victim.name, "seed": seed, "case": name}
+            | rates(called.argmax(1), clean_labels, dirty_called.argmax(1), dirty_labels[~known], target)
+        )
+    return rows
+
+
+def features(evidence: Evidence, classes: ClassList, folder: Path) -> tuple[Tensor, Tensor]:
+    """Unit features of a labelled folder, and the labels; a class may be missing from it."""
+    present = {entry.name.replace("_", " ") for entry in folder.iterdir()}
+    kept = [index for index, name in enumerate(classes.names) if name in present]
+    folders = find_class_folders(folder, [classes.names[index] for index in kept])
+    pixels = read_images([path for paths in folders for path in paths], evidence.encoder.preprocess)
+    labels = [label for label, paths in zip(kept, folders, strict=True) for _ in paths]
+    batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
+    with torch.no_grad():
+        encoded = [evidence.encoder.encode_images(batch.float() / 255) for batch in batches]
+    return torch.cat(encoded), torch.tensor(labels)
+
+
+def rates(
+    called: Tensor, labels: Tensor, dirty_called: Tensor, dirty_labels: Tensor, target: int
+) -> dict[str, float]:
+    """CA, ASR (exclusive), PA, floor and target recall, in [0, 1]."""
+    return {
+        "clean_accuracy": share(called == labels),
+        "attack_success_rate": share((dirty_called == target)[dirty_labels != target]),
+        "poisoned_accuracy": share(dirty_called == dirty_labels),
+        "floor": share((called == target)[labels != target]),
+        "target_recall": share((called == target)[labels == target]),
+    }
+
+
+def share(hits: Tensor) -> float:
+    """Mean of true and false."""
+    return float(hits.float().mean())
+
+
+def tuned(
+    setting: Setting,
+    rehearsals: list[Rehearsal] | None = None,
+    triggered: tuple[Tensor, Tensor] | None = None,
+    suspects: list[int] | None = None,
+    views: bool = True,
+    **changes: Any,
+) -> Tensor:
+    """The method's tuning with something exchanged."""
+    used = setting.rehearsals if rehearsals is None else rehearsals
+    targets = setting.suspects if suspects is None else suspects
+    evidence, config = setting.evidence, dataclasses.replace(setting.config, **changes)
+    clean = evidence.views if views else evidence.tune
+    dirty, dirty_labels = of_other_classes(used, evidence.tune.labels) if triggered is None else triggered
+    if triggered is None:
+        basis = directions(targets, used)
+    else:
+        basis = torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T
+    data = TuningData(
+        reference=evidence.texts,
+        scale=evidence.scale,
+        clean=clean.features,
+        clean_labels=clean.labels,
+        triggered=dirty,
+        triggered_labels=dirty_labels,
+        suspects=tuple(targets),
+        directions=basis,
+    )
+    prompts = None
+    if config.parameterization == "prompt":
+        prompts = PromptEncoder(setting.encoder, setting.classes.names, context_length=config.context_length)
+
+    def safe(head: Tensor) -> bool:
+        return all(is_safe(evidence, index, used, head, config.success_goal) for index in targets)
+
+    return tune_in_rounds(data, config, safe, prompts=prompts)[0]
+
+
+def without_clean_alignment(setting: Setting) -> Tensor:
+    """Tunes on dummy-triggered features and the consistency loss only."""
+    with patch.object(tuning, "clean_alignment", lambda logits, known, weights: 0 * logits.sum()):
+        return tuned(setting)
+
+
+def class_agnostic(setting: Setting) -> Tensor:
+    """One blend drives images away from themselves and together; the class most go to is suspected."""
+    evidence, family = setting.evidence, REFINE_FAMILIES["blend"]
+    generator = torch.Generator().manual_seed(setting.config.seed)
+    initial = family.initial(1, evidence.encoder.preprocess.image_size, generator)
+    pattern = initial["pattern"].requires_grad_()
+    optimizer = torch.optim.Adam([pattern], lr=family.step_size, betas=(0.5, 0.9))
+    for _ in range(setting.config.inversion_steps):
+        drawn = torch.randint(
+            len(evidence.tune.labels), (setting.config.inversion_batch,), generator=generator
+        )
+        pixels = evidence.tune.images[drawn].float() / 255
+        dirty = evidence.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
+        own = (dirty * evidence.texts[evidence.tune.labels[drawn]]).sum(dim=1)
+        origin = (dirty * evidence.tune.features[drawn]).sum(dim=1)
+        others = dirty @ dirty.T
+        others = (others.sum(dim=1) - others.diagonal()) / (len(drawn) - 1)
+        loss = -(evidence.scale * torch.stack([others, own, origin])).log_softmax(dim=0)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pixels = evidence.heldout.images.float() / 255
+    with torch.no_grad():
+        dirty = evidence.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
+    suspect = int((dirty @ evidence.texts.T).argmax(dim=1).mode().values)
+    found = {f"blend.{suspect}.pattern": pattern.detach()[0]}
+    nothing = {
+        f"{name}.{suspect}.{key}": torch.zeros_like(value[0])
+        for name in ("mask", "patch")
+        for key, value in REFINE_FAMILIES[name]
+        .initial(1, evidence.encoder.preprocess.image_size, generator)
+        .items()
+    }
+    rehearsals = rehearse(evidence, [suspect], found | nothing, setting.config.seed)
+    return tuned(setting, rehearsals=rehearsals, suspects=[suspect])
+
+
+def full_strength(setting: Setting) -> Tensor:
+    """Dummy triggers at full strength only."""
+    strengths = len(STRENGTHS)
+    return tuned(setting, rehearsals=setting.rehearsals[::strengths])
+
+
+CASES: dict[str, Case] = {
+    "no purification": lambda setting: setting.evidence.texts,
+    "the method": tuned,
+    "prompt parameterization": lambda setting: tuned(setting, parameterization="prompt"),
+    "no inversion, no backdoor alignment": lambda setting: tuned(
+        setting, backdoor_weight=0.0, tuning_rounds=1
+    ),
+    "class-agnostic inversion": class_agnostic,
+    "no clean alignment": without_clean_alignment,
+    "no prompt consistency": lambda setting: tuned(setting, consistency_weight=0.0),
+    "change confined to the trigger directions": lambda setting: tuned(setting, across_weight=1e4),
+    "change not held to the trigger directions": lambda setting: tuned(setting, across_weight=0.0),
+    "full strength only": full_strength,
+    "no views of the clean images": lambda setting: tuned(setting, views=False),
+    "one round": lambda setting: tuned(setting, tuning_rounds=1),
+    "oracle: half of the true triggered images": lambda setting: tuned(
+        setting, triggered=(setting.oracle, setting.oracle_labels), tuning_rounds=1
+    ),
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean over the seeds per victim and case, as Markdown."""
+    columns = ["clean_accuracy", "attack_success_rate", "floor", "poisoned_accuracy", "target_recall"]
+    lines = ["| victim | case | CA | ASR | floor | PA | target recall |", "|" + "---|" * 7]
+    for victim in sorted({row["victim"] for row in rows}):
+        for case in CASES:
+            group = [row for row in rows if row["victim"] == victim and row["case"] == case]
+            means = [f"{100 * statistics.mean(row[column] for row in group):.2f} %" for column in columns]
+            lines.append(f"| {victim} | {case} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
