@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -176,6 +177,53 @@ def find_browser() -> str | None:
     """A Chromium of this machine: $CBPT_BROWSER, or what is on PATH."""
     names = (os.environ.get("CBPT_BROWSER"), "chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """A PromQL expression of an operator's file, and what it selects: metric name to label names."""
+
+    source: str
+    expression: str
+    selected: dict[str, set[str]]
+
+
+@pytest.fixture(scope="session")
+def operator_queries() -> list[Query]:
+    """Every query of the dashboard, the alert rules and the autoscaler's rule, parsed."""
+    import yaml
+
+    server = Path(__file__).parents[1] / "server"
+    dashboard = json.loads((server / "grafana/dashboards/cbpt-runtime.json").read_text())
+    queries = [
+        (panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]
+    ]
+    alerts = yaml.safe_load((server / "prometheus/alerts.yml").read_text())
+    queries += [(rule["alert"], rule["expr"]) for group in alerts["groups"] for rule in group["rules"]]
+    adapter = yaml.safe_load((server / "kubernetes/monitoring/prometheus-adapter.yaml").read_text())
+    for rule in adapter["rules"]:
+        queries += [(rule["name"]["as"], rule["seriesQuery"]), (rule["name"]["as"], rule["metricsQuery"])]
+    return [parse_query(source, expression) for source, expression in queries]
+
+
+def parse_query(source: str, expression: str) -> Query:
+    """Parses a query as Prometheus does, after Grafana's and the adapter's placeholders are filled in."""
+    import promql_parser
+
+    for placeholder, value in (
+        ("$__rate_interval", "1m"),
+        ("<<.LabelMatchers>>", 'pod="a"'),
+        ("<<.GroupBy>>", "pod"),
+    ):
+        expression = expression.replace(placeholder, value)
+    selected: dict[str, set[str]] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            selected.setdefault(node.name, set()).update(matcher.name for matcher in node.matchers.matchers)
+
+    promql_parser.walk(promql_parser.parse(expression), visit)
+    return Query(source=source, expression=expression, selected=selected)
 
 
 @pytest.fixture(scope="module")
