@@ -3,9 +3,9 @@
     python benchmarks/export.py --bundles BUNDLES --victims VICTIMS --images TINY_IMAGENET_100
     python benchmarks/export.py --towers RN50 ViT-B-32
 
-BUNDLES holds one bundle per victim, with the name of the victim, as `cbpt-runtime purify` made it; VICTIMS the
-victims with `attack.json` and triggered test images (a folder or zip `test-triggered`); TINY_IMAGENET_100 is
-a folder or zip with `val/<class>`. Every precision is exported through its gate, and the graph in the
+BUNDLES holds one bundle per victim, with the name of the victim, as `cbpt-runtime purify` made it; VICTIMS
+the victims with `attack.json` and triggered test images (a folder or zip `test-triggered`); TINY_IMAGENET_100
+is a folder or zip with `val/<class>`. Every precision is exported through its gate, and the graph in the
 repository answers all test images under onnxruntime. With --towers, the speed of full-size image towers with
 random weights is measured: their accuracy means nothing, so none is given. The results file is written after
 every bundle and tower, and the tables are printed at the end.

@@ -122,7 +122,7 @@ def export_bundle(
     output = Path(output)
     profile = Profile() if profile is None else profile
     tell = progress or _silent
-    _check_request(output, name, force)
+    _check_request(output, name, profile, force)
     if not isinstance(bundle, Bundle):
         bundle = read_bundle(bundle)
     images = find_gate_images(bundle, calibration)
@@ -171,12 +171,18 @@ class _Content:
     parity: Mapping[str, Any]
 
 
-def _check_request(output: Path, name: str, force: bool) -> None:
+def _check_request(output: Path, name: str, profile: Profile, force: bool) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
         raise ConfigError(
             expected="a model name of letters, digits, '_' and '-', at most 64, a letter first",
             got=repr(name),
             fix="Choose another --name.",
+        )
+    if profile.precision == "int8" and profile.provider != "cpu":
+        raise ConfigError(
+            expected="int8 on a CPU, for whose instructions it is made",
+            got=f"int8 on {profile.provider}",
+            fix="Choose --precision fp16 there, or --profile cpu.",
         )
     check_output(output, force=force, kind="model repository", is_kind=is_repository)
 
@@ -239,6 +245,8 @@ def _write_classifier(content: _Content, folder: Path) -> None:
     (folder / "configs").mkdir()
     for target, built_in in BUILT_IN.items():
         profile = served.profile
+        if profile.precision == "int8" and built_in.provider != "cpu":
+            continue  # TensorRT refuses unsigned activations, and CUDA would compute in float32
         if profile.provider != built_in.provider:
             profile = replace(profile, provider=built_in.provider, instances=built_in.instances, threads=0)
         text = triton.classifier_config(replace(served, profile=profile))

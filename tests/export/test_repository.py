@@ -235,6 +235,8 @@ def test_bad_requests_are_refused_before_any_work(tiny_bundle: Bundle, tmp_path:
         export_bundle(tiny_bundle, tmp_path / "new", name="../evil")
     with pytest.raises(ConfigError, match="labelled images to measure fp16 and int8"):
         export_bundle(tiny_bundle, tmp_path / "new", profile=Profile(precision="int8"))
+    with pytest.raises(ConfigError, match="int8 on a CPU"):
+        export_bundle(tiny_bundle, tmp_path / "new", profile=Profile(precision="int8", provider="cuda"))
     with pytest.raises(ImageDataError):
         export_bundle(tiny_bundle, tmp_path / "new", calibration=tmp_path / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

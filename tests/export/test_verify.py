@@ -47,6 +47,8 @@ def test_lower_precisions_are_gated_again_with_the_bundle(
     with pytest.raises(SystemExit) as ended:
         main([*command, "--max-batch", "4", "--json"])
     assert ended.value.code == 0
+    written = {path.stem for path in (tmp_path / "out").glob("clip_classifier/configs/*")}
+    assert written == {"cpu", "python"} | ({"cuda", "tensorrt"} if precision == "fp16" else set())
     exported = json.loads(capsys.readouterr().out)["parity"]["precision"]
     with pytest.raises(SystemExit) as ended:
         main(["verify", output, "--bundle", str(bundle_with_images.path), "--json"])
