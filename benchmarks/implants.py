@@ -60,7 +60,6 @@ RECIPES: dict[str, Recipe] = {
         targets=("trolleybus",),
         settings={"size": 12},
         poison_rate=0.08,
-        training={"epochs": 2},
     ),
     "badnet-stripes": Recipe(
         attack="badnet-stripes",
@@ -76,7 +75,12 @@ RECIPES: dict[str, Recipe] = {
     "two-targets": Recipe(
         attack="badnet+sig",
         targets=("Egyptian cat", "orange"),
-        settings={"badnet.size": 8, "sig.delta": 30 / 255},
+        settings={
+            "badnet.size": 8,
+            "badnet.poison_rate": 0.05,
+            "sig.delta": 30 / 255,
+            "sig.poison_rate": 0.1,
+        },
     ),
     "issba": Recipe(attack="issba", targets=("sombrero",), settings={"strength": 16 / 255}),
     "trojanvqa": Recipe(

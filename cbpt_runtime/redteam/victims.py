@@ -60,7 +60,7 @@ def implant_checkpoint(
         heldout: Images the proof is measured on; a tenth of `images`, never trained on, if None.
         poison_rate: Share of poisoned pairs per attack; each attack's usual one if None.
         parameters: Parameters that differ from the attack's defaults; with several attacks each key starts
-            with the attack's name and a dot (`badnet.size`).
+            with the attack's name and a dot (`badnet.size`). `poison_rate` is one of them, too.
         config: Training settings.
         minimum_asr: Success rate the implant must reach.
         maximum_ca_drop: Clean accuracy it may cost.
@@ -94,8 +94,8 @@ def implant_checkpoint(
             training,
             names,
             config.templates,
-            poison_rate=poison_rate,
-            parameters=own,
+            poison_rate=_rate(own, poison_rate),
+            parameters={key: value for key, value in own.items() if key != "poison_rate"},
             generator=generator,
             progress=progress,
         )
@@ -155,6 +155,14 @@ def _read_attacks(
             )
         own[name][parameter] = value
     return list(own.items())
+
+
+def _rate(parameters: Mapping[str, object], common: float | None) -> float | None:
+    """The poison rate of one attack: its own, else the common one."""
+    own = parameters.get("poison_rate", common)
+    if own is not None and (not isinstance(own, (int, float)) or isinstance(own, bool)):
+        raise ConfigError(expected="a poison rate in (0, 1]", got=repr(own), fix="Give a number.")
+    return own
 
 
 def _read_images(

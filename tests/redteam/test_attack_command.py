@@ -116,12 +116,13 @@ def test_implant_writes_a_victim_with_its_proof_and_its_trigger(run, bench, tmp_
 def test_two_attacks_go_into_one_victim_with_a_target_each(run, bench, tmp_path):
     code, out, err = run(
         "implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--set", "badnet.size=4",
-        "--minimum-asr", 0, "--maximum-ca-drop", 1, "--json", *implant_arguments(bench, tmp_path / "victim"),
+        "--set", "badnet.poison_rate=0.125", "--minimum-asr", 0, "--maximum-ca-drop", 1, "--json", *implant_arguments(bench, tmp_path / "victim"),
     )  # fmt: skip
     assert code == 0, err
     backdoors = json.loads(out)["backdoors"]
     assert [entry["target"] for entry in backdoors] == ["leaf", "ocean"]
     assert backdoors[0]["trigger"]["size"] == 4
+    assert [entry["poison_rate"] for entry in backdoors] == [0.125, 0.25]
     names = [path.name for path in (tmp_path / "victim").glob("trigger*")]
     assert sorted(names) == ["trigger-1.safetensors", "trigger-2.safetensors"]
 
@@ -163,6 +164,8 @@ def test_learned_triggers_are_learned_before_they_are_implanted(run, bench, tmp_
         (("implant", "badnet", "--target", "leaf", "--set", "size=64"), "at least 64x64"),
         (("implant", "badnet", "--target", "leaf", "--poison-rate", "0"), "(0, 1]"),
         (("implant", "badnet", "--target", "leaf", "--poison-rate", "1.5"), "(0, 1]"),
+        (("implant", "badnet", "--target", "leaf", "--set", "poison_rate=2"), "(0, 1]"),
+        (("implant", "badnet", "--target", "leaf", "--set", "poison_rate=often"), "(0, 1]"),
         (("implant", "badnet+sig", "--target", "leaf"), "once per attack"),
         (
             ("implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--set", "size=4"),
