@@ -39,7 +39,7 @@ class ServerProcess:
         log_file: Path | None,
         tell: Callable[[str], None],
     ) -> None:
-        self._prefix = command.region_prefix
+        self.region_prefix = command.region_prefix
         self._process = subprocess.Popen(  # noqa: S603
             command.arguments,
             env=environment,
@@ -88,7 +88,7 @@ class ServerProcess:
             time.sleep(_POLL_S)
         self._process.wait(_GROUP_TIMEOUT_S)
         self.log.close()
-        for region in SHARED_MEMORY.glob(f"{self._prefix}*"):
+        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
 
 
