@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shots", type=int, nargs="+", default=[16])
-    parser.add_argument("--parameterization", choices=["prompt", "embedding"], default="prompt")
+    parser.add_argument("--parameterization", choices=["embedding", "prompt"], default="embedding")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     runs: list[dict[str, Any]] = (
