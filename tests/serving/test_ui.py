@@ -43,7 +43,10 @@ QUIET: dict[str, Any] = {
 LOUD = copy.deepcopy(QUIET)
 LOUD["outputs"][1]["data"] = [0.9871]
 MODEL_METADATA = {"name": "clip", "versions": ["1"], "platform": "ensemble", "inputs": [], "outputs": []}
-UNREADABLE = {"error": "expected an image file; got 4 bytes that are none. Send a JPEG, PNG or WebP file."}
+UNREADABLE = {
+    "error": "in ensemble 'clip', expected a whole, readable image (JPEG, PNG, WEBP) in the image bytes; "
+    "got cannot identify image file. Replace or remove the file."
+}
 
 
 @dataclass
