@@ -98,7 +98,8 @@ def purify(
     embeddings, contexts = evidence.texts, None
     if suspected:
         found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, suspected, config, progress))
-    rehearsals = rehearse(evidence, suspected, found, config.seed)
+    with _Timer(seconds, "rehearse"):
+        rehearsals = rehearse(evidence, suspected, found, config.seed)
     if suspected:
         tuned, _ = _stage(
             "tune",
