@@ -3,7 +3,7 @@
     python benchmarks/soak.py model_repository/ --seconds 3600 --output benchmarks/results/soak.json
 
 Starts a real tritonserver and asks it over HTTP and gRPC at once: image files and pixels whose answers are
-known, and one bad request in twenty. Memory (proportional share, all processes of the server) and open files
+known, and one bad request in twenty. Memory (heaps and shared memory of all its processes) and open files
 are sampled all along; growth is that of the medians of the last fifth against the second fifth, the first
 being warm-up. Exits 1 when an answer was wrong or missing, memory grew by 2 % or files grew.
 """

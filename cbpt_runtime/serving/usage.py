@@ -16,7 +16,8 @@ class Usage:
 
     Attributes:
         pids: Its processes that live.
-        memory_bytes: Their proportional share of resident memory: what is shared counts once.
+        memory_bytes: Their heaps, stacks and shared-memory regions, the latter counted once. Pages of program
+            files are left out: what they cost depends on who else on the machine runs the same libraries.
         descriptors: Their open file descriptors.
     """
 
@@ -60,12 +61,10 @@ def command_of(pid: int) -> str:
 
 def _memory_bytes(pid: int) -> int:
     try:
-        for line in (_PROC / str(pid) / "smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("Pss:"):
-                return 1024 * int(line.split()[1])
+        lines = (_PROC / str(pid) / "smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
-        pass
-    return 0
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def _descriptors(pid: int) -> int:
