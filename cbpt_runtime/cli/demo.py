@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_runtime.cli.classify import print_answers
 from cbpt_runtime.cli.evaluate import print_evaluation
-from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
-    from cbpt_runtime.demo import DemoResult
+    from cbpt_runtime.demo import DemoResult, ServedDemo
 
 
 def command(
@@ -21,15 +22,20 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Draw images, train a backdoored CLIP, prove the backdoor, purify it, show before and after."""
-    from cbpt_runtime.demo import run_demo
+    """Draw images, train a backdoored CLIP, prove the backdoor, purify it, measure it again, serve it."""
+    from cbpt_runtime.demo import run_demo, serve_demo
 
     with shown_progress() as progress:
         result = run_demo(output, seed=seed, force=force, progress=progress)
+        served = serve_demo(result, progress=progress)
+    if isinstance(served, str):
+        print_note(f"NOT SERVED: {served}")
     if as_json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "served": None if isinstance(served, str) else served.to_dict()})
     else:
         _print_result(result)
+        if not isinstance(served, str):
+            _print_served(served)
 
 
 def _print_result(result: DemoResult) -> None:
@@ -47,6 +53,17 @@ def _print_result(result: DemoResult) -> None:
             "bundle": result.bundle,
             "report": result.report,
             "try": f"cbpt-runtime classify {result.bundle} {_example(result.triggered_images)}",
+        }
+    )
+
+
+def _print_served(served: ServedDemo) -> None:
+    print_answers((served.clean, served.triggered))
+    print_pairs(
+        {
+            "answered over gRPC by": served.server,
+            "export, serving and stopping took": f"{served.seconds:.0f} s",
+            "serve it yourself": f"cbpt-runtime serve {served.repository}",
         }
     )
 

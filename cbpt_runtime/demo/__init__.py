@@ -1,5 +1,6 @@
-"""The built-in demo: draw pictures, train a backdoored CLIP, prove it, purify it, measure again."""
+"""The built-in demo: draw pictures, train a backdoored CLIP, prove it, purify it, measure again, serve it."""
 
+from cbpt_runtime.demo.served import ServedDemo, serve_demo
 from cbpt_runtime.demo.story import DemoResult, run_demo
 
-__all__ = ["DemoResult", "run_demo"]
+__all__ = ["DemoResult", "ServedDemo", "run_demo", "serve_demo"]

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
 MAXIMUM_ASR = 0.10
 MAXIMUM_CA_DROP = 0.05
-_ENTRIES = ("images", "triggered", "suspect-checkpoint", "bundle", "classes.txt", "pictures.png")
+_ENTRIES = (
+    "images",
+    "triggered",
+    "suspect-checkpoint",
+    "bundle",
+    "model_repository",
+    "classes.txt",
+    "pictures.png",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cbpt_runtime.answers import Answer, Label
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.demo import DemoResult, story
+from cbpt_runtime.demo import DemoResult, ServedDemo, story
 from cbpt_runtime.evaluation import evaluate
 
 
@@ -39,6 +40,7 @@ def _demo_in_no_time(
         )
 
     monkeypatch.setattr("cbpt_runtime.demo.run_demo", run_demo)
+    monkeypatch.setattr("cbpt_runtime.demo.serve_demo", lambda result, progress: "no server here")
     assert story.run_demo is not run_demo
 
 
@@ -49,6 +51,29 @@ def test_the_demo_ends_with_the_path_of_its_report_and_a_command_to_try(
     assert done.code == 0
     assert all(word in done.out for word in ("99.0 %", "Blue Stripes", "ASR", "cbpt-runtime classify"))
     assert "report.html" in "".join(done.out.split())
+
+
+def test_the_demo_says_loudly_that_nothing_was_served(run: Callable, tmp_path: Path) -> None:
+    done = run("demo", "--output", tmp_path / "demo")
+    assert "NOT SERVED: no server here" in done.err
+
+
+def test_the_demo_shows_what_a_server_answered(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = Label(name="owl", probability=0.9)
+    served = ServedDemo(
+        repository=tmp_path / "model_repository",
+        server="tritonserver 2.51.0",
+        clean=Answer(image="clean.png", labels=(label,), alarm=0.0),
+        triggered=Answer(image="triggered.png", labels=(label,), alarm=0.875),
+        seconds=12.0,
+    )
+    monkeypatch.setattr("cbpt_runtime.demo.serve_demo", lambda result, progress: served)
+    done = run("demo", "--output", tmp_path / "demo")
+    assert all(word in done.out for word in ("triggered.png", "0.875", "tritonserver 2.51.0"))
+    parsed = json.loads(run("demo", "--output", tmp_path / "demo", "--json").out)
+    assert parsed["served"]["triggered"]["alarm"] == 0.875
 
 
 def test_the_demo_can_be_read_by_machines(run: Callable, tmp_path: Path) -> None:
