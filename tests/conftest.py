@@ -265,7 +265,7 @@ def browser_page(browser: Browser) -> Iterator[Page]:
             faults.append(message.text)
 
     context = browser.new_context()
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     context.route("**/*", keep_local)
     page = context.new_page()
     page.on("pageerror", lambda error: faults.append(f"script failed: {error}"))

@@ -64,6 +64,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, host: str, port: int, settings: Settings) -> None:
         self.settings = settings
