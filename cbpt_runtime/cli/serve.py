@@ -160,7 +160,7 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
     from cbpt_runtime.serving.command import shell_text
-    from cbpt_runtime.serving.launcher import make_plan
+    from cbpt_runtime.serving.plan import make_plan
 
     plan = make_plan(repository, config)
     backends = plan.server.executable.parent.parent / "backends"

@@ -9,7 +9,9 @@ process    one server process that leaves nothing behind
 usage      its processes, memory and open files
 log        its output: drained, its tail kept, its cause of failure found
 selftest   the golden answers through the wire
-launcher   all of that in order: `running_server`
+plan       all that is decided and checked before a start
+startup    from a plan to a server that is ready, or an error with its log
+launcher   all of that in order, and again when it breaks: `running_server`
 wire       HTTP and gRPC behind one interface
 client     `Client` and `AsyncClient`
 """

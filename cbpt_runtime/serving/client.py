@@ -31,6 +31,7 @@ from cbpt_runtime.types import Progress
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")
 _RETRIED = ("busy", "unreachable")  # nothing was answered; asking again is safe and may help
 _FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
 T = TypeVar("T")
 
 
@@ -90,7 +91,7 @@ class AsyncClient:
         *,
         model: str | None = None,
         timeout_s: float = 30.0,
-        retries: int = 3,
+        retries: int = 5,
         in_flight: int = 8,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -260,7 +261,7 @@ class AsyncClient:
                 if error.kind not in _RETRIED or is_last:
                     raise self._explained(error, attempt + 1) from error
             await asyncio.sleep(wait_s)
-            pause_s *= 4
+            pause_s = min(4 * pause_s, _LONGEST_PAUSE_S)
         raise RuntimeError("unreachable: the last attempt returns or raises")
 
     def _explained(self, error: WireError, attempts: int) -> RequestError | ServingError:

@@ -1,112 +1,149 @@
-"""Serve a model repository: verified, hardened, self-tested before it is called ready, stopped whole.
-
-with running_server("model_repository/") as server:
-    print(server.config.grpc_url)
-"""
+"""Serve a model repository: verified, hardened, self-tested, kept up while it is wanted, stopped whole."""
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
-from cbpt_runtime.errors import OutputError, ServingError
-from cbpt_runtime.export.manifest import Repository, read_repository
-from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
-from cbpt_runtime.serving.config import ServeConfig, take_ports
-from cbpt_runtime.serving.placement import Placement, lay_out, place
+from cbpt_runtime.serving.config import ServeConfig
+from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
-from cbpt_runtime.serving.selftest import SelfTest, run_selftest
-from cbpt_runtime.serving.servers import TritonServer, find_server
+from cbpt_runtime.serving.selftest import SelfTest
+from cbpt_runtime.serving.startup import ReadyServer, backend_processes, start_server, startup_error
 
-LOG_LINES = 20
-_POLL_S = 0.1
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 600.0
+_POLL_S = 0.25
+_BACKEND_GRACE_S = 2.0  # in which a server may replace a process of its backend by itself
 _SCRATCH = "cbpt-serve-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything decided before a server is started.
-
-    Attributes:
-        repository: What is served; its hashes were checked.
-        server: The program that serves it.
-        config: The operator's settings, with the ports really used.
-        placement: Backend, instances and threads on this machine.
-        region_bytes: Shared memory of each python-backend process to begin with.
-    """
-
-    repository: Repository
-    server: TritonServer
-    config: ServeConfig
-    placement: Placement
-    region_bytes: int
-
-    def command(self, *, repository: Path, backends: Path) -> Command:
-        """The command line."""
-        return make_command(
-            self.server,
-            self.config,
-            self.placement,
-            repository=repository,
-            backends=backends,
-            region_bytes=self.region_bytes,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunningServer:
-    """A server that is ready and passed its self-test.
+    """A server that is ready and passed its self-test, and is started again when it breaks.
+
+    Triton 2.51 stays up and "ready" when a process of its python backend dies, and refuses every request from
+    then on. So the whole server is started again, on the same ports, when it or one of those processes ends;
+    clients meet a refused connection meanwhile, which is safe to retry. After `MAX_RESTARTS` within
+    `RESTART_WINDOW_S` it stays down. One thread starts, watches and stops the server: the kernel ends
+    it with the thread it was started from.
 
     Attributes:
         plan: What was decided before it was started.
-        process: The tritonserver.
-        version: As it says itself.
-        selftest: The golden answers through the wire.
+        restarts: How often it was started again.
     """
 
-    plan: Plan
-    process: ServerProcess
-    version: str
-    selftest: SelfTest
+    def __init__(self, plan: Plan, scratch: Path, tell: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.restarts = 0
+        self._scratch = scratch
+        self._tell = tell
+        self._error: BaseException | None = None
+        self._started, self._wanted_down = threading.Event(), threading.Event()
+        self._ready: ReadyServer | None = None
+        self._recent: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._thread = threading.Thread(target=self._keep, name="triton-keeper")
 
     @property
     def config(self) -> ServeConfig:
         """The settings, with the ports really used."""
         return self.plan.config
 
+    @property
+    def process(self) -> ServerProcess:
+        """The tritonserver that runs now."""
+        return self._now.process
+
+    @property
+    def version(self) -> str:
+        """Of Triton, as it says itself."""
+        return self._now.version
+
+    @property
+    def selftest(self) -> SelfTest:
+        """The golden answers through the wire, at the latest start."""
+        return self._now.selftest
+
     def require_running(self) -> None:
-        """Raise ServingError, with cause and log, when it has ended."""
-        code = self.process.exit_code
+        """Raise ServingError, with cause and log, when it broke for good."""
+        if self._error is not None:
+            raise self._error
+
+    def start(self) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            ServingError: It did not start or failed its self-test.
+        """
+        self._thread.start()
+        try:
+            self._started.wait()
+        except BaseException:
+            self.stop()
+            raise
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    def stop(self) -> None:
+        """Let requests finish and stop it; nothing is left."""
+        self._wanted_down.set()
+        self._thread.join()
+
+    @property
+    def _now(self) -> ReadyServer:
+        if self._ready is None:
+            raise RuntimeError("the server was not started")
+        return self._ready
+
+    def _keep(self) -> None:
+        """What the thread does: start, watch, start again, stop."""
+        try:
+            self._ready = self._start_one("0")
+            self._started.set()
+            while not self._wanted_down.wait(_POLL_S):
+                broken = self._what_broke()
+                if broken is not None:
+                    self._start_again(broken)
+        except BaseException as error:  # handed to whoever asks: see require_running
+            self._error = error
+        finally:
+            if self._ready is not None:
+                self._ready.process.stop(self.config.drain_timeout_s)
+            self._started.set()
+
+    def _start_one(self, name: str) -> ReadyServer:
+        return start_server(
+            self.plan, self._scratch / name, self._tell, lambda: not self._wanted_down.is_set()
+        )
+
+    def _what_broke(self) -> str | None:
+        code = self._now.process.exit_code
         if code is not None:
-            raise startup_error(self.process, f"{describe_exit(code)} while serving")
+            return f"tritonserver ended ({describe_exit(code)})"
+        end = time.monotonic() + _BACKEND_GRACE_S
+        while len(backend_processes(self._now.process)) < len(self._now.stubs):
+            if time.monotonic() > end:
+                return "a process of Triton's python backend ended"
+            time.sleep(_POLL_S)
+        return None
 
-
-def make_plan(repository: str | Path, config: ServeConfig) -> Plan:
-    """Check everything that can be checked before a server is started.
-
-    Raises:
-        RepositoryError: A file of the repository is missing, changed or new; the text names it.
-        ConfigError: No tritonserver, a taken port, or settings that must not be combined.
-        ServingError: The tritonserver does not run, or lacks a backend.
-    """
-    checked = read_repository(repository)
-    server = find_server(config.tritonserver)
-    check_exposure(server, config)
-    placement = place(checked, server, config)
-    return Plan(
-        repository=checked,
-        server=server,
-        config=take_ports(config),
-        placement=placement,
-        region_bytes=region_bytes(checked, placement),
-    )
+    def _start_again(self, broken: str) -> None:
+        now = time.monotonic()
+        if len(self._recent) == MAX_RESTARTS and now - self._recent[0] < RESTART_WINDOW_S:
+            raise startup_error(self._now.process, f"{broken}, {MAX_RESTARTS + 1} times in a short while")
+        self._recent.append(now)
+        self.restarts += 1
+        self._tell(f"{broken}; starting the server again")
+        self._now.process.kill()
+        self._ready = self._start_one(str(self.restarts))
+        self._tell("the server is ready again, its self-test passed")
 
 
 @contextmanager
@@ -129,25 +166,13 @@ def running_server(
     """
     plan = make_plan(repository, config or ServeConfig())
     _sweep()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch, ExitStack() as stack:
-        process = _start(plan, Path(scratch), tell or _silent)
-        stack.callback(process.stop, plan.config.drain_timeout_s)
-        version = _wait_until_ready(plan, process)
-        selftest = run_selftest(plan.repository, plan.config)
-        process.log.listen()
-        yield RunningServer(plan=plan, process=process, version=version, selftest=selftest)
-
-
-def startup_error(process: ServerProcess, what: str) -> ServingError:
-    """An error with the server's own words: cause and tail of the log."""
-    process.log.close(1.0)
-    cause = process.log.cause()
-    lines = "\n".join(f"  | {line:.400}" for line in process.log.tail(LOG_LINES))
-    return ServingError(
-        expected="a tritonserver that loads the repository and goes on running",
-        got=f"{what}: {cause}" if cause else what,
-        fix=f"The last lines of its log:\n{lines or '  | (it wrote nothing)'}",
-    )
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch:
+        server = RunningServer(plan, Path(scratch), tell or _silent)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def _sweep() -> None:
@@ -157,50 +182,6 @@ def _sweep() -> None:
         is_left = number.isdigit() and not Path("/proc", number).exists()
         if is_left and folder.owner() == Path("/proc/self").owner():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start(plan: Plan, scratch: Path, tell: Callable[[str], None]) -> ServerProcess:
-    command = plan.command(
-        repository=lay_out(plan.repository, plan.placement, scratch / "repository"),
-        backends=plan.server.link_backends(scratch / "backends"),
-    )
-    try:
-        return ServerProcess(command, plan.server.environment(), log_file=plan.config.log_file, tell=tell)
-    except OSError as error:
-        raise OutputError(
-            expected="a log file that can be written",
-            got=f"{plan.config.log_file}: {(error.strerror or str(error)).lower()}",
-            fix="Choose another --log-file.",
-        ) from error
-
-
-def _wait_until_ready(plan: Plan, process: ServerProcess) -> str:
-    """Wait until every model is loaded and warmed up; the server's version."""
-    deadline = time.monotonic() + plan.config.startup_timeout_s
-    while _get(plan.config, "/v2/health/ready") is None:
-        if process.exit_code is not None:
-            raise startup_error(process, describe_exit(process.exit_code))
-        if time.monotonic() > deadline:
-            raise startup_error(process, f"not ready after {plan.config.startup_timeout_s:g} s")
-        time.sleep(_POLL_S)
-    body = _get(plan.config, "/v2") or b""
-    words = body.decode("utf-8", "replace").split('"version":"')
-    return words[1].split('"')[0] if len(words) > 1 else "unknown"
-
-
-def _get(config: ServeConfig, path: str) -> bytes | None:
-    """The body of a successful answer; None for any other."""
-    host = config.reachable_host.strip("[]")
-    connection = http.client.HTTPConnection(host, config.http_port, timeout=5)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return body if answer.status == http.HTTPStatus.OK else None
 
 
 def _silent(text: str) -> None:

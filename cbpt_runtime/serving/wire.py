@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -190,6 +191,7 @@ def _ready(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _load(load: Callable[[], Any]) -> Any:
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # we fork only to run another program at once
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # grpc's and gevent's own

@@ -17,8 +17,8 @@ from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import command, placement
 from cbpt_runtime.serving.command import check_exposure, make_command, region_bytes, shell_text
 from cbpt_runtime.serving.config import ServeConfig, take_ports
-from cbpt_runtime.serving.launcher import make_plan
 from cbpt_runtime.serving.placement import lay_out, place
+from cbpt_runtime.serving.plan import make_plan
 from cbpt_runtime.serving.servers import TritonServer
 
 FLAGS_2_51 = frozenset(

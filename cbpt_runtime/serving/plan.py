@@ -1,0 +1,63 @@
+"""Everything that is decided and checked before a server is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
+from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.placement import Placement, place
+from cbpt_runtime.serving.servers import TritonServer, find_server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything decided before a server is started.
+
+    Attributes:
+        repository: What is served; its hashes were checked.
+        server: The program that serves it.
+        config: The operator's settings, with the ports really used.
+        placement: Backend, instances and threads on this machine.
+        region_bytes: Shared memory of each python-backend process to begin with.
+    """
+
+    repository: Repository
+    server: TritonServer
+    config: ServeConfig
+    placement: Placement
+    region_bytes: int
+
+    def command(self, *, repository: Path, backends: Path) -> Command:
+        """The command line."""
+        return make_command(
+            self.server,
+            self.config,
+            self.placement,
+            repository=repository,
+            backends=backends,
+            region_bytes=self.region_bytes,
+        )
+
+
+def make_plan(repository: str | Path, config: ServeConfig) -> Plan:
+    """Check everything that can be checked before a server is started.
+
+    Raises:
+        RepositoryError: A file of the repository is missing, changed or new; the text names it.
+        ConfigError: No tritonserver, a taken port, or settings that must not be combined.
+        ServingError: The tritonserver does not run, or lacks a backend.
+    """
+    checked = read_repository(repository)
+    server = find_server(config.tritonserver)
+    check_exposure(server, config)
+    placement = place(checked, server, config)
+    return Plan(
+        repository=checked,
+        server=server,
+        config=take_ports(config),
+        placement=placement,
+        region_bytes=region_bytes(checked, placement),
+    )
