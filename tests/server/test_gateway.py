@@ -49,6 +49,7 @@ def choose(config: list[dict[str, Any]], path: str) -> dict[str, Any]:
         ("/v2/health/ready", "GET"),
         ("/v2/models/clip", "GET"),
         ("/v2/models/clip/ready", "GET"),
+        ("/v2/models/clip/config", "GET"),
         ("/v2/models/clip/infer", "POST"),
     ],
 )
@@ -61,7 +62,7 @@ def test_lets_questions_through_by_their_method_only(
     assert arguments(block, "proxy_pass") == [["http://triton_http"]]
 
 
-@pytest.mark.parametrize("name", ["ServerReady", "ModelMetadata", "ModelInfer"])
+@pytest.mark.parametrize("name", ["ServerReady", "ModelMetadata", "ModelConfig", "ModelInfer"])
 def test_lets_grpc_questions_through(config: list[dict[str, Any]], name: str) -> None:
     block = choose(config, f"/inference.GRPCInferenceService/{name}")["block"]
     assert arguments(block, "grpc_pass") == [["grpc://triton_grpc"]]
@@ -75,7 +76,6 @@ def test_lets_grpc_questions_through(config: list[dict[str, Any]], name: str) ->
         "/v2",
         "/v2/repository/index",
         "/v2/repository/models/clip/load",
-        "/v2/models/clip/config",
         "/v2/models/clip/stats",
         "/v2/models/stats/x",
         "/v2/models/clip/trace/setting",

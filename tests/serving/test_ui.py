@@ -25,27 +25,28 @@ from cbpt_runtime.serving.ui.handler import MAX_CONNECTIONS
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-# As Triton 2.51 answers, its classification extension asked for: "value:index:label".
+# As Triton 2.51 answered the page's question, labels changed; its classes are "value:index:label".
 QUIET: dict[str, Any] = {
     "model_name": "clip",
     "model_version": "1",
+    "parameters": {"sequence_id": 0, "sequence_start": False, "sequence_end": False},
     "outputs": [
+        {"name": "alarm", "datatype": "FP32", "shape": [1, 1], "data": [0.0125132198356092]},
+        {"name": "alarm_target", "datatype": "INT64", "shape": [1, 1], "data": [1]},
         {
             "name": "probabilities",
             "datatype": "BYTES",
             "shape": [1, 3],
             "data": ["0.963373:2:bicycle", "0.020000:0:ratio 4:3", "0.010000:1:<b>tea</b> pot"],
         },
-        {"name": "alarm", "datatype": "FP32", "shape": [1, 1], "data": [0.0125]},
-        {"name": "alarm_target", "datatype": "INT64", "shape": [1, 1], "data": [1]},
     ],
 }
 LOUD = copy.deepcopy(QUIET)
-LOUD["outputs"][1]["data"] = [0.9871]
+LOUD["outputs"][0]["data"] = [0.9871]
 MODEL_METADATA = {"name": "clip", "versions": ["1"], "platform": "ensemble", "inputs": [], "outputs": []}
 UNREADABLE = {
-    "error": "in ensemble 'clip', expected a whole, readable image (JPEG, PNG, WEBP) in the image bytes; "
-    "got cannot identify image file. Replace or remove the file."
+    "error": "in ensemble 'clip', expected a whole, readable image (JPEG, MPO, PNG, WEBP, AVIF, GIF, BMP, "
+    "TIFF, PPM) in the image bytes; got cannot identify image file. Replace or remove the file."
 }
 
 
@@ -494,7 +495,7 @@ def test_the_page_fits_the_width_of_a_phone(
 ) -> None:
     long = "a_very_long_class_name_without_any_space_in_it_" * 3
     triton.answer = copy.deepcopy(LOUD)
-    triton.answer["outputs"][0]["data"] = [f"0.5:1:{long}"]
+    triton.answer["outputs"][2]["data"] = [f"0.5:1:{long}"]
     browser_page.set_viewport_size({"width": width, "height": 700})
     browser_page.goto(ui.url)
     stream = io.BytesIO()
