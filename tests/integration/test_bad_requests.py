@@ -23,6 +23,7 @@ from cbpt_runtime.serving import AsyncClient, Client, RunningServer
 from cbpt_runtime.serving.usage import group_usage
 
 RANDOM_REQUESTS = 2000
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")  # aiohttp
 MAX_MEMORY_GROWTH = 0.05
 
 
