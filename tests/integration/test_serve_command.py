@@ -1,0 +1,113 @@
+"""`cbpt-runtime serve` as an operator runs it: ready lines, signals, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cbpt_runtime.export.manifest import write_manifest
+from cbpt_runtime.serving import Client
+from cbpt_runtime.serving.command import SHARED_MEMORY
+from cbpt_runtime.serving.usage import group_members
+
+PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.1)
+    return condition()
+
+
+@contextmanager
+def started(repository: Path, folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """The command and what it printed when it was ready."""
+    output, errors = folder / "out.json", folder / "errors.txt"
+    with output.open("w") as out, errors.open("w") as err:
+        command = [sys.executable, "-m", "cbpt_runtime", "serve", str(repository), *PORTS, "--json", *options]
+        process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
+    try:
+        is_ready = wait_for(lambda: output.read_text().endswith("}\n") or process.poll() is not None, 200)
+        assert is_ready, errors.read_text()
+        assert process.poll() is None, errors.read_text()
+        yield process, json.loads(output.read_text())
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_ready_serves_and_stops_whole_on_a_signal(
+    number: signal.Signals, repository: Path, tmp_path: Path, drawn: Any
+) -> None:
+    with started(repository, tmp_path) as (process, ready):
+        assert ready["ready"] is True
+        assert ready["selftest"]["images"] == 4
+        assert ready["selftest"]["largest_difference"] <= 1e-3
+        for protocol in ("http", "grpc"):
+            with Client(ready[protocol]) as client:
+                assert client.classify(drawn.files[0]).labels
+        group = ready["pid"]
+        assert group_members(group)
+        process.send_signal(number)
+        assert process.wait(60) == 0
+        assert group_members(group) == ()
+        assert not list(SHARED_MEMORY.glob(f"cbpt_{process.pid}_*"))
+    assert "stopping" in (tmp_path / "errors.txt").read_text()
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(repository: Path, tmp_path: Path) -> None:
+    with started(repository, tmp_path) as (process, ready):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert wait_for(lambda: group_members(ready["pid"]) == (), 60)
+
+
+def test_a_tampered_repository_exits_2_and_names_the_file(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    with (copy / "shapes" / "labels.txt").open("a") as file:
+        file.write("another\n")
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert "shapes/labels.txt was changed" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_server_that_cannot_load_prints_the_cause_and_its_log_and_exits_1(
+    repository: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
+    (copy / "shapes_alarm" / "1" / "model.py").write_text("raise ImportError('no runtime today')\n")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, {k: v for k, v in manifest.items() if k not in ("files", "kind", "schema_version")})
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1, done.stderr
+    first, *_ = (line for line in done.stderr.splitlines() if line.startswith("       got"))
+    assert "no runtime today" in first
+    assert "  | " in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_command_can_be_printed_instead(repository: Path, tritonserver: Any) -> None:
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(repository), "--print-command", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    arguments = json.loads(done.stdout)["command"]
+    assert arguments[0] == str(tritonserver.executable)
+    assert "--model-control-mode=none" in arguments
