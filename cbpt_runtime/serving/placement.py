@@ -8,7 +8,6 @@ have the numbers of this machine; nothing else differs.
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
@@ -166,7 +165,6 @@ def _config_file(repository: Repository, model: str, name: str | None) -> Path:
 def _read(repository: Repository, model: str, name: str | None) -> Any:
     from google.protobuf import text_format
 
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # as in `wire`, which may come second
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # grpc's own
         from tritonclient.grpc import model_config_pb2

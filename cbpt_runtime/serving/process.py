@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,16 @@ from pathlib import Path
 from cbpt_runtime.serving.command import SHARED_MEMORY, Command
 from cbpt_runtime.serving.log import ServerLog
 
-_PR_SET_PDEATHSIG = 1
+# Becomes the server, after asking the kernel for SIGTERM when the thread that started it ends. A program of
+# its own and not a preexec_fn, which would run between fork and exec in a process full of other threads.
+_EXECUTE = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the launcher ended before its server began")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 _GROUP_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 
@@ -41,14 +50,13 @@ class ServerProcess:
     ) -> None:
         self.region_prefix = command.region_prefix
         self._process = subprocess.Popen(  # noqa: S603
-            command.arguments,
+            [sys.executable, "-I", "-S", "-c", _EXECUTE, str(os.getpid()), *command.arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             restore_signals=False,  # SIGPIPE stays ignored: it can still stop in order when we are gone
-            preexec_fn=_dies_with_parent(),
         )
         if self._process.stdout is None:  # asked for above
             raise RuntimeError("no pipe")
@@ -104,14 +112,3 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _dies_with_parent() -> Callable[[], None]:
-    parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the call above
-            os._exit(1)
-
-    return prepare

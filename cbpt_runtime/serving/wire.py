@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -121,7 +120,7 @@ class _GrpcWire:
         from tritonclient.utils import InferenceServerException
 
         try:
-            return await asyncio.wait_for(call, timeout_s + 1)
+            return await _within(call, timeout_s + 1)
         except TimeoutError:
             raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
         except InferenceServerException as error:
@@ -167,7 +166,7 @@ class _HttpWire:
         from tritonclient.utils import InferenceServerException
 
         try:
-            return await asyncio.wait_for(call, timeout_s)
+            return await _within(call, timeout_s)
         except TimeoutError:
             raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
         except InferenceServerException as error:
@@ -177,6 +176,20 @@ class _HttpWire:
             raise WireError(kind, f"HTTP {status or 'error'}: {error.message()}") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise WireError("unreachable", str(error) or type(error).__name__) from error
+
+
+async def _within(call: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+    """As `asyncio.wait_for`, which would wait on for a call that does not heed its cancellation."""
+    task = asyncio.ensure_future(call)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if not done:
+        task.cancel()
+        raise TimeoutError
+    return task.result()
 
 
 def _input(library: Any, name: str, value: np.ndarray) -> Any:
@@ -191,7 +204,6 @@ def _ready(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _load(load: Callable[[], Any]) -> Any:
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # we fork only to run another program at once
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # grpc's and gevent's own
