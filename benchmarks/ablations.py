@@ -42,11 +42,11 @@ from cbpt_runtime.purification.rehearsal import (
     STRENGTHS,
     Rehearsal,
     directions,
-    is_safe,
+    judged,
     of_other_classes,
     rehearse,
 )
-from cbpt_runtime.purification.tuning import TuningData, tune_in_rounds
+from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
 from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
@@ -197,10 +197,10 @@ def tuned(
     if config.parameterization == "prompt":
         prompts = PromptEncoder(setting.encoder, setting.classes.names, context_length=config.context_length)
 
-    def safe(head: Tensor) -> bool:
-        return all(is_safe(evidence, index, used, head, config.success_goal) for index in targets)
+    def judge(head: Tensor) -> Verdict:
+        return judged(evidence, targets, used, head, config.success_goal)
 
-    return tune_in_rounds(data, config, safe, prompts=prompts)[0]
+    return tune_in_rounds(data, config, judge, prompts=prompts)[0]
 
 
 def without_clean_alignment(setting: Setting) -> Tensor:

@@ -38,13 +38,14 @@ class PurifyConfig:
         suspect_p_value: Bonferroni-corrected p-value below which a class is suspected.
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.
-        backdoor_weight: Weight of the backdoor-alignment loss in the first round of tuning.
-        tuning_rounds: Most rounds; each doubles the weight, until held-out success is small enough.
-        success_goal: Held-out dummy-trigger success, in [0, 1], that ends the rounds; the floor, if larger.
+        backdoor_weight: Weight of the backdoor-alignment loss in the first round; doubled where it fails.
+        tuning_rounds: Most rounds of tuning, each with other weights, until held-out images accept the head.
+        success_goal: Held-out dummy-trigger success, in [0, 1], that is small enough; the floor, if larger.
         consistency_weight: Weight of the prompt-consistency loss.
         across_weight: What a change across the trigger directions counts in it on top.
         target_consistency: What a suspected class counts in it; others count 1.
-        target_weight: What an image of a suspected class counts in the clean-alignment loss; others count 1.
+        target_weight: What an image of a suspected class counts in the clean-alignment loss, in the
+            first round; others count 1. Halved where the class is then said too often.
         context_length: Free vectors per class of the prompt parameterization.
     """
 

@@ -24,14 +24,14 @@ from cbpt_runtime.purification.inversion import invert, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
-    is_safe,
+    judged,
     of_other_classes,
     rehearse,
     strongest_success,
 )
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values
-from cbpt_runtime.purification.tuning import TuningData, tune_in_rounds
+from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
 from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
 
@@ -211,10 +211,10 @@ def _tune(
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
 
-    def safe(head: Tensor) -> bool:
-        return all(is_safe(evidence, index, rehearsals, head, config.success_goal) for index in suspected)
+    def judge(head: Tensor) -> Verdict:
+        return judged(evidence, suspected, rehearsals, head, config.success_goal)
 
-    embeddings, contexts = tune_in_rounds(data, config, safe, prompts=prompts, progress=progress)
+    embeddings, contexts = tune_in_rounds(data, config, judge, prompts=prompts, progress=progress)
     return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cbpt_runtime.purification.evidence import Clean, Evidence
 from cbpt_runtime.purification.inversion import margins, triggered_features
+from cbpt_runtime.purification.tuning import Verdict
 from cbpt_runtime.purification.views import view
 from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
@@ -112,19 +113,34 @@ def strongest_success(
     )
 
 
-def is_safe(
+def judged(
     evidence: Evidence,
-    suspect: int,
+    suspects: Sequence[int],
     rehearsals: Sequence[Rehearsal],
     head: Float[Tensor, "classes dim"],
     goal: float,
-) -> bool:
-    """Whether every dummy trigger of the class succeeds no more than the goal, or than chance.
+) -> Verdict:
+    """What held-out images say of a head.
 
-    Chance is the floor: the share of clean held-out images of other classes that the head calls the class.
+    The floor of a class is the share of clean images of other classes that are called the class.
+
+    Returns:
+        'overcalled' where the floor of a suspected class is higher than the reference head has it; 'unsafe'
+        where a dummy trigger succeeds more often than the goal and than the floor; else 'accepted'.
     """
-    floor = success_rate(evidence.heldout.features, evidence.heldout, suspect, head)
-    return strongest_success(evidence, suspect, rehearsals, head) <= max(goal, floor)
+    clean = evidence.heldout
+    floors = {suspect: success_rate(clean.features, clean, suspect, head) for suspect in suspects}
+    if any(
+        floor > success_rate(clean.features, clean, suspect, evidence.texts)
+        for suspect, floor in floors.items()
+    ):
+        return "overcalled"
+    if any(
+        strongest_success(evidence, suspect, rehearsals, head) > max(goal, floor)
+        for suspect, floor in floors.items()
+    ):
+        return "unsafe"
+    return "accepted"
 
 
 def directions(suspects: Sequence[int], rehearsals: Sequence[Rehearsal]) -> Float[Tensor, "suspects dim"]:

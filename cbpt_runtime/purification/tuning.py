@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,8 @@ from cbpt_runtime.losses import backdoor_alignment, clean_alignment, prompt_cons
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.types import Progress
+
+Verdict = Literal["accepted", "overcalled", "unsafe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ def tune(
     config: PurifyConfig,
     *,
     backdoor_weight: float,
+    target_weight: float,
     prompts: PromptEncoder | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
@@ -68,33 +72,48 @@ def tune(
     def change() -> Tensor:
         return free if prompts is None or start is None else prompts.encode(free) - start
 
-    _minimise(data, config, backdoor_weight, free, change, progress)
+    weights = image_weights(data.clean_labels, data.suspects, target_weight)
+    _minimise(data, config, backdoor_weight, weights, free, change, progress)
     return data.reference + change().detach(), None if prompts is None else free.detach()
 
 
 def tune_in_rounds(
     data: TuningData,
     config: PurifyConfig,
-    safe: Callable[[Float[Tensor, "classes dim"]], bool],
+    judge: Callable[[Float[Tensor, "classes dim"]], Verdict],
     *,
     prompts: PromptEncoder | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
-    """Tunes with a backdoor weight that doubles from round to round until the dummy triggers fail.
+    """Tunes in rounds, each with other weights, until a head is accepted on held-out images.
+
+    The weight of the suspects' own images is halved where clean images are called a suspect more often than
+    before; else the backdoor weight is doubled where the dummy triggers still succeed.
 
     Args:
         data: Features.
-        config: Most rounds and the first weight.
-        safe: Whether the dummy triggers fail on held-out images with a head.
+        config: Most rounds and the first weights.
+        judge: Of a head, on held-out images.
         prompts: As in `tune`.
         progress: Told about the steps.
     """
-    weight = config.backdoor_weight
+    backdoor_weight, target_weight = config.backdoor_weight, config.target_weight
     for _ in range(config.tuning_rounds):
-        embeddings, contexts = tune(data, config, backdoor_weight=weight, prompts=prompts, progress=progress)
-        if safe(embeddings):
-            break
-        weight *= 2
+        embeddings, contexts = tune(
+            data,
+            config,
+            backdoor_weight=backdoor_weight,
+            target_weight=target_weight,
+            prompts=prompts,
+            progress=progress,
+        )
+        match judge(embeddings):
+            case "accepted":
+                break
+            case "overcalled":
+                target_weight /= 2
+            case "unsafe":
+                backdoor_weight *= 2
     return embeddings, contexts
 
 
@@ -102,12 +121,12 @@ def _minimise(
     data: TuningData,
     config: PurifyConfig,
     backdoor_weight: float,
+    weights: Float[Tensor, " batch"],
     free: Tensor,
     change: Callable[[], Tensor],
     progress: Progress | None,
 ) -> None:
     known = trusted_probabilities(data)
-    weights = image_weights(data.clean_labels, data.suspects, config.target_weight)
     freedom = torch.ones(len(data.reference), device=free.device)
     freedom[list(data.suspects)] = config.target_consistency
     optimizer = torch.optim.Adam([free], lr=config.tuning_step_size)

@@ -11,6 +11,7 @@ from cbpt_runtime.purification.evidence import Clean, Evidence, Views
 from cbpt_runtime.purification.rehearsal import (
     STRENGTHS,
     directions,
+    judged,
     of_other_classes,
     rehearse,
     strongest_success,
@@ -91,3 +92,15 @@ def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:
     added = torch.zeros(3, SIDE, SIDE)
     added[:, -1, -1] = 3**-0.5
     assert abs(float(basis[0] @ added.flatten())) > 0.9
+
+
+def test_a_head_is_accepted_when_dummy_triggers_fail_and_the_suspect_is_not_overcalled() -> None:
+    known = evidence()
+    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    assert judged(known, [1], rehearsals, known.texts, 0.0) == "unsafe"
+    deaf = known.texts.clone()
+    deaf[1].view(3, SIDE, SIDE)[:, -1, -1] = -1.0
+    assert judged(known, [1], rehearsals, deaf, 0.0) == "accepted"
+    everything = known.texts.clone()
+    everything[1] = 10 * known.tune.features.sum(dim=0)
+    assert judged(known, [1], rehearsals, everything, 0.0) == "overcalled"

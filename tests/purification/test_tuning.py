@@ -1,9 +1,20 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
+from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.tuning import TuningData, image_weights, trusted_probabilities, tune
+from cbpt_runtime.purification.tuning import (
+    TuningData,
+    Verdict,
+    image_weights,
+    trusted_probabilities,
+    tune,
+    tune_in_rounds,
+)
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,7 +47,7 @@ def test_tuning_gives_triggered_features_their_class_back_and_keeps_clean_ones()
     data = backdoored()
     before = (data.triggered @ data.reference.T).argmax(dim=1)
     assert (before == 2).float().mean() > 0.9
-    head, contexts = tune(data, PurifyConfig(), backdoor_weight=2.0)
+    head, contexts = tune(data, PurifyConfig(), backdoor_weight=2.0, target_weight=5.0)
     after = (data.triggered @ head.T).argmax(dim=1)
     assert contexts is None
     assert (after == 2).float().mean() < 0.02
@@ -50,7 +61,9 @@ def test_other_classes_move_mostly_along_the_trigger_directions() -> None:
     others = [0, 1, 3, 4, 5]
 
     def share_across(across_weight: float) -> float:
-        head, _ = tune(data, PurifyConfig(across_weight=across_weight), backdoor_weight=2.0)
+        head, _ = tune(
+            data, PurifyConfig(across_weight=across_weight), backdoor_weight=2.0, target_weight=5.0
+        )
         change = (head - data.reference)[others]
         across = change - change @ data.directions.T @ data.directions
         return float(across.norm() / change.norm())
@@ -69,3 +82,28 @@ def test_suspected_classes_are_not_trusted_on_images_of_others() -> None:
 
 def test_images_of_suspected_classes_weigh_more() -> None:
     assert image_weights(torch.tensor([0, 2, 1]), [2], 10.0).tolist() == [1.0, 10.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "rounds"),
+    [
+        (["accepted"], [(2.0, 5.0)]),
+        (["unsafe", "overcalled", "accepted"], [(2.0, 5.0), (4.0, 5.0), (4.0, 2.5)]),
+        (["unsafe", "unsafe", "unsafe"], [(2.0, 5.0), (4.0, 5.0), (8.0, 5.0)]),
+    ],
+)
+def test_rounds_change_the_weights_until_a_head_is_accepted(
+    verdicts: list[Verdict], rounds: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    answers = iter(verdicts)
+    actual = tuning.tune
+
+    def recorded(data: TuningData, config: PurifyConfig, **weights: Any) -> Any:
+        seen.append((weights["backdoor_weight"], weights["target_weight"]))
+        return actual(data, config, **weights)
+
+    monkeypatch.setattr(tuning, "tune", recorded)
+    config = PurifyConfig(tuning_steps=2, backdoor_weight=2.0, target_weight=5.0, tuning_rounds=3)
+    tune_in_rounds(backdoored(), config, lambda head: next(answers))
+    assert seen == rounds
