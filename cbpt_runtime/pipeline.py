@@ -108,16 +108,20 @@ def purify_checkpoint(
     if keep_images:
         content = replace(content, images=choose_clean_images(split))
     bundle = write_bundle(
-        output, content=content, force=force, report=lambda bundle: _report(bundle, split, keep_images)
+        output,
+        content=content,
+        force=force,
+        report=lambda bundle: _report(bundle, split, keep_images, str(place)),
     )
     shutil.rmtree(partial, ignore_errors=True)
     return bundle
 
 
-def _report(bundle: Bundle, split: CleanSplit, keep_images: bool) -> str:
-    if len(split.heldout_images):
-        return bundle_report(bundle, split.heldout_images, split.heldout_labels, show_images=keep_images)
-    return bundle_report(bundle, split.tune_images, split.tune_labels, show_images=keep_images)
+def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -> str:
+    images, labels = split.heldout_images, split.heldout_labels
+    if not len(images):
+        images, labels = split.tune_images, split.tune_labels
+    return bundle_report(bundle, images, labels, show_images=keep_images, device=device)
 
 
 def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:

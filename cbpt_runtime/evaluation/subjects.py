@@ -27,6 +27,9 @@ class Called:
     alarm: Float[np.ndarray, " batch"] | None = None
 
 
+Call = Callable[[UInt8[np.ndarray, "batch height width 3"]], Called]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """What is evaluated.
@@ -47,7 +50,7 @@ class Subject:
     digest: str
     class_names: tuple[str, ...]
     preprocess: Preprocess
-    call: Callable[[UInt8[np.ndarray, "batch height width 3"]], Called]
+    call: Call
     verdict: str | None = None
     suspects: tuple[str, ...] = ()
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cbpt_runtime.bundle import Bundle, output_error, read_bundle
 from cbpt_runtime.dummies import Painted, paint_dummy_triggers
 from cbpt_runtime.evaluation import Evaluation
-from cbpt_runtime.evaluation.subjects import open_subjects
+from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.metrics import Rate
 from cbpt_runtime.report import charts, sections
@@ -47,12 +47,13 @@ def bundle_report(
         device: 'auto', 'cpu' or 'cuda'.
     """
     examples = choose_examples(images, 5 if show_images else 0)
+    call = open_subjects([bundle], device=device)[0].call
     return render_report(
         bundle,
         examples=examples,
         painted=paint_dummy_triggers(bundle, examples),
-        study=study_bundle(bundle, images, labels, device=device) if len(images) else None,
-        call_examples=True,
+        study=study_bundle(bundle, images, labels, call) if len(images) else None,
+        call=call,
     )
 
 
@@ -69,7 +70,7 @@ def render_report(
     examples: Images | None = None,
     painted: Sequence[Painted] = (),
     study: Study | None = None,
-    call_examples: bool = False,
+    call: Call | None = None,
 ) -> str:
     """The text of a bundle's ``report.html``.
 
@@ -78,7 +79,7 @@ def render_report(
         examples: A plain image and a few clean ones at the model's size.
         painted: The same images with each dummy trigger.
         study: What was measured with the dummy triggers.
-        call_examples: Say below each example what both heads call it.
+        call: The bundle's classifier, to say below each example what both heads call it.
 
     Returns:
         One self-contained HTML page.
@@ -91,7 +92,7 @@ def render_report(
         moved=int((bundle.class_embeddings != bundle.reference_embeddings).any(axis=1).sum()),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
-        rows=_picture_rows(bundle, examples, painted, call_examples=call_examples),
+        rows=_picture_rows(bundle, examples, painted, call),
         charts=_study_charts(bundle, study),
     )
 
@@ -224,12 +225,11 @@ def _score_plot(bundle: Bundle) -> str | None:
 
 
 def _picture_rows(
-    bundle: Bundle, examples: Images | None, painted: Sequence[Painted], *, call_examples: bool
+    bundle: Bundle, examples: Images | None, painted: Sequence[Painted], call: Call | None
 ) -> list[tuple[str, list[Picture]]]:
     """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
     if examples is None or not painted:
         return []
-    call = open_subjects([bundle], device="cpu")[0].call if call_examples else None
     rows = [("clean", "clean image", examples)]
     for dummy in painted[:_MOST_TRIGGERS]:
         title = f"{dummy.family} trigger for {bundle.class_names[dummy.target]}"

@@ -11,10 +11,10 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.evaluation.measuring import measured
 from cbpt_runtime.evaluation.results import AlarmQuality, Measured, alarm_quality
-from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
+from cbpt_runtime.evaluation.subjects import Call, Called
 
 _MOST_SUSPECTS = 3
-_MOST_IMAGES = 1024
+_MOST_IMAGES = 512
 _BATCH = 64
 
 
@@ -52,8 +52,7 @@ def study_bundle(
     bundle: Bundle,
     images: UInt8[np.ndarray, "batch height width 3"],
     labels: Int[np.ndarray, " batch"],
-    *,
-    device: str = "cpu",
+    call: Call,
 ) -> Study:
     """Classify clean images with and without the first dummy trigger of each suspected target.
 
@@ -61,18 +60,17 @@ def study_bundle(
         bundle: What to study.
         images: Clean images at the model's size, held out from tuning.
         labels: Their true classes.
-        device: 'auto', 'cpu' or 'cuda'.
+        call: The bundle's classifier, as `open_subjects` gives it.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, min(_MOST_IMAGES, len(images))).round().astype(int))
     images, labels = images[rows], labels[rows]
-    subject = open_subjects([bundle], device=device)[0]
     none = np.zeros(0, int)
     bare: list[Called] = []
     painted: dict[tuple[int, str], list[Called]] = {}
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
-        bare.append(subject.call(batch))
-        for key, called in _call_painted(bundle, subject, batch).items():
+        bare.append(call(batch))
+        for key, called in _call_painted(bundle, call, batch).items():
             painted.setdefault(key, []).append(called)
     clean = measured(labels, bare, none, images[:0])
     attacked = []
@@ -85,14 +83,14 @@ def study_bundle(
     return Study(clean=clean, attacked=tuple(attacked))
 
 
-def _call_painted(bundle: Bundle, subject: Subject, batch: np.ndarray) -> dict[tuple[int, str], Called]:
+def _call_painted(bundle: Bundle, call: Call, batch: np.ndarray) -> dict[tuple[int, str], Called]:
     """What is said about the batch with the first dummy trigger of each suspected target."""
     found: dict[tuple[int, str], Called] = {}
     targets: set[int] = set()
     for dummy in paint_dummy_triggers(bundle, batch):
         if dummy.target not in targets and len(targets) < _MOST_SUSPECTS:
             targets.add(dummy.target)
-            found[dummy.target, dummy.family] = subject.call(dummy.images)
+            found[dummy.target, dummy.family] = call(dummy.images)
     return found
 
 
