@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cbpt_runtime.errors import ServingError
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
@@ -135,15 +136,29 @@ class RunningServer:
         return None
 
     def _start_again(self, broken: str) -> None:
-        now = time.monotonic()
-        if len(self._recent) == MAX_RESTARTS and now - self._recent[0] < RESTART_WINDOW_S:
-            raise startup_error(self._now.process, f"{broken}, {MAX_RESTARTS + 1} times in a short while")
-        self._recent.append(now)
-        self.restarts += 1
-        self._tell(f"{broken}; starting the server again")
-        self._now.process.kill()
-        self._ready = self._start_one(str(self.restarts))
-        self._tell("the server is ready again, its self-test passed")
+        """Start the server again, several times if need be.
+
+        Raises:
+            ServingError: It broke, or did not start, too often in a short while.
+        """
+        broken_process = self._now.process
+        while True:
+            now = time.monotonic()
+            if len(self._recent) == MAX_RESTARTS and now - self._recent[0] < RESTART_WINDOW_S:
+                raise startup_error(broken_process, f"{broken}, {MAX_RESTARTS + 1} times in a short while")
+            self._recent.append(now)
+            self.restarts += 1
+            self._tell(f"{broken}; starting the server again")
+            broken_process.kill()
+            try:
+                self._ready = self._start_one(str(self.restarts))
+            except ServingError as error:
+                if self._wanted_down.is_set():
+                    raise
+                broken = f"it did not start ({error.got})"
+            else:
+                self._tell("the server is ready again, its self-test passed")
+                return
 
 
 @contextmanager

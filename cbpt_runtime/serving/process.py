@@ -49,6 +49,7 @@ class ServerProcess:
         tell: Callable[[str], None],
     ) -> None:
         self.region_prefix = command.region_prefix
+        self._is_buried = False
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-I", "-S", "-c", _EXECUTE, str(os.getpid()), *command.arguments],
             env=environment,
@@ -89,7 +90,9 @@ class ServerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End what is left of the process group at once and remove its shared memory."""
+        """End what is left of the process group at once and remove its shared memory; safe to call again."""
+        if self._is_buried:
+            return
         deadline = time.monotonic() + _GROUP_TIMEOUT_S
         while _signal_group(self.pid, signal.SIGKILL) and time.monotonic() < deadline:
             self._process.poll()
@@ -98,6 +101,7 @@ class ServerProcess:
         self.log.close()
         for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
+        self._is_buried = True  # its number may be another's from now on
 
 
 def describe_exit(code: int) -> str:

@@ -67,7 +67,7 @@ def serve(repository: Path) -> Callable[..., AbstractContextManager[RunningServe
 
     def start(**settings: Any) -> AbstractContextManager[RunningServer]:
         ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "drain_timeout_s": 10.0}
-        return running_server(repository, ServeConfig(**(ports | settings)))
+        return running_server(repository, ServeConfig(**(ports | settings)), tell=print)
 
     return start
 
