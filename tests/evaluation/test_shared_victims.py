@@ -89,10 +89,8 @@ def loudness(features: np.ndarray, before: np.ndarray, after: np.ndarray, scale:
     return probability(before) * (1 - probability(after))
 
 
-@pytest.mark.parametrize(
-    "victim",
-    ["tiny-badnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-blended", "tiny-sig"))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", ["tiny-badnet", "tiny-blended", "tiny-sig"])
 def test_every_number_agrees_with_numpy_and_with_those_who_made_the_victim(
     shared_data: Path, validation: Path, tmp_path: Path, victim: str
 ) -> None:
