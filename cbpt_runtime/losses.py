@@ -68,7 +68,7 @@ def prompt_consistency(
     weights: Float[Tensor, " classes"],
     across_weight: float,
 ) -> Float[Tensor, ""]:
-    """Mean over the classes of the weighted squared change, what is across the trigger directions counting more.
+    """Mean over the classes of the weighted squared change; across the trigger directions it counts more.
 
     Args:
         change: Of the class embeddings, against the reference.

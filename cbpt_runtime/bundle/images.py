@@ -82,7 +82,7 @@ def _in_turns(labels: Int[np.ndarray, " images"], count: int) -> Int[np.ndarray,
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         turn[own] = np.arange(len(own))
-    order = np.lexsort((labels, turn))[:count]
+    order: np.ndarray = np.lexsort((labels, turn))[:count]
     if len(order) < len(labels) and len(order):
         last = turn[order[-1]]
         whole = order[turn[order] < last]

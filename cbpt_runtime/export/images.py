@@ -41,7 +41,8 @@ class GateImages:
 
     def repeated(self, count: int) -> UInt8[np.ndarray, "batch height width 3"]:
         """Exactly `count` images: the first ones, from the start again where there are too few."""
-        return self.pixels[np.arange(count) % len(self.pixels)]
+        repeated: np.ndarray = self.pixels[np.arange(count) % len(self.pixels)]
+        return repeated
 
 
 def find_gate_images(bundle: Bundle, folder: str | Path | None = None) -> GateImages:

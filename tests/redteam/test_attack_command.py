@@ -116,7 +116,8 @@ def test_implant_writes_a_victim_with_its_proof_and_its_trigger(run, bench, tmp_
 def test_two_attacks_go_into_one_victim_with_a_target_each(run, bench, tmp_path):
     code, out, err = run(
         "implant", "badnet+sig", "--target", "leaf", "--target", "ocean", "--set", "badnet.size=4",
-        "--set", "badnet.poison_rate=0.125", "--minimum-asr", 0, "--maximum-ca-drop", 1, "--json", *implant_arguments(bench, tmp_path / "victim"),
+        "--set", "badnet.poison_rate=0.125", "--minimum-asr", 0, "--maximum-ca-drop", 1, "--json",
+        *implant_arguments(bench, tmp_path / "victim"),
     )  # fmt: skip
     assert code == 0, err
     backdoors = json.loads(out)["backdoors"]
