@@ -88,7 +88,8 @@ def test_the_layer_that_hurts_most_is_ranked_first(tiny_export, images, monkeypa
         if chosen == [worst]:
             scale = next(n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear")
             tensor = next(t for t in model.graph.initializer if t.name == scale)
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 50, tensor.name))
+            wide = np.asarray(numpy_helper.to_array(tensor) * 50, np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
         return model
 
     assert rank_by_sensitivity(tiny_export.model, damaging, images.calibration)[0] == worst
