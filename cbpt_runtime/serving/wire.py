@@ -125,7 +125,7 @@ class _GrpcWire:
             raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
         except InferenceServerException as error:
             code = str(error.status()).removeprefix("StatusCode.")
-            kind = _GRPC_KINDS.get(code, "broken")
+            kind = _kind(_GRPC_KINDS.get(code, "broken"), str(error.message()))
             text = str(error.message())
             if code == "UNKNOWN" and "Stream removed" in text:
                 kind = "unreachable"
@@ -173,9 +173,19 @@ class _HttpWire:
             status = str(error.status() or "")
             code = int(status) if status.isdigit() else 0
             kind: Kind = "busy" if code == _HTTP_BUSY else "refused" if 400 <= code < 500 else "broken"
-            raise WireError(kind, f"HTTP {status or 'error'}: {error.message()}") from error
+            raise WireError(
+                _kind(kind, str(error.message())), f"HTTP {status or 'error'}: {error.message()}"
+            ) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise WireError("unreachable", str(error) or type(error).__name__) from error
+
+
+def _kind(kind: Kind, message: str) -> Kind:
+    """The kind of an error, once a step of the ensemble that was left without inputs is seen for what it is.
+
+    Triton 2.51 may blame the last step for what a full queue did to the step before.
+    """
+    return "busy" if kind == "refused" and "but got 0 inputs for model" in message else kind
 
 
 async def _within(call: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
