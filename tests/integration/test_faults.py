@@ -128,6 +128,7 @@ def test_no_answer_is_an_error_with_a_reason_within_the_time_out() -> None:
             client.info()
 
 
+@pytest.mark.nightly  # how many get through depends on when Triton gives up on the process that is held up
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_full_queue_refuses_at_once_and_says_so(protocol: str, serve: Serve, drawn: Any) -> None:
     """The decoders are held up, so the queue of 32 fills; what does not fit is refused, the rest answered."""
@@ -138,7 +139,7 @@ def test_a_full_queue_refuses_at_once_and_says_so(protocol: str, serve: Serve, d
             for pid in stubs(server, "shapes_classifier"):
                 os.kill(pid, signal.SIGSTOP)
             work = asyncio.create_task(load(url, drawn, 300, at_once=300, batch=8, timeout_s=60, retries=0))
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(0.4)  # Triton gives up on a process that is silent for longer
             for pid in stubs(server, "shapes_classifier"):
                 os.kill(pid, signal.SIGCONT)
             return await work
