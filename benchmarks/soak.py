@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +40,15 @@ BAD_FILES = (b"", b"\xff\xd8\xff\xe0 not a JPEG", bytes(1000), b"https://example
 SAMPLES = 250
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How much is asked; `rate` is in requests per second, None is as fast as they are answered."""
+
+    seconds: float
+    clients: int
+    rate: float | None
+
+
 @dataclass
 class Tally:
     """What happened to the requests."""
@@ -56,48 +65,55 @@ def main() -> None:
     parser.add_argument("repository", type=Path)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--clients", type=int, default=8, help="requests on their way at once")
+    parser.add_argument("--rate", type=float, help="requests per second of all clients together at most")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/soak.json"))
     arguments = parser.parse_args()
-    result = soak(arguments.repository, seconds=arguments.seconds, clients=arguments.clients)
+    load = Load(seconds=arguments.seconds, clients=arguments.clients, rate=arguments.rate)
+    result = soak(arguments.repository, load)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in result.items() if name != "samples"}, indent=1))
     sys.exit(0 if result["passed"] else 1)
 
 
-def soak(path: Path, *, seconds: float, clients: int) -> dict[str, object]:
+def soak(path: Path, load: Load) -> dict[str, object]:
     """Serve a repository and load it; the counts, the growth and the verdict."""
+    commit = _commit()
     repository = read_repository(path)
     golden = read_golden(repository.golden)
     pixels = golden.pixels(Preprocess.from_dict(repository.manifest["preprocess"]))
     config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, instances=1)
     with running_server(path, config) as server:
-        tally, samples = asyncio.run(_load(server, golden, pixels, seconds=seconds, clients=clients))
+        tally, samples = asyncio.run(_ask_all(server, golden, pixels, load))
         server.require_running()
-        tritonserver = server.version
-    return _result(tally, samples, seconds=seconds, clients=clients, tritonserver=tritonserver)
+        about = {"restarts": server.restarts, "tritonserver": server.version, "commit": commit}
+    return _result(tally, samples, load, about)
 
 
-async def _load(
-    server: RunningServer, golden: GoldenSet, pixels: np.ndarray, *, seconds: float, clients: int
+async def _ask_all(
+    server: RunningServer, golden: GoldenSet, pixels: np.ndarray, load: Load
 ) -> tuple[Tally, list[dict[str, float]]]:
     tally = Tally()
-    end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as group:
-        for number in range(clients):
+        for number in range(load.clients):
             url = (server.config.grpc_url, server.config.http_url)[number % 2]
-            group.create_task(_client(url, number, golden, pixels, tally, end))
-        samples = await _sample(server, seconds)
+            group.create_task(_client(url, number, golden, pixels, tally, load))
+        samples = await _sample(server, load.seconds)
     return tally, samples
 
 
 async def _client(
-    url: str, number: int, golden: GoldenSet, pixels: np.ndarray, tally: Tally, end: float
+    url: str, number: int, golden: GoldenSet, pixels: np.ndarray, tally: Tally, load: Load
 ) -> None:
     dice = random.Random(number)
     rows = golden.answers["images"]
+    next_start = time.monotonic()
+    end = next_start + load.seconds
     async with AsyncClient(url, timeout_s=60, retries=5) as client:
         while time.monotonic() < end:
+            if load.rate is not None:
+                await asyncio.sleep(next_start - time.monotonic())
+                next_start += dice.uniform(0.5, 1.5) * load.clients / load.rate
             tally.sent += 1
             if dice.random() < BAD_RATE:
                 tally.outcomes[await _ask_badly(client, dice.choice(BAD_FILES))] += 1
@@ -148,7 +164,7 @@ async def _sample(server: RunningServer, seconds: float) -> list[dict[str, float
 
 
 def _result(
-    tally: Tally, samples: list[dict[str, float]], *, seconds: float, clients: int, tritonserver: str
+    tally: Tally, samples: list[dict[str, float]], load: Load, about: dict[str, object]
 ) -> dict[str, object]:
     fifth = max(1, len(samples) // 5)
     early, late = samples[fifth : 2 * fifth], samples[-fifth:]
@@ -164,9 +180,9 @@ def _result(
         "passed": is_complete
         and not any(bad.values())
         and memory_growth_rate < MAX_MEMORY_GROWTH
-        and descriptor_growth <= 0,
-        "seconds": seconds,
-        "clients": clients,
+        and descriptor_growth <= 0
+        and about["restarts"] == 0,
+        **asdict(load),
         "sent": tally.sent,
         "outcomes": dict(sorted(tally.outcomes.items())),
         "largest_difference": tally.largest_difference,
@@ -176,10 +192,9 @@ def _result(
             f"p{share}": round(float(np.percentile(tally.latencies_ms, share)), 2) for share in (50, 90, 99)
         }
         | {"n": len(tally.latencies_ms)},
-        "tritonserver": tritonserver,
+        **about,
         "versions": {name: version(name) for name in ("cbpt-runtime", "onnxruntime", "numpy", "pillow")},
         "machine": {"cpus": len(os.sched_getaffinity(0)), "system": platform.platform()},
-        "commit": _commit(),
         "samples": samples,
     }
 
