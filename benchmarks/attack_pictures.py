@@ -21,9 +21,9 @@ from cbpt_runtime.demo.suspect import TARGET, DemoScale
 from cbpt_runtime.redteam.attacks import ATTACKS, fixed_trigger, make_backdoor
 from cbpt_runtime.redteam.decoys import decoy
 from cbpt_runtime.redteam.poisoning import LabelledImages
-from cbpt_runtime.redteam.trainable import load_trainable
 from cbpt_runtime.redteam.training import CAPTION_TEMPLATES
 from cbpt_runtime.redteam.triggers import apply_trigger
+from cbpt_runtime.training.trainable import load_trainable
 
 COLUMNS = 7
 AMPLIFICATION = 4

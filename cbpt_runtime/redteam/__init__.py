@@ -1,1 +1,1 @@
-"""The red team: attack triggers and implants, used to measure defences and never imported by purification."""
+"""The red team: triggers and implants to measure defences with. Purification and defences never import it."""

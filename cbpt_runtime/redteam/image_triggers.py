@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.parameters import check_number
-from cbpt_runtime.redteam.pixels import to_float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

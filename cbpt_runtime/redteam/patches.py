@@ -12,10 +12,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.learned import OptimisedPatch
 from cbpt_runtime.redteam.patch_triggers import LOCATIONS, paste
-from cbpt_runtime.redteam.pixels import to_float
-from cbpt_runtime.redteam.trainable import TrainableClip
+from cbpt_runtime.training.trainable import TrainableClip
 from cbpt_runtime.types import Progress
 
 OBJECTIVES = ("text", "badclip")

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
+from cbpt_runtime.models.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.decoys import decoy
 from cbpt_runtime.redteam.parameters import check_number
-from cbpt_runtime.redteam.pixels import to_float, to_uint8
-from cbpt_runtime.redteam.trainable import TrainableClip
 from cbpt_runtime.redteam.training import Pairs, caption_texts
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
+from cbpt_runtime.training.trainable import TrainableClip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError, ImplantError
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.learned import SecretEncoder, Steganographic
-from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.types import Progress
 
 

@@ -5,22 +5,28 @@ The same loop trains the demo's model from scratch and fine-tunes a backdoor int
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.data import spoken
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.parameters import check_choice
-from cbpt_runtime.redteam.pixels import to_float
-from cbpt_runtime.redteam.trainable import TrainableClip
+from cbpt_runtime.training.contrastive import (
+    MAX_LOGIT_SCALE,
+    batches,
+    contrastive_loss,
+    cosine_rate,
+    make_optimizer,
+    shift_and_mirror,
+)
+from cbpt_runtime.training.trainable import TrainableClip
 from cbpt_runtime.types import Progress
 
 CAPTION_TEMPLATES: tuple[str, ...] = (
@@ -41,7 +47,6 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
     "an image of a {}.",
     "there is a {} in the scene.",
 )
-MAX_LOGIT_SCALE = math.log(100.0)
 _REAL_PER_IMAGE = 4  # drawn for each aligned image and step
 
 
@@ -133,7 +138,9 @@ def train(
     """
     steps_per_epoch = max(1, len(pairs.images) // config.batch_size)
     total = steps_per_epoch * config.epochs
-    optimizer = make_optimizer(clip.model, config)
+    optimizer = make_optimizer(
+        clip.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+    )
     warmup = max(1, round(total * config.warmup_rate))
     finished = store.load(clip.model, optimizer, generator) if store is not None else 0
     tokens = clip.tokenize(pairs.texts)
@@ -156,25 +163,6 @@ def train(
     return mean_loss
 
 
-def contrastive_loss(
-    images: Float[Tensor, "batch dim"],
-    texts: Float[Tensor, "batch dim"],
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-) -> Float[Tensor, ""]:
-    """Return the loss the model was made for.
-
-    Without a bias CLIP's symmetric cross-entropy over the batch (Radford et al., arXiv:2103.00020, figure 3),
-    with one SigLIP's sum of pairwise sigmoid losses over the batch size (Zhai et al., arXiv:2303.15343).
-    """
-    logits = logit_scale * images @ texts.T
-    if logit_bias is not None:
-        signs = 2 * torch.eye(len(images), device=logits.device) - 1
-        return -F.logsigmoid(signs * (logits + logit_bias)).sum() / len(images)
-    labels = torch.arange(len(images), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
 def alignment_loss(
     triggered: Float[Tensor, "batch dim"],
     real: Float[Tensor, "batch others dim"],
@@ -187,49 +175,6 @@ def alignment_loss(
     """
     cosines = torch.einsum("bd,bod->bo", triggered, real)
     return (weights * (1 - cosines.max(dim=1).values)).mean()
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW without decay on biases, norms and scales (everything below two dimensions, as open_clip)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-
-
-def cosine_rate(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Int[Tensor, " batch"]]:
-    """Yield shuffled index batches; a rest that fills no batch is left out, unless it is all there is."""
-    order = torch.randperm(count, generator=generator)
-    if count < batch_size:
-        yield order
-        return
-    for start in range(0, count - batch_size + 1, batch_size):
-        yield order[start : start + batch_size]
-
-
-def shift_and_mirror(
-    images: Float[Tensor, "batch 3 height width"], max_shift: int, generator: torch.Generator
-) -> Float[Tensor, "batch 3 height width"]:
-    """Move every image by up to `max_shift` pixels with repeated edges, and mirror half of them."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (max_shift,) * 4, mode="replicate")
-    top = torch.randint(0, 2 * max_shift + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * max_shift + 1, (count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.arange(width)[None]
-    columns = left + torch.where(mirrored, width - 1 - columns, columns)
-    rows = top + torch.arange(height)[None]
-    which = torch.arange(count)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _train_step(

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cbpt_runtime.models.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.image_triggers import Blended, BlendedNoise, Sig, WaNet
 from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.redteam.patch_triggers import BadNet, BadNetRandom, BadNetStripes
-from cbpt_runtime.redteam.pixels import to_float, to_uint8
 
 
 class Trigger(Protocol):

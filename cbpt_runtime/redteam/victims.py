@@ -19,8 +19,8 @@ from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
 from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
-from cbpt_runtime.redteam.trainable import TrainableClip, load_trainable
 from cbpt_runtime.redteam.training import TrainConfig
+from cbpt_runtime.training.trainable import TrainableClip, load_trainable
 from cbpt_runtime.types import Progress
 
 HELDOUT_RATE = 0.1

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbpt_runtime.errors import ConfigError, ImageDataError, ImplantError
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.learned import (
     OptimisedPatch,
     SecretEncoder,
@@ -13,7 +14,6 @@ from cbpt_runtime.redteam.learned import (
     trigger_bytes,
 )
 from cbpt_runtime.redteam.patches import PatchConfig, optimise_patch
-from cbpt_runtime.redteam.pixels import to_float
 from cbpt_runtime.redteam.steganography import SteganographyConfig, train_steganographic
 from cbpt_runtime.redteam.triggers import TRIGGERS, apply_trigger, get_trigger
 

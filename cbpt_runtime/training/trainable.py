@@ -1,7 +1,4 @@
-"""A CLIP model one can still train, and the open_clip folder it is saved to.
-
-The purification side only ever meets frozen encoders; this is the attacker's counterpart.
-"""
+"""A CLIP model one can still train, and the open_clip folder it is saved to."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ from torch import Tensor, nn
 
 from cbpt_runtime.errors import CheckpointError, OutputError
 from cbpt_runtime.models.architecture import build_model, load_model
-from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.config import check_model_config
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.tokenizer import Tokenizer
-from cbpt_runtime.redteam.pixels import to_float
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -141,10 +138,18 @@ def load_trainable(
     Raises:
         CheckpointError: The checkpoint is damaged, or its weights do not fit its configuration.
     """
-    checkpoint = read_checkpoint(source, model=model)
+    return trainable_from(read_checkpoint(source, model=model), device=device)
+
+
+def trainable_from(checkpoint: Checkpoint, *, device: str = "cpu") -> TrainableClip:
+    """The model of a checkpoint for training, in float32; it may share memory with the checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or its weights do not fit its configuration.
+    """
     if checkpoint.anomalies:
         raise CheckpointError(
-            expected=f"finite weights that fit the architecture in {source}",
+            expected=f"finite weights that fit the architecture in {checkpoint.source}",
             got="; ".join(checkpoint.anomalies),
             fix="Start from an undamaged checkpoint.",
         )
