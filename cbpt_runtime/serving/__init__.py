@@ -13,7 +13,9 @@ plan       all that is decided and checked before a start
 startup    from a plan to a server that is ready, or an error with its log
 launcher   all of that in order, and again when it breaks: `running_server`
 wire       HTTP and gRPC behind one interface
-client     `Client` and `AsyncClient`
+retries    what is sent again, and what is said in the end
+client     `AsyncClient`, which does the work
+blocking   `Client`, the same without await
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cbpt_runtime.serving.client import AsyncClient, Client, ModelInfo, ServedPrediction
+    from cbpt_runtime.serving.blocking import Client
+    from cbpt_runtime.serving.client import AsyncClient, ModelInfo, ServedPrediction
     from cbpt_runtime.serving.config import ServeConfig
     from cbpt_runtime.serving.launcher import RunningServer, running_server
 
 _HOMES = {
     "AsyncClient": "client",
-    "Client": "client",
+    "Client": "blocking",
     "ModelInfo": "client",
     "RunningServer": "launcher",
     "ServeConfig": "config",

@@ -1,7 +1,7 @@
-"""Clients of a served classifier: `AsyncClient` does the work, `Client` is the same without await.
+"""The client of a served classifier; `cbpt_runtime.serving.blocking` has the same without await.
 
-    with Client("grpc://127.0.0.1:8001") as client:
-        print(client.classify("photo.jpg"))
+    async with AsyncClient("grpc://127.0.0.1:8001") as client:
+        print(await client.classify("photo.jpg"))
 
 Image files are sent as they are and decoded by the server. Nothing but the server's URL is ever opened:
 an image is a path or bytes, never a URL.
@@ -11,28 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-import threading
-import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime.answers import Answer, make_answer
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
-from cbpt_runtime.serving.wire import Wire, WireError, open_wire
+from cbpt_runtime.serving.retries import Retries
+from cbpt_runtime.serving.wire import Wire, open_wire
 from cbpt_runtime.types import Progress
 
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")
-_RETRIED = ("busy", "unreachable")  # nothing was answered; asking again is safe and may help
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 2.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +88,12 @@ class AsyncClient:
         in_flight: int = 8,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        if not (timeout_s > 0 and retries >= 0 and in_flight >= 1):
+        if in_flight < 1:
             raise ConfigError(
-                expected="a time-out above 0, at least 0 retries and at least 1 request in flight",
-                got=f"{timeout_s}, {retries}, {in_flight}",
-                fix="Correct the argument.",
+                expected="at least 1 request in flight", got=str(in_flight), fix="Correct the argument."
             )
         self.url = url
-        self.timeout_s = timeout_s
-        self.retries = retries
+        self._retries = Retries(url=url, timeout_s=timeout_s, number=retries)
         self.in_flight = in_flight
         self._model = model
         self._info: ModelInfo | None = None
@@ -128,7 +118,7 @@ class AsyncClient:
         """
         if self._info is None:
             name = self._model or await self._only_model()
-            config = await self._ask(lambda left_s: self._wire.config(name, left_s))
+            config = await self._retries.ask(lambda left_s: self._wire.config(name, left_s))
             self._info = _model_info(name, config, self.url)
         return self._info
 
@@ -229,7 +219,7 @@ class AsyncClient:
         ]
 
     async def _predict(self, model: str, inputs: dict[str, np.ndarray]) -> ServedPrediction:
-        found = await self._ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
+        found = await self._retries.ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
         return ServedPrediction(
             logits=found["logits"],
             probabilities=found["probabilities"],
@@ -238,7 +228,7 @@ class AsyncClient:
         )
 
     async def _only_model(self) -> str:
-        names = await self._ask(lambda left_s: self._wire.models(left_s))
+        names = await self._retries.ask(lambda left_s: self._wire.models(left_s))
         ours = [name for name in names if f"{name}_classifier" in names]
         if len(ours) != 1:
             raise ServingError(
@@ -247,118 +237,6 @@ class AsyncClient:
                 fix="Name the model." if ours else "Serve a repository of `cbpt-runtime export` there.",
             )
         return ours[0]
-
-    async def _ask(self, send: Callable[[float], Coroutine[Any, Any, T]]) -> T:
-        """Send a request, and again where that is safe, until the time is up."""
-        deadline = time.monotonic() + self.timeout_s
-        pause_s = _FIRST_PAUSE_S
-        for attempt in range(self.retries + 1):
-            try:
-                return await send(max(0.001, deadline - time.monotonic()))
-            except WireError as error:
-                wait_s = pause_s * random.uniform(0.5, 1.5)  # not all clients at the same moment
-                is_last = attempt == self.retries or time.monotonic() + wait_s >= deadline
-                if error.kind not in _RETRIED or is_last:
-                    raise self._explained(error, attempt + 1) from error
-            await asyncio.sleep(wait_s)
-            pause_s = min(4 * pause_s, _LONGEST_PAUSE_S)
-        raise RuntimeError("unreachable: the last attempt returns or raises")
-
-    def _explained(self, error: WireError, attempts: int) -> RequestError | ServingError:
-        if error.kind == "refused":
-            return RequestError(
-                expected=f"a request {self.url} accepts", got=str(error), fix="Correct what was sent."
-            )
-        fixes = {
-            "busy": "The server has no room or is not there; try later or with fewer requests at once.",
-            "unreachable": "Check that `cbpt-runtime serve` runs and that the URL is right.",
-            "timeout": "Allow more time, or ask with fewer requests at once.",
-            "broken": "Look at the server's log.",
-        }
-        times = f" (asked {attempts} times)" if attempts > 1 else ""
-        return ServingError(
-            expected=f"an answer from {self.url}", got=f"{error}{times}", fix=fixes[error.kind]
-        )
-
-
-class Client:
-    """`AsyncClient` for code without await; may be used from several threads at once.
-
-    The arguments are those of `AsyncClient`. An event loop in a thread of its own does the work.
-    """
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="cbpt-client", daemon=True)
-        self._thread.start()
-        try:
-            self._client: AsyncClient = self._run(_opened(url, options))
-        except BaseException:
-            self._stop()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections; safe to call twice."""
-        if self._loop.is_closed():
-            return
-        try:
-            self._run(self._client.close())
-        finally:
-            self._stop()
-
-    def info(self) -> ModelInfo:
-        """See `AsyncClient.info`."""
-        return self._run(self._client.info())
-
-    def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
-        """See `AsyncClient.predict_files`."""
-        return self._run(self._client.predict_files(files))
-
-    def predict_pixels(self, images: UInt8[np.ndarray, "batch height width 3"]) -> ServedPrediction:
-        """See `AsyncClient.predict_pixels`."""
-        return self._run(self._client.predict_pixels(images))
-
-    def classify(self, image: bytes | str | Path, *, top: int = 5) -> Answer:
-        """See `AsyncClient.classify`."""
-        return self._run(self._client.classify(image, top=top))
-
-    def classify_files(
-        self,
-        sources: Iterable[tuple[str, bytes | Path]],
-        *,
-        top: int = 5,
-        batch_size: int = 8,
-        progress: Progress | None = None,
-    ) -> list[Answer]:
-        """See `AsyncClient.classify_files`."""
-        return self._run(
-            self._client.classify_files(sources, top=top, batch_size=batch_size, progress=progress)
-        )
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-async def _opened(url: str, options: Mapping[str, Any]) -> AsyncClient:
-    return AsyncClient(url, **options)
 
 
 def _model_info(name: str, config: Mapping[str, Any], url: str) -> ModelInfo:

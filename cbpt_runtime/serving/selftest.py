@@ -10,7 +10,7 @@ from cbpt_runtime.errors import CbptError, ExportError, ServingError
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.serving.client import Client
+from cbpt_runtime.serving.blocking import Client
 from cbpt_runtime.serving.config import ServeConfig
 
 TIMEOUT_S = 60.0

@@ -181,11 +181,14 @@ class _HttpWire:
 
 
 def _kind(kind: Kind, message: str) -> Kind:
-    """The kind of an error, once a step of the ensemble that was left without inputs is seen for what it is.
+    """The kind of an error, once two things Triton 2.51 says are seen for what they are.
 
-    Triton 2.51 may blame the last step for what a full queue did to the step before.
+    It may blame the last step of an ensemble for what a full queue did to the step before. And where a
+    process of its python backend died, nothing was answered, nor will be before the server is started again.
     """
-    return "busy" if kind == "refused" and "but got 0 inputs for model" in message else kind
+    is_starved = kind == "refused" and "but got 0 inputs for model" in message
+    is_dead = kind == "broken" and "Stub process" in message and "is not healthy" in message
+    return "busy" if is_starved or is_dead else kind
 
 
 async def _within(call: Coroutine[Any, Any, Any], timeout_s: float) -> Any:

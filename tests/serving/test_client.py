@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
-from cbpt_runtime.serving import AsyncClient, Client, client
+from cbpt_runtime.serving import AsyncClient, Client, client, retries
 from cbpt_runtime.serving.wire import WireError, open_wire
 
 NAMES = ("cat", "dog")
@@ -65,7 +65,7 @@ class FakeWire:
 def wire(monkeypatch: pytest.MonkeyPatch) -> FakeWire:
     fake = FakeWire()
     monkeypatch.setattr(client, "open_wire", lambda url, headers: fake)
-    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
     return fake
 
 
@@ -93,7 +93,7 @@ def test_retries_are_bounded_in_number_and_in_time(wire: FakeWire, monkeypatch: 
     with Client("grpc://server:1", retries=3) as asked, pytest.raises(ServingError, match="asked 4 times"):
         asked.predict_files([b"x"])
     assert len(wire.requests) == 4
-    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 60)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 60)
     with Client("grpc://server:1", timeout_s=1) as asked, pytest.raises(ServingError, match="full"):
         asked.predict_files([b"x"])
     assert len(wire.requests) == 5
@@ -174,7 +174,7 @@ def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("options", [{"timeout_s": 0}, {"retries": -1}, {"in_flight": 0}])
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], wire: FakeWire) -> None:
-    with pytest.raises(ConfigError, match="time-out above 0"):
+    with pytest.raises(ConfigError, match=r"above 0|at least 1"):
         Client("grpc://a:1", **options)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from cbpt_runtime.serving.wire import Kind, _kind
 
+DEAD = "in ensemble 'shapes', Stub process 'shapes_classifier_0_0' is not healthy."
 STARVED = "in ensemble 'shapes', expected 2 inputs but got 0 inputs for model 'shapes_alarm'. Got input(s) []"
 
 
@@ -13,7 +14,11 @@ STARVED = "in ensemble 'shapes', expected 2 inputs but got 0 inputs for model 's
         ("refused", STARVED, "busy"),
         ("refused", "unexpected shape for input 'images'", "refused"),
         ("broken", STARVED, "broken"),
+        ("broken", DEAD, "busy"),
+        ("broken", "Failed to process the request(s)", "broken"),
     ],
 )
-def test_a_step_starved_by_a_full_queue_means_busy(kind: Kind, message: str, seen_as: Kind) -> None:
+def test_a_step_starved_by_a_full_queue_or_left_without_its_process_means_busy(
+    kind: Kind, message: str, seen_as: Kind
+) -> None:
     assert _kind(kind, message) == seen_as
