@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
+import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +21,11 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
-from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
+from cbpt_runtime.serving import AsyncClient, RunningServer, ServeConfig, running_server
 from cbpt_runtime.serving.servers import TritonServer, find_server
 
 TOLERANCE = 1e-4
@@ -117,6 +122,19 @@ def drawn(classifier: ZeroShotClassifier) -> Pictures:
 
 
 @pytest.fixture(scope="session")
+def large(classifier: ZeroShotClassifier) -> Pictures:
+    """Eight pictures of almost 4 million pixels: to decode them all takes a good part of a second."""
+    generator = np.random.default_rng(3)
+    files = []
+    for _ in range(8):
+        file = io.BytesIO()
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((1990, 1990), Image.Resampling.BILINEAR).save(file, format="JPEG")
+        files.append(file.getvalue())
+    return make_pictures(files, classifier)
+
+
+@pytest.fixture(scope="session")
 def real(shared_data: Path, classifier: ZeroShotClassifier) -> Pictures:
     """200 real photographs: the full-size ones, then small ones."""
     files: list[bytes] = []
@@ -126,3 +144,66 @@ def real(shared_data: Path, classifier: ZeroShotClassifier) -> Pictures:
             files += [content.read(name) for name in names[:: max(1, len(names) // 100)][:100]]
     assert len(files) == 200
     return make_pictures(files, classifier)
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., Coroutine[Any, Any, Counter[str]]]:
+    """`await load(url, pictures, number)`: send requests and count what became of them.
+
+    A wrong answer fails the test at once. 'refused' is a refusal that says that nothing was done; any other
+    error is 'lost'. `reasons` collects what the errors say.
+    """
+
+    async def send(
+        url: str,
+        pictures: Pictures,
+        number: int,
+        *,
+        at_once: int = 16,
+        batch: int = 1,
+        reasons: set[str] | None = None,
+        **options: Any,
+    ) -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        room = asyncio.Semaphore(at_once)
+        async with AsyncClient(url, **options) as client:
+            await client.info()
+
+            async def ask(index: int) -> None:
+                rows = [(index + i) % len(pictures.files) for i in range(batch)]
+                async with room:
+                    outcomes["sent"] += 1
+                    try:
+                        found = await client.predict_files([pictures.files[row] for row in rows])
+                    except ServingError as error:
+                        is_clean = getattr(error.__cause__, "kind", "") in ("busy", "unreachable")
+                        outcomes["refused" if is_clean else "lost"] += 1
+                        if reasons is not None:
+                            reasons.add(error.got)
+                        return
+                expected = pictures.expected.probabilities[rows]
+                np.testing.assert_allclose(found.probabilities, expected, atol=1e-4)
+                outcomes["answered"] += 1
+
+            await asyncio.gather(*(ask(index) for index in range(number)))
+        return outcomes
+
+    return send
+
+
+@pytest.fixture(scope="session")
+def changed_copy(repository: Path) -> Callable[[Path, Mapping[str, Callable[[str], str]]], Path]:
+    """`changed_copy(target, {pattern: change})`: the repository with some files changed and hashed anew."""
+
+    def copy(target: Path, changes: Mapping[str, Callable[[str], str]]) -> Path:
+        shutil.copytree(repository, target)
+        for pattern, change in changes.items():
+            for file in target.glob(pattern):
+                file.write_text(change(file.read_text()))
+        manifest = json.loads((target / "manifest.json").read_text())
+        (target / "manifest.json").unlink()
+        about = {k: v for k, v in manifest.items() if k not in ("files", "kind", "schema_version")}
+        write_manifest(target, about)
+        return target
+
+    return copy

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.serving import Client
 from cbpt_runtime.serving.command import SHARED_MEMORY
 from cbpt_runtime.serving.usage import group_members
@@ -88,13 +87,10 @@ def test_a_tampered_repository_exits_2_and_names_the_file(repository: Path, tmp_
 
 
 def test_a_server_that_cannot_load_prints_the_cause_and_its_log_and_exits_1(
-    repository: Path, tmp_path: Path
+    changed_copy: Any, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(repository, tmp_path / "repository"))
-    (copy / "shapes_alarm" / "1" / "model.py").write_text("raise ImportError('no runtime today')\n")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").unlink()
-    write_manifest(copy, {k: v for k, v in manifest.items() if k not in ("files", "kind", "schema_version")})
+    broken = {"shapes_alarm/1/model.py": lambda _: "raise ImportError('no runtime today')\n"}
+    copy = changed_copy(tmp_path / "repository", broken)
     command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 1, done.stderr
