@@ -48,6 +48,7 @@ def command(
 ) -> None:
     """Serve a model repository until Ctrl-C or SIGTERM; ready only after a self-test through the wire."""
     from cbpt_runtime.serving import ServeConfig, running_server
+    from cbpt_runtime.serving.config import require_free_page_port
 
     config = ServeConfig(
         host=host,
@@ -64,6 +65,8 @@ def command(
     if print_command:
         _print_command(repository, config, as_json=as_json)
         return
+    if ui_port is not None:
+        require_free_page_port(ui_port)
     print_note(f"verifying {repository} and starting a server")
     with running_server(repository, config, tell=print_note) as server, _page(server, ui_port) as page:
         _print_ready(server, page, as_json=as_json)
@@ -162,7 +165,7 @@ def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
     from cbpt_runtime.serving.command import shell_text
     from cbpt_runtime.serving.plan import make_plan
 
-    plan = make_plan(repository, config)
+    plan = make_plan(repository, config, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"
     arguments = plan.command(repository=repository.absolute(), backends=backends).arguments
     if as_json:

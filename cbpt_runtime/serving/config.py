@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,30 +107,44 @@ class ServeConfig:
         return f"http://{self.reachable_host}:{self.metrics_port}/metrics"
 
 
-def take_ports(config: ServeConfig) -> ServeConfig:
-    """The settings with free ports in place of zeros, every port seen to be free.
+def take_ports(config: ServeConfig, *, must_be_free: bool = True) -> ServeConfig:
+    """The settings with free ports in place of zeros, and every other port seen to be free if it must be.
 
     Raises:
         ConfigError: A port is taken, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if config.address.version == 6 else socket.AF_INET
     ports: dict[str, int] = {}
-    held = []
-    try:
+    with ExitStack() as held:
         for name in ("http_port", "grpc_port", "metrics_port"):
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            held.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((str(config.address), getattr(config, name)))
-            except OSError as error:
-                raise ConfigError(
-                    expected=f"a free port for --{name.replace('_', '-')} on {config.host}",
-                    got=f"{getattr(config, name)}: {(error.strerror or str(error)).lower()}",
-                    fix="Stop what listens there, or choose another port (0 takes a free one).",
-                ) from error
-            ports[name] = listener.getsockname()[1]
-    finally:
-        for listener in held:
-            listener.close()
+            port = getattr(config, name)
+            if port == 0 or must_be_free:
+                listener = _bind(config.host, config.address, port, f"--{name.replace('_', '-')}")
+                port = held.enter_context(listener).getsockname()[1]
+            ports[name] = port
     return replace(config, **ports)  # type: ignore[arg-type]
+
+
+def require_free_page_port(port: int) -> None:
+    """See that the page's port is free, before anything is started.
+
+    Raises:
+        ConfigError: It is taken.
+    """
+    _bind("127.0.0.1", ipaddress.ip_address("127.0.0.1"), port, "--ui-port").close()
+
+
+def _bind(host: str, address: object, port: int, flag: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((str(address), port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ConfigError(
+            expected=f"a free port for {flag} on {host}",
+            got=f"{port}: {(reason or str(error)).lower()}",
+            fix="Stop what listens there, or choose another port (0 takes a free one).",
+        ) from error
+    return listener

@@ -42,8 +42,13 @@ class Plan:
         )
 
 
-def make_plan(repository: str | Path, config: ServeConfig) -> Plan:
+def make_plan(repository: str | Path, config: ServeConfig, *, must_be_free: bool = True) -> Plan:
     """Check everything that can be checked before a server is started.
+
+    Args:
+        repository: What `cbpt-runtime export` wrote.
+        config: Settings.
+        must_be_free: Whether the ports must be free now; not where the command is only shown.
 
     Raises:
         RepositoryError: A file of the repository is missing, changed or new; the text names it.
@@ -57,7 +62,7 @@ def make_plan(repository: str | Path, config: ServeConfig) -> Plan:
     return Plan(
         repository=checked,
         server=server,
-        config=take_ports(config),
+        config=take_ports(config, must_be_free=must_be_free),
         placement=placement,
         region_bytes=region_bytes(checked, placement),
     )

@@ -57,6 +57,12 @@ class Wire(Protocol):
     async def models(self, timeout_s: float) -> list[str]:
         """Names of the models that are ready."""
 
+    async def statistics(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """A model's counters since the server's start."""
+
+    async def server(self, timeout_s: float) -> dict[str, Any]:
+        """The server's name and version."""
+
     async def close(self) -> None:
         """Close the connections."""
 
@@ -112,6 +118,14 @@ class _GrpcWire:
         call = self._client.get_model_repository_index(as_json=True, headers=dict(self._headers))
         return _ready((await self._ask(call, timeout_s)).get("models", []))
 
+    async def statistics(self, model: str, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_inference_statistics(model, as_json=True, headers=dict(self._headers))
+        return dict((await self._ask(call, timeout_s))["model_stats"][0])
+
+    async def server(self, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_server_metadata(as_json=True, headers=dict(self._headers))
+        return dict(await self._ask(call, timeout_s))
+
     async def close(self) -> None:
         await self._client.close()
 
@@ -158,6 +172,14 @@ class _HttpWire:
         call = self._client.get_model_repository_index(headers=dict(self._headers))
         return _ready(await self._ask(call, timeout_s))
 
+    async def statistics(self, model: str, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_inference_statistics(model, headers=dict(self._headers))
+        return dict((await self._ask(call, timeout_s))["model_stats"][0])
+
+    async def server(self, timeout_s: float) -> dict[str, Any]:
+        call = self._client.get_server_metadata(headers=dict(self._headers))
+        return dict(await self._ask(call, timeout_s))
+
     async def close(self) -> None:
         await self._client.close()
 
@@ -176,6 +198,8 @@ class _HttpWire:
             raise WireError(
                 _kind(kind, str(error.message())), f"HTTP {status or 'error'}: {error.message()}"
             ) from error
+        except aiohttp.ClientResponseError as error:
+            raise WireError("unreachable", "what answers there does not speak HTTP") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise WireError("unreachable", str(error) or type(error).__name__) from error
 

@@ -231,13 +231,15 @@ class Judge:
         assert is_refusal or status == 500, (status, message)
         self.outcomes["refused" if is_refusal else "refused with 500"] += 1
 
-    def _post(self, model: str, content: bytes, **headers: str) -> tuple[int, bytes]:
+    def _post(self, model: str, content: bytes, **headers: str) -> tuple[int, str]:
         config = self._server.config
         connection = http.client.HTTPConnection(config.reachable_host, config.http_port, timeout=60)
         try:
             connection.request("POST", f"/v2/models/{model}/infer", content, headers)
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            return answer.status, answer.read().decode(
+                "utf-8", "replace"
+            )  # Triton repeats names as they came
         finally:
             connection.close()
 

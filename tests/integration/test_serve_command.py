@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,10 +101,33 @@ def test_a_server_that_cannot_load_prints_the_cause_and_its_log_and_exits_1(
     assert done.stdout == ""
 
 
-def test_the_command_can_be_printed_instead(repository: Path, tritonserver: Any) -> None:
+@pytest.fixture
+def taken_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield str(listener.getsockname()[1])
+
+
+def test_the_command_can_be_printed_instead_while_another_server_has_the_ports(
+    repository: Path, tritonserver: Any, taken_port: str
+) -> None:
     command = [sys.executable, "-m", "cbpt_runtime", "serve", str(repository), "--print-command", "--json"]
+    command += ["--http-port", taken_port]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     arguments = json.loads(done.stdout)["command"]
+    assert f"--http-port={taken_port}" in arguments
     assert arguments[0] == str(tritonserver.executable)
     assert "--model-control-mode=none" in arguments
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--ui-port"])
+def test_a_taken_port_exits_2_before_anything_is_started(
+    flag: str, repository: Path, tritonserver: Any, taken_port: str
+) -> None:
+    ports = dict(zip(PORTS[::2], PORTS[1::2], strict=True)) | {flag: taken_port}
+    options = [word for pair in ports.items() for word in pair]
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(repository), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert f"a free port for {flag}" in done.stderr
+    assert done.stdout == ""

@@ -411,9 +411,11 @@ def test_the_servers_reason_is_shown_and_the_old_answer_is_not(
     assert error.inner_text() == f"{UNREADABLE['error']} (HTTP 400)"
     assert error.get_attribute("role") == "alert"
     assert browser_page.locator("#answer").is_hidden()
+    browser_page.locator("#preview").wait_for(state="hidden")  # no broken picture
     triton.status, triton.answer = 200, QUIET
     browser_page.set_input_files("#file", upload(jpeg()))
     browser_page.locator("#answer").wait_for()
+    browser_page.locator("#preview").wait_for(state="visible")
     assert error.is_hidden()
 
 

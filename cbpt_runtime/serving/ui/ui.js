@@ -141,6 +141,10 @@ function take(files) {
   if (files.length > 0) classify(files[0]);
 }
 
+for (const event of ["load", "error"]) {
+  // A browser cannot draw everything the server reads, nor everything people drop.
+  $("preview").addEventListener(event, () => { $("preview").hidden = event === "error"; });
+}
 $("file").addEventListener("change", () => {
   take($("file").files);
   $("file").value = ""; // the same file can be chosen again
