@@ -60,7 +60,18 @@ def test_commands_parse(words: list[str]) -> None:
 
 def test_flags_named_in_the_table_exist(run_help: Callable[[str], str]) -> None:
     rows = re.findall(r"^\| `cbpt-runtime (\w+)[^|]*\|.*$", README, flags=re.MULTILINE)
-    verbs = ["purify", "inspect", "classify", "evaluate", "export", "verify", "serve", "demo", "attack"]
+    verbs = [
+        "purify",
+        "inspect",
+        "classify",
+        "evaluate",
+        "export",
+        "verify",
+        "serve",
+        "bench",
+        "demo",
+        "attack",
+    ]
     assert rows == verbs
     for line in README.splitlines():
         if found := re.match(r"\| `cbpt-runtime (\w+)", line):

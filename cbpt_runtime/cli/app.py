@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli import attack, classify, demo, evaluate, export, inspect, purify, serve, verify
+from cbpt_runtime.cli import attack, bench, classify, demo, evaluate, export, inspect, purify, serve, verify
 
 app = typer.Typer(
     help="Makes third-party CLIP checkpoints safe to serve.",
@@ -25,6 +25,7 @@ app.command("evaluate", short_help="Clean accuracy and attack success, before an
 app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
 app.command("serve", short_help="A model repository on a real Triton, self-tested.")(serve.command)
+app.command("bench", short_help="Honest latency and throughput, with accuracy beside them.")(bench.command)
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)
 app.add_typer(attack.app, name="attack")
 

@@ -14,7 +14,7 @@ from cbpt_runtime.errors import ConfigError
 
 Kind = Literal["refused", "busy", "unreachable", "timeout", "broken"]
 _SCHEMES = ("grpc", "grpcs", "http", "https")
-_HTTP_BUSY = 503
+_HTTP_KINDS: dict[int, Kind] = {429: "busy", 502: "busy", 503: "busy", 504: "timeout"}  # some are a gateway's
 _GRPC_KINDS: dict[str, Kind] = {
     "INVALID_ARGUMENT": "refused",
     "NOT_FOUND": "refused",
@@ -194,7 +194,7 @@ class _HttpWire:
         except InferenceServerException as error:
             status = str(error.status() or "")
             code = int(status) if status.isdigit() else 0
-            kind: Kind = "busy" if code == _HTTP_BUSY else "refused" if 400 <= code < 500 else "broken"
+            kind = _HTTP_KINDS.get(code, "refused" if 400 <= code < 500 else "broken")
             raise WireError(
                 _kind(kind, str(error.message())), f"HTTP {status or 'error'}: {error.message()}"
             ) from error

@@ -1,0 +1,116 @@
+"""What a sample of latencies can and cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cbpt_runtime.bench.config import BEYOND, PERCENTILES
+
+_BINS_PER_DECADE = 20
+_RESAMPLES = 2000
+_SHOWN_DIGITS = 6
+
+
+def carries(count: int, percentile: float) -> bool:
+    """Whether a sample is large enough for a percentile: at least `BEYOND` observations lie beyond it.
+
+    That is 20 for the median, 100 for p90, 200 for p95 and 1,000 for p99.
+    """
+    return count * (100 - percentile) / 100 >= BEYOND - 1e-9
+
+
+def needed(percentile: float) -> int:
+    """The smallest sample that carries a percentile."""
+    return math.ceil(BEYOND * 100 / (100 - percentile) - 1e-9)
+
+
+def summary(latencies_ms: Float[np.ndarray, " requests"]) -> dict[str, Any]:
+    """n, mean, maximum, and the percentiles that n carries, each with a 95 % interval.
+
+    The intervals are distribution-free: the order statistics whose ranks enclose the percentile with 95 %
+    probability (H. A. David, "Order Statistics", 1981, section 2.5), for independent observations.
+    """
+    count = len(latencies_ms)
+    if count == 0:
+        return {"n": 0}
+    ordered = np.sort(latencies_ms)
+    found: dict[str, Any] = {
+        "n": count,
+        "mean": _rounded(ordered.mean()),
+        "max": _rounded(ordered[-1]),
+    }
+    left_out = []
+    for percentile in PERCENTILES:
+        name = f"p{percentile:g}"
+        if not carries(count, percentile):
+            left_out.append(name)
+            continue
+        low, high = _enclosing_ranks(count, percentile / 100)
+        found[name] = _rounded(np.percentile(ordered, percentile))
+        found[f"{name}_interval"] = [_rounded(ordered[low]), _rounded(ordered[high])]
+    if left_out:
+        found["n_too_small_for"] = left_out
+    return found
+
+
+def histogram(latencies_ms: Float[np.ndarray, " requests"]) -> dict[str, Any]:
+    """Counts in bins of equal ratio (20 per decade); only bins from the first to the last that are used."""
+    if len(latencies_ms) == 0:
+        return {"edges_ms": [], "counts": []}
+    floor = max(1e-3, float(latencies_ms.min()))
+    first = math.floor(_BINS_PER_DECADE * math.log10(floor))
+    last = max(first + 1, math.ceil(_BINS_PER_DECADE * math.log10(max(floor, float(latencies_ms.max())))))
+    edges = 10.0 ** (np.arange(first, last + 1) / _BINS_PER_DECADE)
+    edges[-1] *= 1 + 1e-9
+    counts, _ = np.histogram(np.maximum(latencies_ms, floor), edges)
+    return {"edges_ms": [_rounded(edge) for edge in edges], "counts": counts.tolist()}
+
+
+def ratio_interval(
+    first: Float[np.ndarray, " requests"],
+    second: Float[np.ndarray, " others"],
+    generator: np.random.Generator,
+    statistic: Callable[..., Any] = np.median,
+) -> tuple[float, float, float]:
+    """A statistic of the first sample over that of the second, with a 95 % bootstrap interval.
+
+    Neighbouring latencies resemble each other (a queue, a busy moment), so blocks of neighbours are drawn
+    instead of single observations: H. R. Künsch, "The jackknife and the bootstrap for general stationary
+    observations", 1989. Blocks are as long as the cube root of the sample is large, at least.
+
+    Returns:
+        Ratio, lower and upper end.
+    """
+    ratio = float(statistic(first) / statistic(second))
+    drawn = _resampled(first, generator, statistic) / _resampled(second, generator, statistic)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return ratio, float(low), float(high)
+
+
+def _resampled(
+    values: Float[np.ndarray, " requests"], generator: np.random.Generator, statistic: Callable[..., Any]
+) -> Float[np.ndarray, " resamples"]:
+    count = len(values)
+    length = max(1, round(count ** (1 / 3)))
+    blocks = -(-count // length)
+    found = np.empty(_RESAMPLES)
+    for number in range(_RESAMPLES):
+        starts: Int[np.ndarray, " blocks"] = generator.integers(0, count - length + 1, blocks)
+        rows = (starts[:, None] + np.arange(length)).ravel()[:count]
+        found[number] = statistic(values[rows])
+    return found
+
+
+def _enclosing_ranks(count: int, share: float) -> tuple[int, int]:
+    half = 1.959963984540054 * math.sqrt(count * share * (1 - share))
+    low = max(0, math.floor(count * share - half) - 1)
+    return low, min(count - 1, math.ceil(count * share + half))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{float(value):.{_SHOWN_DIGITS}g}")
