@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from cbpt_runtime.errors import ConfigError
 
 Parameterization = Literal["embedding", "prompt"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 _POSITIVE_INTS = (
     "search_steps",
@@ -31,6 +32,8 @@ class PurifyConfig:
     Attributes:
         seed: Of every random choice.
         parameterization: Tune the class embeddings, or one context per class through the text tower.
+        precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
+            instructions for it, twice as fast. Whatever is measured is measured in float32.
         search_steps: Steps of the short inversion that every class gets in every search family.
         search_batch: Clean images per step and class.
         inversion_steps: Steps of the long inversion.
@@ -51,6 +54,7 @@ class PurifyConfig:
 
     seed: int = 0
     parameterization: Parameterization = "embedding"
+    precision: Precision = "auto"
     search_steps: int = 20
     search_batch: int = 8
     suspect_p_value: float = 0.01
@@ -68,10 +72,9 @@ class PurifyConfig:
     context_length: int = 4
 
     def __post_init__(self) -> None:
-        if self.parameterization not in get_args(Parameterization):
-            raise _bad(
-                "parameterization", "one of " + ", ".join(get_args(Parameterization)), self.parameterization
-            )
+        for name, choices in (("parameterization", Parameterization), ("precision", Precision)):
+            if getattr(self, name) not in get_args(choices):
+                raise _bad(name, "one of " + ", ".join(get_args(choices)), getattr(self, name))
         _check("seed", self.seed, int, 0, "a whole number of at least 0")
         for name in _POSITIVE_INTS:
             _check(name, getattr(self, name), int, 1, "a whole number of at least 1")

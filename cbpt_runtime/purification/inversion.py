@@ -44,6 +44,7 @@ def invert(
     batch: int,
     heldout: Clean,
     seed: int,
+    mixed: bool = False,
     progress: Progress | None = None,
     stage: str = "inversion",
 ) -> Inversion:
@@ -57,6 +58,7 @@ def invert(
         batch: Clean images per step, the same ones for all targets.
         heldout: Images the triggers are measured on; none of them is used to invert.
         seed: Of initial parameters and batches.
+        mixed: Run the encoder in bfloat16 where autocast allows it; measuring is always in float32.
         progress: Told about the steps.
         stage: Its name for the progress.
     """
@@ -65,7 +67,7 @@ def invert(
     done = []
     for index, group in enumerate(groups):
         generator = torch.Generator().manual_seed(seed)
-        done.append(_invert_group(evidence, family, group, steps, batch, generator))
+        done.append(_invert_group(evidence, family, group, steps, batch, generator, mixed))
         if progress is not None:
             progress(stage, index + 1, len(groups), {})
     parameters = {name: torch.cat([part[name] for part in done]) for name in done[0]}
@@ -74,6 +76,16 @@ def invert(
     ]
     to_text, to_prototype, success = (torch.tensor(column) for column in zip(*measured, strict=True))
     return Inversion(parameters=parameters, to_text=to_text, to_prototype=to_prototype, success=success)
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(
+        capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
 
 
 def triggered_features(
@@ -112,6 +124,7 @@ def _invert_group(
     steps: int,
     batch: int,
     generator: torch.Generator,
+    mixed: bool,
 ) -> Parameters:
     device = evidence.texts.device
     target = torch.tensor(targets, device=device)
@@ -122,9 +135,10 @@ def _invert_group(
         drawn = torch.randint(len(evidence.tune.labels), (batch,), generator=generator).to(device)
         pixels = (evidence.tune.images[drawn].float() / 255).expand(len(targets), batch, -1, -1, -1)
         triggered = family.apply(parameters, pixels).flatten(0, 1)
-        features = evidence.encoder.encode_images(triggered.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            features = evidence.encoder.encode_images(triggered.contiguous(memory_format=torch.channels_last))
         loss = contrastive_inversion(
-            features.view(len(targets), batch, -1),
+            features.float().view(len(targets), batch, -1),
             evidence.tune.features[drawn],
             evidence.texts,
             target,

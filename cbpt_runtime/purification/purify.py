@@ -20,7 +20,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import invert, subset
+from cbpt_runtime.purification.inversion import bfloat16_pays, invert, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
@@ -135,6 +135,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             batch=config.search_batch,
             heldout=heldout,
             seed=config.seed,
+            mixed=_is_mixed(evidence, config),
             progress=progress,
             stage=f"search {name} triggers",
         )
@@ -160,6 +161,10 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     return {}, values
 
 
+def _is_mixed(evidence: Evidence, config: PurifyConfig) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and bfloat16_pays(evidence.texts.device))
+
+
 def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:
     return [int(index) for index in searched["suspects"]][: max(1, len(classes.names) // 10)]
 
@@ -178,6 +183,7 @@ def _refine(
             batch=config.inversion_batch,
             heldout=subset(evidence.heldout, 1, torch.Generator()),
             seed=config.seed,
+            mixed=_is_mixed(evidence, config),
             progress=progress,
             stage=f"invert {name} triggers",
         )

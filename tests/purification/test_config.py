@@ -22,6 +22,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones() -> None:
     ("key", "value"),
     [
         ("parameterization", "weights"),
+        ("precision", "fp64"),
         ("seed", -1),
         ("seed", True),
         ("search_steps", 0),

@@ -60,6 +60,17 @@ def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameteri
     }
 
 
+def test_bfloat16_searches_like_float32(tiny_encoder: DualEncoder) -> None:
+    margins = [
+        purify(
+            tiny_encoder, classes(), clean_split(), dataclasses.replace(QUICK, precision=precision)
+        ).evidence["families"]["patch"]["to_text"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert margins[0] != margins[1]
+    assert margins[0] == pytest.approx(margins[1], abs=0.02)
+
+
 def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder) -> None:
     config = dataclasses.replace(QUICK, suspect_p_value=1e-12)
     result = purify(tiny_encoder, classes(), clean_split(), config)
