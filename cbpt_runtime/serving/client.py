@@ -70,7 +70,7 @@ class AsyncClient:
         model: Name of the served model; needed only where a server has several.
         timeout_s: For one request with all its retries.
         retries: How often a request is sent again when the connection fails or the server has no room
-            (HTTP 503); nothing else is ever sent twice.
+            (HTTP 503, and 429 or 502 of a gateway); nothing else is ever sent twice.
         in_flight: Requests on their way at once, for many files.
         headers: Sent with every request, for a gateway that wants to know who asks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,9 +106,16 @@ def test_lets_nothing_else_through(config: list[dict[str, Any]], path: str) -> N
 def test_every_listener_speaks_tls_and_asks_for_a_password(config: list[dict[str, Any]]) -> None:
     assert arguments(config, "listen") == [["8443", "ssl"]]
     assert set(arguments(config, "ssl_protocols")[0]) == {"TLSv1.2", "TLSv1.3"}
-    assert arguments(config, "auth_basic") == [["Triton"]]
+    open_places = [
+        d["args"]
+        for d in walk(config)
+        if d["directive"] == "location" and ["off"] in arguments(d["block"], "auth_basic")
+    ]
+    assert arguments(config, "auth_basic")[0] == ["Triton"]
+    assert open_places == [["=", "/refused"]]
+    assert arguments(config, "internal") == [[]]  # nobody can ask for it
     assert ["Authorization", ""] in arguments(config, "proxy_set_header")
-    assert arguments(config, "client_max_body_size") == [["64m"]]
+    assert arguments(config, "client_max_body_size")[0] == ["64m"]
 
 
 def test_upstreams_are_services_of_the_compose_file(config: list[dict[str, Any]]) -> None:
@@ -121,3 +129,16 @@ def test_what_it_writes_is_on_the_only_writable_place(config: list[dict[str, Any
     places = [arguments(config, name)[0][0] for name in ("pid", "proxy_temp_path", "client_body_temp_path")]
     assert all(place.startswith("/tmp/") for place in places)
     assert "/tmp:" in yaml.safe_load((SERVER / "compose.yaml").read_text())["services"]["gateway"]["tmpfs"][0]
+
+
+def test_refusals_are_in_tritons_form_and_small_pictures_stay_off_the_disk(
+    config: list[dict[str, Any]],
+) -> None:
+    (*statuses, page) = arguments(config, "error_page")[0]
+    place = next(d for d in walk(config) if d["directive"] == "location" and d["args"] == ["=", page])
+    (status, text) = arguments(place["block"], "return")[0]
+    assert status == "200"  # nginx keeps the one it refused with
+    message = json.loads(text)["error"]
+    assert all(status in message for status in statuses)
+    assert arguments(place["block"], "client_max_body_size") == [["0"]]  # or a large one is refused twice
+    assert arguments(config, "client_body_buffer_size") == [["1m"]]

@@ -1,8 +1,15 @@
+"""What Triton's answers, and those of a gateway before it, mean for a caller."""
+
 from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from cbpt_runtime.serving.wire import Kind, _kind
+from cbpt_runtime.serving.wire import Kind, WireError, _kind, open_wire
 
 DEAD = "in ensemble 'shapes', Stub process 'shapes_classifier_0_0' is not healthy."
 STARVED = "in ensemble 'shapes', expected 2 inputs but got 0 inputs for model 'shapes_alarm'. Got input(s) []"
@@ -22,3 +29,45 @@ def test_a_step_starved_by_a_full_queue_or_left_without_its_process_means_busy(
     kind: Kind, message: str, seen_as: Kind
 ) -> None:
     assert _kind(kind, message) == seen_as
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers with the status that the path of the model names."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[3]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def refusing_url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "seen_as"),
+    [
+        (400, "refused"), (401, "refused"), (404, "refused"), (413, "refused"),
+        (429, "busy"), (502, "busy"), (503, "busy"), (504, "timeout"), (500, "broken"),
+    ],
+)  # fmt: skip
+def test_a_status_of_http_says_whose_fault_it_is(status: int, seen_as: Kind, refusing_url: str) -> None:
+    async def ask() -> None:
+        wire = open_wire(refusing_url)
+        try:
+            await wire.config(str(status), 10)
+        finally:
+            await wire.close()
+
+    with pytest.raises(WireError) as error:
+        asyncio.run(ask())
+    assert error.value.kind == seen_as
