@@ -134,18 +134,22 @@ def unpacked(path: Path, folder: Path) -> Path:
     return inside[0] if len(inside) == 1 else path
 
 
-def save(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Writes the results with what they were measured on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
         "processor": platform.processor() or platform.machine(),
         "usable_cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
     }
+
+
+def save(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Writes the results with what they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        json.dumps({"machine": machine, "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n"
+        json.dumps({"machine": machine(), "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n"
     )
 
 

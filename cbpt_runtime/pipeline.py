@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cbpt_runtime.bundle import (
     Bundle,
@@ -20,6 +20,8 @@ from cbpt_runtime.bundle import (
     output_error,
     write_bundle,
 )
+from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
+from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 
     from cbpt_runtime.types import Progress
 
+CBPT = "cbpt"
+METHODS = (CBPT, *CONFIGS)
+"""What `purify --method` knows, the default first."""
+
 _PACKAGES = ("cbpt-runtime", "torch", "open_clip_torch", "numpy", "pillow", "safetensors")
 
 
@@ -48,6 +54,7 @@ def purify_checkpoint(
     templates: Sequence[str] | None = None,
     shots: int = 16,
     config: PurifyConfig | None = None,
+    defense: DefenseConfig | None = None,
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -69,6 +76,8 @@ def purify_checkpoint(
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
         config: How to purify; its seed also draws the images.
+        defense: Another defence, which tunes the image tower. Alone it is all that is done: no target is
+            looked for, the verdict is 'unknown'. With `config`, too, the tuned model is purified after it.
         device: 'auto', 'cpu' or 'cuda'.
         force: Replace a bundle that is already at ``output``.
         resume: Continue from the finished stages of an interrupted run with the same input.
@@ -85,26 +94,35 @@ def purify_checkpoint(
     """
     output = Path(output)
     check_output(output, force=force)
-    config = PurifyConfig() if config is None else config
+    if defense is None:
+        config = PurifyConfig() if config is None else config
+    seed = next(numbers.seed for numbers in (config, defense) if numbers is not None)
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
     tell("read checkpoint", 0, 1, {})
     suspect = read_checkpoint(checkpoint, model=model)
     tell("read checkpoint", 1, 1, {})
-    split = draw_clean_split(Path(images), class_list, suspect.preprocess, shots=shots, seed=config.seed)
+    split = draw_clean_split(Path(images), class_list, suspect.preprocess, shots=shots, seed=seed)
     tell("read images", 1, 1, {})
     encoder = load_dual_encoder(suspect, device=str(place))
 
     partial = output.with_name(output.name + ".partial")
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
-    try:
-        stages = StageStore(partial, _fingerprint(suspect, class_list, split, config))
-        result = purify(encoder, class_list, split, config, progress=progress, stages=stages)
-    except OSError as error:  # nothing but the stages is written
-        raise output_error(partial, error) from error
-    content = _content(suspect, encoder, class_list, split, config, result, shots=shots)
+    repaired, found = None, None
+    if defense is not None:
+        repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
+        encoder = repaired.encoder
+    if config is not None:
+        try:
+            stages = StageStore(partial, _fingerprint(suspect, class_list, split, config, defense))
+            found = purify(encoder, class_list, split, config, progress=progress, stages=stages)
+        except OSError as error:  # nothing but the stages is written
+            raise output_error(partial, error) from error
+    result = _result(repaired, found)
+    method = _method(config, defense, repaired)
+    content = _content(suspect, encoder, class_list, split, method, result, shots=shots)
     if keep_images:
         content = replace(content, images=choose_clean_images(split))
     bundle = write_bundle(
@@ -125,11 +143,29 @@ def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -
 
 
 def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:
-    """Configuration from a JSON file; overrides that are not None win.
+    """Configuration of CBPT from a JSON file; overrides that are not None win.
 
     Raises:
         ConfigError: The file cannot be read, is not a JSON object, or has an unknown key or bad value.
     """
+    return PurifyConfig.from_dict(_read_values(path, overrides))
+
+
+def read_defense(method: str, path: str | Path | None = None, **overrides: Any) -> DefenseConfig:
+    """Configuration of another method; otherwise as `read_config`.
+
+    Raises:
+        ConfigError: No such method, or as `read_config`.
+    """
+    if method not in CONFIGS:
+        raise ConfigError(
+            expected="a method out of " + ", ".join(METHODS), got=method, fix="Choose one of them."
+        )
+    return CONFIGS[method].from_dict(_read_values(path, overrides))
+
+
+def _read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys and values of a JSON file, if there is one, under overrides that are not None."""
     values: dict[str, Any] = {}
     if path is not None:
         try:
@@ -147,15 +183,20 @@ def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfi
                 got=type(values).__name__,
                 fix='Write the keys to change, for example {"seed": 1}.',
             )
-    values |= {key: value for key, value in overrides.items() if value is not None}
-    return PurifyConfig.from_dict(values)
+    return values | {key: value for key, value in overrides.items() if value is not None}
 
 
 def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
     """Progress nobody wants to see."""
 
 
-def _fingerprint(suspect: Checkpoint, classes: ClassList, split: CleanSplit, config: PurifyConfig) -> str:
+def _fingerprint(
+    suspect: Checkpoint,
+    classes: ClassList,
+    split: CleanSplit,
+    config: PurifyConfig,
+    defense: DefenseConfig | None,
+) -> str:
     """SHA-256 over everything the stages depend on."""
     parts = {
         "checkpoint": suspect.sha256,
@@ -166,7 +207,64 @@ def _fingerprint(suspect: Checkpoint, classes: ClassList, split: CleanSplit, con
         "config": config.to_dict(),
         "version": version("cbpt-runtime"),
     }
+    if defense is not None:
+        parts["defense"] = {"method": defense.method, **defense.to_dict()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _result(repaired: Repair | None, found: Purification | None) -> Purification:
+    """What another defence, CBPT, or CBPT after it have made.
+
+    After a defence alone: its encoder with its own zero-shot head; whether that has a target nobody knows.
+    After both: what CBPT found, with the accuracy of the suspect as the one before.
+    """
+    if repaired is None:
+        return cast(Purification, found)
+    if found is not None:
+        metrics = {
+            **found.metrics,
+            "heldout_ca_before": repaired.metrics["heldout_ca_before"],
+            "heldout_ca_repaired": repaired.metrics["heldout_ca_after"],
+        }
+        seconds = {**repaired.stage_seconds, **found.stage_seconds}
+        return replace(found, metrics=metrics, stage_seconds=seconds)
+    return Purification(
+        verdict="unknown",
+        suspects=(),
+        class_embeddings=repaired.class_embeddings,
+        reference_embeddings=repaired.class_embeddings,
+        contexts=None,
+        triggers={},
+        metrics=repaired.metrics,
+        stage_seconds=repaired.stage_seconds,
+        evidence={},
+    )
+
+
+def _method(
+    config: PurifyConfig | None, defense: DefenseConfig | None, repaired: Repair | None
+) -> dict[str, Any]:
+    """How the bundle was made: CBPT, another defence, or CBPT after it."""
+    if config is not None:
+        method = {
+            "name": CBPT,
+            "config": config.to_dict(),
+            "seed": config.seed,
+            "parameterization": config.parameterization,
+        }
+    if defense is None or repaired is None:
+        return method
+    changed = {"encoder": repaired.changed, "trainable_parameters": repaired.trainable_parameters}
+    if config is not None:
+        name = f"{defense.method}+{CBPT}"
+        return {**method, "name": name, "defense_config": defense.to_dict(), **changed}
+    return {
+        "name": defense.method,
+        "config": defense.to_dict(),
+        "seed": defense.seed,
+        "parameterization": "visual-prompt" if repaired.changed == "prompted" else "encoder",
+        **changed,
+    }
 
 
 def _content(
@@ -174,7 +272,7 @@ def _content(
     encoder: DualEncoder,
     classes: ClassList,
     split: CleanSplit,
-    config: PurifyConfig,
+    method: Mapping[str, Any],
     result: Purification,
     *,
     shots: int,
@@ -185,10 +283,7 @@ def _content(
         class_names=classes.names,
         templates=classes.templates,
         method={
-            "name": "cbpt",
-            "config": config.to_dict(),
-            "seed": config.seed,
-            "parameterization": config.parameterization,
+            **method,
             "shots": shots,
             "tune_images": len(split.tune_images),
             "heldout_images": len(split.heldout_images),

@@ -3,7 +3,7 @@
     bundle/
         manifest.json         what it is, how it was made, SHA-256 of every other file
         head.safetensors      class_embeddings, reference_embeddings, logit_scale, [logit_bias], [contexts]
-        encoder.safetensors   the image tower, untouched
+        encoder.safetensors   the image tower; untouched, unless the method is one that tunes it
         triggers.safetensors  the dummy triggers
         images.safetensors    some of the clean images, for exports; absent when they were to be left out
         report.html           the same story for people

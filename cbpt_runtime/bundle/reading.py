@@ -40,7 +40,8 @@ class Bundle:
         manifest: The whole of ``manifest.json``.
         digest: SHA-256 of ``manifest.json``, hence of everything in the bundle.
         class_embeddings: The purified head, unit-norm rows, float32.
-        reference_embeddings: The head before purification, unit-norm rows, float32.
+        reference_embeddings: The zero-shot head of the bundle's encoder before class prompts were tuned,
+            unit-norm rows, float32; equal to `class_embeddings` where a method tunes none.
         logit_scale: Temperature, already exponentiated.
         logit_bias: SigLIP's bias, else None.
     """
@@ -55,8 +56,13 @@ class Bundle:
 
     @property
     def verdict(self) -> str:
-        """'backdoored' or 'clean'."""
+        """'backdoored' or 'clean'; 'unknown' where the method looks for no target."""
         return str(self.manifest["verdict"])
+
+    @property
+    def encoder(self) -> str:
+        """'untouched', or what a method made of the suspect's image tower: 'tuned' or 'prompted'."""
+        return str(self.manifest["method"].get("encoder", "untouched"))
 
     @property
     def class_names(self) -> tuple[str, ...]:

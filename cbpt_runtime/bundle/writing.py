@@ -37,7 +37,7 @@ class BundleContent:
     """Everything a bundle holds, before it is on disk.
 
     Attributes:
-        verdict: 'backdoored' or 'clean'.
+        verdict: 'backdoored' or 'clean'; 'unknown' where the method looks for no target.
         model: ``config``, ``preprocess``, ``source``, ``format``, ``sha256`` and ``dtype`` of the suspect
             checkpoint; ``preprocess`` as `Preprocess.to_dict` gives it.
         class_names: In the order of the rows of both heads.

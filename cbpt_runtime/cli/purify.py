@@ -34,14 +34,18 @@ def command(
     shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    method: Annotated[
+        Literal["cbpt", "ft", "cleanclip", "abd", "rvpt"],
+        typer.Option(help="How: CBPT tunes the class prompts; the others tune the image tower instead."),
+    ] = "cbpt",
     parameterization: Annotated[
         Literal["embedding", "prompt"] | None,
         typer.Option(
-            help="What is tuned: class embeddings, or contexts in front of names. Default: embedding."
+            help="What cbpt tunes: class embeddings, or contexts in front of names. Default: embedding."
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON file with purification settings; flags given here win.")
+        Path | None, typer.Option(help="JSON file with the method's settings; flags given here win.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run from its last finished stage.")
@@ -53,9 +57,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
-    from cbpt_runtime.pipeline import purify_checkpoint, read_config
+    from cbpt_runtime.pipeline import purify_checkpoint, read_config, read_defense
 
-    settings = read_config(config, seed=seed, parameterization=parameterization)
+    settings, defense = None, None
+    if method == "cbpt":
+        settings = read_config(config, seed=seed, parameterization=parameterization)
+    else:
+        _refuse_options_of_cbpt(method, parameterization=parameterization, resume=resume)
+        defense = read_defense(method, config, seed=seed)
     try:
         with shown_progress() as progress:
             bundle = purify_checkpoint(
@@ -67,6 +76,7 @@ def command(
                 templates=template or None,
                 shots=shots,
                 config=settings,
+                defense=defense,
                 device=device,
                 force=force,
                 resume=resume,
@@ -74,7 +84,8 @@ def command(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print_note("interrupted: no bundle was written; finished stages are kept, continue with --resume")
+        kept = "; finished stages are kept, continue with --resume" if method == "cbpt" else ""
+        print_note(f"interrupted: no bundle was written{kept}")
         raise
     for note in bundle.manifest["method"]["notes"]:
         print_note(f"note: {note}")
@@ -82,6 +93,18 @@ def command(
         print_json(_summary(bundle))
     else:
         print_result(bundle)
+
+
+def _refuse_options_of_cbpt(method: str, *, parameterization: str | None, resume: bool) -> None:
+    from cbpt_runtime.errors import ConfigError
+
+    for option, is_given in (("--parameterization", parameterization is not None), ("--resume", resume)):
+        if is_given:
+            raise ConfigError(
+                expected=f"{option} with --method cbpt",
+                got=f"{option} with --method {method}, which has nothing of the kind",
+                fix=f"Leave {option} away.",
+            )
 
 
 def print_result(bundle: Bundle) -> None:

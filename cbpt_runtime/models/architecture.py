@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.config import config_error, is_custom_text, read_json
 from cbpt_runtime.models.hub import find_local_files
+from cbpt_runtime.models.visual_prompts import PromptedTower, split_prompts
 
 # What a configuration that passed the checks can still make a model constructor raise.
 _BUILD_FAILURES = (
@@ -67,13 +68,18 @@ def load_model(
 
 
 def load_image_tower(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The image tower alone; `tensors` are named without the prefix `visual.`; otherwise as `load_model`."""
+    """The image tower alone; `tensors` are named without the prefix `visual.`; otherwise as `load_model`.
+
+    Visual prompts among the tensors become part of the tower.
+    """
+    tensors, prompts = split_prompts(tensors)
 
     def build(device: str) -> nn.Module:
         vision, quick_gelu = deepcopy(config["vision_cfg"]), config.get("quick_gelu", False)
         return _build(lambda: _build_vision_tower(config["embed_dim"], vision, quick_gelu), device)
 
-    return _load(build, tensors)
+    tower = _load(build, tensors)
+    return PromptedTower(tower, prompts) if prompts else tower
 
 
 def _build(build: Callable[[], nn.Module], device: str) -> nn.Module:

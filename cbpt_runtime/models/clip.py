@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,14 @@ class ImageEncoder:
                 got=str(list(pixels.shape)),
                 fix="Prepare images with to_pixels and move the channels to the second place.",
             )
-        features: Tensor = self.module((pixels.to(self.device) - self._mean) / self._std)
+        features: Tensor = self.module(self.normalise(pixels))
         return normalize(features, dim=-1)
+
+    def normalise(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Pixels in [0, 1] as the tower takes them, on its device."""
+        return (pixels.to(self.device) - self._mean) / self._std
 
     def state(self) -> dict[str, Tensor]:
         """The tower's weights by name, without the prefix `visual.`."""
@@ -116,6 +123,12 @@ class DualEncoder:
         features = self.encode_texts([text for group in texts for text in group])
         groups = torch.split(features, [len(group) for group in texts])
         return normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+
+    def with_image_tower(self, module: nn.Module) -> DualEncoder:
+        """The same model with another image tower, which is frozen."""
+        other = copy.copy(self)
+        other.image_encoder = ImageEncoder(module, self.model_config, self.preprocess)
+        return other
 
     def image_tower_state(self) -> dict[str, Tensor]:
         """The image tower's weights by name, without the prefix `visual.`, for `load_image_encoder`."""

@@ -52,7 +52,7 @@ def bundle_report(
         bundle,
         examples=examples,
         painted=paint_dummy_triggers(bundle, examples),
-        study=study_bundle(bundle, images, labels, call) if len(images) else None,
+        study=study_bundle(bundle, images, labels, call) if len(images) and _has_two_heads(bundle) else None,
         call=call,
     )
 
@@ -89,7 +89,7 @@ def render_report(
         bundle=bundle,
         manifest=bundle.manifest,
         names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
-        moved=int((bundle.class_embeddings != bundle.reference_embeddings).any(axis=1).sum()),
+        changed=_changed(bundle),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
         rows=_picture_rows(bundle, examples, painted, call),
@@ -133,6 +133,28 @@ def write_page(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _has_two_heads(bundle: Bundle) -> bool:
+    """Whether the bundle can classify as before, too: not where only the encoder changed."""
+    return bundle.verdict != "unknown"
+
+
+def _changed(bundle: Bundle) -> str:
+    """What purification changed, in words."""
+    moved = int((bundle.class_embeddings != bundle.reference_embeddings).any(axis=1).sum())
+    classes = f"the class embeddings of {moved} of {len(bundle.class_names)} classes in the head"
+    match bundle.encoder, moved:
+        case "untouched", 0:
+            return "nothing. The image encoder is as it was"
+        case "untouched", _:
+            return f"{classes}. The image encoder is as it was"
+        case "prompted", 0:
+            return "the image encoder, into which visual prompts were put"
+        case _, 0:
+            return "the image encoder, and with the text encoder all class embeddings"
+        case _:
+            return f"the image encoder, and then {classes}"
 
 
 def _page(template: str, **values: Any) -> str:

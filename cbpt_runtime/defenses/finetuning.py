@@ -1,0 +1,160 @@
+"""Contrastive tuning of both towers on a few labelled images, captions made from the class list's templates.
+
+On its own this is FT. Published defences of this kind take image-caption pairs from the web; few clean
+images with labels are what this tool is given, so a caption is a template filled with the class name, drawn
+anew each step, and images of the same class in a batch are no negatives of each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from cbpt_runtime.defenses.augmentation import drawn_seed
+from cbpt_runtime.defenses.config import FinetuneConfig
+from cbpt_runtime.errors import PurificationError
+from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.training.contrastive import (
+    MAX_LOGIT_SCALE,
+    batches,
+    cosine_rate,
+    labelled_contrastive_loss,
+    make_optimizer,
+)
+from cbpt_runtime.training.trainable import TrainableClip
+from cbpt_runtime.types import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Labelled images with a caption each.
+
+    Attributes:
+        images: uint8 RGB at the model's size.
+        labels: Class indices.
+        captions: One text per image.
+    """
+
+    images: UInt8[np.ndarray, "batch height width 3"]
+    labels: Int[Tensor, " batch"]
+    captions: list[str]
+
+    @property
+    def same(self) -> Bool[Tensor, "batch batch"]:
+        """Which pairs are of one class."""
+        return self.labels.unsqueeze(0) == self.labels.unsqueeze(1)
+
+
+BatchLoss = Callable[[TrainableClip, Batch, torch.Generator], Tensor]
+
+
+def tune_both_towers(
+    clip: TrainableClip,
+    split: CleanSplit,
+    texts: Sequence[Sequence[str]],
+    config: FinetuneConfig,
+    loss: BatchLoss,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Tunes in place with AdamW, a short warm-up and a cosine schedule.
+
+    Args:
+        clip: The model.
+        split: Its tune images.
+        texts: Captions of each class.
+        config: All numbers.
+        loss: Of a batch.
+        progress: Told about the steps.
+
+    Raises:
+        PurificationError: The loss is no longer finite.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = make_optimizer(
+        clip.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+    )
+    total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
+    warmup = min(config.warmup_steps, math.ceil(total / 10))
+    clip.model.to(memory_format=torch.channels_last)
+    clip.model.train()
+    step = 0
+    for _ in range(config.epochs):
+        for index in batches(len(split.tune_labels), config.batch_size, generator):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * cosine_rate(step, warmup, total)
+            value = loss(clip, _batch(split, texts, index.numpy(), generator), generator)
+            check_finite(value)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                clip.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
+            step += 1
+            if progress is not None:
+                progress("tune both towers", step, total, {"loss": float(value.detach())})
+    clip.model.eval()
+
+
+def caption_loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+    """FT's loss: CLIP's own between images and captions."""
+    images = image_features(clip, batch.images)
+    return pair_loss(clip, images, text_features(clip, batch.captions), batch.same)
+
+
+def pair_loss(
+    clip: TrainableClip,
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    same: Bool[Tensor, "batch batch"],
+) -> Float[Tensor, ""]:
+    """The model's own contrastive loss, pairs of one class taken as positives."""
+    scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
+    bias: Tensor | None = getattr(clip.model, "logit_bias", None)
+    return labelled_contrastive_loss(images, texts, same.to(images.device), scale.exp(), bias)
+
+
+def image_features(
+    clip: TrainableClip, images: UInt8[np.ndarray, "batch height width 3"]
+) -> Float[Tensor, "batch dim"]:
+    """Unit features of uint8 images."""
+    return clip.encode_images(as_pixels(images).to(clip.device))
+
+
+def text_features(clip: TrainableClip, captions: Sequence[str]) -> Float[Tensor, "batch dim"]:
+    """Unit features of texts."""
+    return clip.encode_tokens(clip.tokenizer(captions).to(clip.device))
+
+
+def as_pixels(images: UInt8[np.ndarray, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels in [0, 1], channels last in memory: convolutions are faster so."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raises PurificationError where a loss is not a number any more."""
+    if not bool(loss.isfinite()):
+        raise PurificationError(
+            expected="a finite loss while tuning",
+            got=str(float(loss)),
+            fix="Lower `learning_rate` with --config.",
+        )
+
+
+def _batch(
+    split: CleanSplit,
+    texts: Sequence[Sequence[str]],
+    index: Int[np.ndarray, " batch"],
+    generator: torch.Generator,
+) -> Batch:
+    labels = split.tune_labels[index]
+    rng = np.random.default_rng(drawn_seed(generator))
+    captions = [texts[label][int(rng.integers(len(texts[label])))] for label in labels]
+    return Batch(images=split.tune_images[index], labels=torch.as_tensor(labels).long(), captions=captions)

@@ -1,0 +1,96 @@
+"""RVPT: visual prompts that lead a frozen image tower another way than the backdoor's.
+
+Source: "Repulsive visual prompt tuning", NeurIPS 2025. Prompts at the later layers are tuned on a few
+labelled clean images with a cross-entropy against the fixed text features, plus a repulsion: the mean, over
+the prompted layers, of the cosine between the class token with prompts and the class token without. Towers
+without tokens, and their counterpart of the class token, are our reading: see `models.visual_prompts`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+
+from cbpt_runtime.defenses.config import RvptConfig
+from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
+from cbpt_runtime.models.clip import DualEncoder
+from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
+from cbpt_runtime.training.contrastive import batches, cosine_rate, shift_and_mirror
+from cbpt_runtime.types import Progress
+
+
+def tune_visual_prompts(
+    encoder: DualEncoder,
+    texts: Float[Tensor, "classes dim"],
+    split: CleanSplit,
+    config: RvptConfig,
+    *,
+    progress: Progress | None = None,
+) -> PromptedTower:
+    """Tunes prompts by SGD with a cosine schedule; the tower itself stays as it is.
+
+    Args:
+        encoder: The suspect.
+        texts: Its class embeddings.
+        split: Its tune images.
+        config: All numbers.
+        progress: Told about the steps.
+
+    Raises:
+        ConfigError: A tower that prompts cannot be put into.
+        PurificationError: The loss is no longer finite.
+    """
+    images = encoder.image_encoder
+    tower = images.module
+    start = initial_prompts(
+        tower,
+        images.preprocess.image_size,
+        tokens=config.tokens,
+        first_layer=config.first_layer,
+        seed=config.seed,
+    )
+    prompts = [prompt.requires_grad_() for prompt in start]
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.SGD(prompts, lr=config.learning_rate, momentum=config.momentum)
+    total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
+    step = 0
+    for _ in range(config.epochs):
+        for index in batches(len(split.tune_labels), config.batch_size, generator):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * cosine_rate(step, 0, total)
+            pixels = as_pixels(split.tune_images[index.numpy()])
+            if config.max_shift:
+                pixels = shift_and_mirror(pixels, config.max_shift, generator)
+            normalised = images.normalise(pixels)
+            labels = torch.as_tensor(split.tune_labels[index.numpy()]).long().to(encoder.device)
+            features, seen = run_tower(tower, normalised, prompts, marks=len(prompts))
+            with torch.no_grad():
+                _, original = run_tower(tower, normalised, [], marks=len(prompts))
+            loss = prompt_loss(features, texts, labels, encoder.logit_scale)
+            loss = loss + config.repulsion_weight * repulsion(seen, original)
+            check_finite(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if progress is not None:
+                progress("tune visual prompts", step, total, {"loss": float(loss.detach())})
+    return PromptedTower(tower, [prompt.detach() for prompt in prompts])
+
+
+def prompt_loss(
+    features: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "classes dim"],
+    labels: Int[Tensor, " batch"],
+    scale: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of scaled cosines to the fixed text features."""
+    return cross_entropy(scale * normalize(features, dim=-1) @ texts.T, labels)
+
+
+def repulsion(seen: list[Tensor], original: list[Tensor]) -> Float[Tensor, ""]:
+    """Mean cosine, over layers and images, between what the tower sees with prompts and without."""
+    pairs = zip(seen, original, strict=True)
+    return torch.stack([cosine_similarity(one, other, dim=-1).mean() for one, other in pairs]).mean()
