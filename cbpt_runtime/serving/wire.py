@@ -205,11 +205,14 @@ class _HttpWire:
 
 
 def _kind(kind: Kind, message: str) -> Kind:
-    """The kind of an error, once two things Triton 2.51 says are seen for what they are.
+    """The kind of an error, once three that say little are seen for what they are.
 
-    It may blame the last step of an ensemble for what a full queue did to the step before. And where a
+    Triton 2.51 may blame the last step of an ensemble for what a full queue did to the step before. Where a
     process of its python backend died, nothing was answered, nor will be before the server is started again.
+    And a gateway's 413 reaches a gRPC client as an unknown error.
     """
+    if kind == "broken" and "http2 header with status: 4" in message:
+        return "refused"
     is_starved = kind == "refused" and "but got 0 inputs for model" in message
     is_dead = kind == "broken" and "Stub process" in message and "is not healthy" in message
     return "busy" if is_starved or is_dead else kind

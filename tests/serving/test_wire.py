@@ -22,12 +22,12 @@ STARVED = "in ensemble 'shapes', expected 2 inputs but got 0 inputs for model 's
         ("refused", "unexpected shape for input 'images'", "refused"),
         ("broken", STARVED, "broken"),
         ("broken", DEAD, "busy"),
+        ("broken", "Received http2 header with status: 413", "refused"),
+        ("broken", "Received http2 header with status: 500", "broken"),
         ("broken", "Failed to process the request(s)", "broken"),
     ],
 )
-def test_a_step_starved_by_a_full_queue_or_left_without_its_process_means_busy(
-    kind: Kind, message: str, seen_as: Kind
-) -> None:
+def test_errors_that_say_little_are_seen_for_what_they_are(kind: Kind, message: str, seen_as: Kind) -> None:
     assert _kind(kind, message) == seen_as
 
 
