@@ -9,7 +9,7 @@ VICTIMS and TINY_IMAGENET_100 as in `purification.py`. Every run is a process of
 CPU seconds and peak memory are taken. The results file is written after every run, runs in it are kept.
 
 Every rival is tried with its published numbers and with stronger ones. `selected`, the default setting, is
-the strongest one that, with seed 0, costs at most 3 points of accuracy on the *held-out clean images*: more than
+the strongest one that, with seed 0, costs at most 3 points of accuracy on *held-out clean images*: more than
 CBPT ever costs, and what the rivals' papers report. Neither trigger nor target nor test images have a say.
 `A+cbpt` tunes the encoder with the selected setting of A and then runs CBPT on it.
 """
