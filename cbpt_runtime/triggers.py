@@ -92,6 +92,43 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LowFrequency:
+    """One smooth grey pattern added to every image: clip(x + epsilon * tanh(C t Cᵀ)), C a cosine basis.
+
+    Attributes:
+        epsilon: l-infinity bound, in pixel units of [0, 1].
+        frequencies: Lowest cosine frequencies used, per axis; frequency k has k / 2 periods.
+    """
+
+    epsilon: float
+    frequencies: int
+    step_size: float = 0.2
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting coefficients, on the CPU."""
+        return {
+            "pattern": 0.1 * torch.randn(count, 1, self.frequencies, self.frequencies, generator=generator)
+        }
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images."""
+        coefficients = parameters["pattern"]
+        rows, columns = (self._basis(size).to(coefficients) for size in pixels.shape[-2:])
+        pattern = torch.tanh(rows @ coefficients @ columns.T)
+        return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        """The parameters themselves: the formula keeps the budget."""
+        return parameters
+
+    def _basis(self, size: int) -> Float[Tensor, "size frequencies"]:
+        places = (torch.arange(size) + 0.5) / size
+        return torch.cos(torch.pi * places.unsqueeze(1) * torch.arange(self.frequencies))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
     """A mask and a pattern, as in Neural Cleanse: (1 - m) * x + m * t, with the mean of m bounded.
 
@@ -138,6 +175,11 @@ SEARCH_FAMILIES: dict[str, TriggerFamily] = {
     "small-patch": Patch(area=0.01),
 }
 """Tight budgets, in which every class is searched: natural perturbations fail in them, triggers succeed."""
+
+GREY_SEARCH_FAMILIES: dict[str, TriggerFamily] = {
+    "low-frequency": LowFrequency(epsilon=30 / 255, frequencies=16),
+}
+"""Searched as well: neither colour nor fine texture, what natural perturbations are made of, fits in here."""
 
 REFINE_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),

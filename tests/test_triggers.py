@@ -5,9 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Additive, Blend, Patch
+from cbpt_runtime.triggers import (
+    GREY_SEARCH_FAMILIES,
+    REFINE_FAMILIES,
+    SEARCH_FAMILIES,
+    Additive,
+    Blend,
+    LowFrequency,
+    Patch,
+)
 
-FAMILIES = SEARCH_FAMILIES | REFINE_FAMILIES
+FAMILIES = SEARCH_FAMILIES | GREY_SEARCH_FAMILIES | REFINE_FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,3 +65,15 @@ def test_a_blend_is_the_stated_mixture() -> None:
     pixels = torch.rand(1, 1, 3, 4, 4)
     triggered = Blend(alpha=0.2).apply({"pattern": torch.zeros(1, 3, 4, 4)}, pixels)
     assert torch.allclose(triggered, 0.8 * pixels + 0.1)
+
+
+def test_a_low_frequency_pattern_is_grey_smooth_and_bounded() -> None:
+    family, pixels = LowFrequency(epsilon=0.1, frequencies=4), torch.full((1, 1, 3, 32, 24), 0.5)
+    wave = torch.zeros(1, 1, 4, 4)
+    wave[0, 0, 0, 2] = 0.3  # one period along the width
+    change = (family.apply({"pattern": wave}, pixels) - pixels)[0, 0]
+    places = (torch.arange(24) + 0.5) / 24
+    expected = 0.1 * torch.tanh(0.3 * torch.cos(2 * torch.pi * places)).expand(3, 32, 24)
+    assert torch.allclose(change, expected, atol=1e-6)
+    loud = family.initial(1, (32, 24), torch.Generator().manual_seed(0))["pattern"] * 1e3
+    assert (family.apply({"pattern": loud}, pixels) - pixels).abs().max() <= 0.1 + 1e-6

@@ -30,9 +30,9 @@ from cbpt_runtime.purification.rehearsal import (
     strongest_success,
 )
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values
+from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, robust_z
 from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
-from cbpt_runtime.triggers import REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
+from cbpt_runtime.triggers import GREY_SEARCH_FAMILIES, REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
 
 _SEARCH_HELDOUT = 64
@@ -126,7 +126,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     n_classes = len(evidence.texts)
     heldout = subset(evidence.heldout, _SEARCH_HELDOUT, torch.Generator().manual_seed(config.seed))
     families: dict[str, Any] = {}
-    for name, family in SEARCH_FAMILIES.items():
+    for name, family in (SEARCH_FAMILIES | GREY_SEARCH_FAMILIES).items():
         result = invert(
             evidence,
             family,
@@ -139,18 +139,23 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             progress=progress,
             stage=f"search {name} triggers",
         )
+        is_grey = name in GREY_SEARCH_FAMILIES
+        score = robust_z(result.to_text) if is_grey else joint_scores(result.to_text, result.to_prototype)
         families[name] = {
             "to_text": result.to_text.tolist(),
             "to_prototype": result.to_prototype.tolist(),
             "success": result.success.tolist(),
-            "score": joint_scores(result.to_text, result.to_prototype).tolist(),
+            "score": score.tolist(),
         }
-    table = torch.tensor([families[name]["score"] for name in SEARCH_FAMILIES])
-    scores, best = table.max(dim=0)
+    joint, reach = (
+        torch.tensor([families[name]["score"] for name in part])
+        for part in (SEARCH_FAMILIES, GREY_SEARCH_FAMILIES)
+    )
+    scores, best = torch.cat([joint, reach]).max(dim=0)
     values: dict[str, Any] = {
         "scores": scores.tolist(),
-        "p_values": p_values(table).tolist(),
-        "best_families": [list(SEARCH_FAMILIES)[i] for i in best.tolist()],
+        "p_values": p_values(joint, reach).tolist(),
+        "best_families": [list(families)[i] for i in best.tolist()],
         "families": families,
     }
     values["suspects"] = [

@@ -20,7 +20,7 @@ class Suspect:
     Attributes:
         index: Of the class.
         name: Of the class.
-        score: Joint robust z-score of the family that shows it best.
+        score: Robust z-score in the family that shows it best.
         p_value: Chance of such a score in any class and family, had the class been like the others.
         family: The trigger family that shows it best.
         success_before: Share of held-out images of other classes that the reference head calls the class
@@ -61,18 +61,22 @@ def robust_z(values: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
     return centred / (_MAD_TO_DEVIATION * centred.abs().median()).clamp(min=1e-9)
 
 
-def p_values(scores: Float[Tensor, "families classes"]) -> Float[Tensor, " classes"]:
-    """How surprising each class is: by its largest score, or by leading in every family; corrected for both.
+def p_values(
+    joint: Float[Tensor, "families classes"], reach: Float[Tensor, "grey_families classes"]
+) -> Float[Tensor, " classes"]:
+    """How surprising each class is: by its largest score, or by leading in every joint family; corrected.
 
     The second test finds what the first cannot among a dozen classes, where no z-score is surprising. It
     takes the families for independent, which they are only roughly.
 
     Args:
-        scores: Joint z-scores of every class in every family.
+        joint: Joint z-scores of every class in every search family.
+        reach: z-scores of reach alone in every grey search family.
     """
-    n_families, n_classes = scores.shape
+    n_families, n_classes = joint.shape
+    scores = torch.cat([joint, reach])
     largest = [p_value(score, n_classes, scores.numel()) for score in scores.amax(dim=0).tolist()]
-    leaders = set(scores.argmax(dim=1).tolist())
+    leaders = set(joint.argmax(dim=1).tolist())
     values = torch.tensor(largest)
     if len(leaders) == 1:
         leader = leaders.pop()

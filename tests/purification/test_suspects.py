@@ -29,17 +29,21 @@ def test_a_class_whose_text_alone_is_reached_scores_highest() -> None:
 
 
 def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
-    scores = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
-    assert p_values(scores).min() > 0.01
-    scores[1, 42] = 8.0
-    values = p_values(scores)
+    scores = torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
+    joint, reach = scores[:3], scores[3:]
+    assert p_values(joint, reach).min() > 0.01
+    joint[1, 42] = 8.0
+    reach[0, 7] = 6.0
+    values = p_values(joint, reach)
     assert values[42] < 1e-6
-    assert (values < 0.01).sum() == 1
+    assert values[42] < values[7] < 1e-4
+    assert (values < 0.01).sum() == 2
 
 
 def test_leading_in_every_family_tells_among_a_dozen_classes() -> None:
     scores = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).clamp(max=1.5)
     scores[:, 3] = 2.0
-    assert p_values(scores)[3].item() == pytest.approx(2 * 16**-2)
+    nothing = torch.zeros(1, 16)
+    assert p_values(scores, nothing)[3].item() == pytest.approx(2 * 16**-2)
     scores[0, 4] = 2.1
-    assert p_values(scores).min() > 0.05
+    assert p_values(scores, nothing).min() > 0.05
