@@ -126,7 +126,8 @@ async def _client(
                 else:
                     found = await client.predict_pixels(np.ascontiguousarray(pixels[chosen]))
             except ServingError as error:
-                tally.outcomes["cleanly refused" if "UNAVAILABLE" in error.got else "no answer"] += 1
+                is_clean = getattr(error.__cause__, "kind", "") == "busy"
+                tally.outcomes["cleanly refused" if is_clean else "no answer"] += 1
                 continue
             tally.latencies_ms.append(1000 * (time.perf_counter() - start))
             expected = np.array([rows[row]["probabilities"] for row in chosen])

@@ -52,7 +52,8 @@ def print_error(error: CbptError) -> None:
     """Print an error on stderr: what was expected, what came, what to do."""
     print_note(f"error: expected {error.expected}")
     print_note(f"       got {error.got}")
-    print_note(f"       {error.fix}")
+    for line in error.fix.splitlines():  # the tail of a log has many
+        print_note(f"       {line}")
 
 
 def print_table(

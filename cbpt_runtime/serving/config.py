@@ -20,7 +20,7 @@ class ServeConfig:
     """What an operator decides about a server.
 
     Attributes:
-        host: Address to listen on.
+        host: IPv4 address to listen on; Triton's three front ends do not agree on how IPv6 is written.
         http_port: Port of Triton's HTTP protocol; 0 takes a free one.
         grpc_port: Port of its gRPC protocol; 0 takes a free one.
         metrics_port: Port of its Prometheus metrics; 0 takes a free one.
@@ -65,7 +65,7 @@ class ServeConfig:
         try:
             self.address  # noqa: B018
         except ValueError:
-            problems.append(f"host = {self.host!r} (an IP address, or localhost)")
+            problems.append(f"host = {self.host!r} (an IPv4 address, or localhost)")
         if problems:
             raise ConfigError(
                 expected="settings of a server in range",
@@ -74,9 +74,9 @@ class ServeConfig:
             )
 
     @property
-    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    def address(self) -> ipaddress.IPv4Address:
         """The host as an address."""
-        return ipaddress.ip_address("127.0.0.1" if self.host == "localhost" else self.host)
+        return ipaddress.IPv4Address("127.0.0.1" if self.host == "localhost" else self.host)
 
     @property
     def is_loopback(self) -> bool:
@@ -86,10 +86,7 @@ class ServeConfig:
     @property
     def reachable_host(self) -> str:
         """The host as this machine's own clients write it in a URL."""
-        address = self.address
-        if address.is_unspecified:
-            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-        return f"[{address}]" if address.version == 6 else str(address)
+        return "127.0.0.1" if self.address.is_unspecified else str(self.address)
 
     @property
     def http_url(self) -> str:
@@ -118,7 +115,7 @@ def take_ports(config: ServeConfig, *, must_be_free: bool = True) -> ServeConfig
         for name in ("http_port", "grpc_port", "metrics_port"):
             port = getattr(config, name)
             if port == 0 or must_be_free:
-                listener = _bind(config.host, config.address, port, f"--{name.replace('_', '-')}")
+                listener = _bind(str(config.address), port, f"--{name.replace('_', '-')}")
                 port = held.enter_context(listener).getsockname()[1]
             ports[name] = port
     return replace(config, **ports)  # type: ignore[arg-type]
@@ -130,15 +127,14 @@ def require_free_page_port(port: int) -> None:
     Raises:
         ConfigError: It is taken.
     """
-    _bind("127.0.0.1", ipaddress.ip_address("127.0.0.1"), port, "--ui-port").close()
+    _bind("127.0.0.1", port, "--ui-port").close()
 
 
-def _bind(host: str, address: object, port: int, flag: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((str(address), port))
+        listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else None
