@@ -24,6 +24,7 @@ _CAUSES = tuple(
         r"^error: (.*)",
     )
 )
+_IDLE = re.compile(r"I\d{4} |\+-|\|")  # information, and the tables Triton draws
 # Written with the letter E on every machine without a GPU; nothing is wrong.
 _HARMLESS = ("CudaDriverHelper", "unable to create stream", "NVML", "DCGM", "pinned system memory")
 
@@ -53,8 +54,9 @@ class ServerLog:
         self._listening = True
 
     def tail(self, lines: int = 20) -> list[str]:
-        """The last lines."""
-        return list(self._tail)[-lines:]
+        """The last lines that are more than information and decoration; of all where there are none."""
+        told = [line for line in self._tail if line.strip() and not _IDLE.match(line)]
+        return (told or list(self._tail))[-lines:]
 
     def cause(self) -> str | None:
         """The line that says why the server failed, if one does."""

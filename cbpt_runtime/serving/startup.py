@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cbpt_runtime.errors import OutputError, ServingError
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.log import TAIL_LINES
 from cbpt_runtime.serving.placement import lay_out
 from cbpt_runtime.serving.plan import Plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
@@ -75,8 +74,7 @@ def startup_error(process: ServerProcess, what: str) -> ServingError:
     """An error with the server's own words: cause and tail of the log."""
     process.log.close(1.0)
     cause = process.log.cause()
-    told = [line for line in process.log.tail(TAIL_LINES) if not line.startswith(("+-", "|"))]  # no tables
-    lines = "\n".join(f"  | {line:.400}" for line in told[-LOG_LINES:])
+    lines = "\n".join(f"  | {line:.400}" for line in process.log.tail(LOG_LINES))
     return ServingError(
         expected="a tritonserver that loads the repository and goes on running",
         got=f"{what}: {cause}" if cause else what,
