@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from purification import machine, rates, unpacked
 
 from cbpt_runtime.defenses.config import CONFIGS
 from cbpt_runtime.evaluation import evaluate
+from cbpt_runtime.models.data import read_class_list
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification.config import PurifyConfig
 
@@ -50,7 +52,8 @@ SETTINGS: dict[str, dict[str, dict[str, float]]] = {  # weak to strong
     "abd": _LEARNING_RATES,
     "rvpt": {PUBLISHED: {}, "lr 0.02": {"learning_rate": 0.02}, "lr 0.1": {"learning_rate": 0.1}},
 }
-METHODS = ("cbpt", *SETTINGS, "rvpt+cbpt", "cleanclip+cbpt")
+BDETCLIP = "bdetclip"
+METHODS = ("cbpt", *SETTINGS, "rvpt+cbpt", "cleanclip+cbpt", BDETCLIP)
 COLUMNS = (
     ("clean_accuracy", min),
     ("attack_success_rate", max),
@@ -79,7 +82,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             _run_missing(options, Path(scratch))
     runs = read_runs(options.output)
-    print(table(runs), search_table(runs), sep="\n\n")
+    print(table(runs), search_table(runs), detection_table(runs), sep="\n\n")
 
 
 def _run_missing(options: argparse.Namespace, scratch: Path) -> None:
@@ -99,15 +102,16 @@ def _run_missing(options: argparse.Namespace, scratch: Path) -> None:
                     key = {"victim": victim.name, "method": method, "setting": setting, "seed": seed}
                     if setting is None or any(key.items() <= run.items() for run in runs):
                         continue
+                    work = detected if method == BDETCLIP else measured
                     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                        run = pool.submit(measured, victim, images, classes, key, scratch).result()
+                        run = pool.submit(work, victim, images, classes, key, scratch).result()
                     print(json.dumps({**key, **run["after"], "cpu_seconds": run["cpu_seconds"]}), flush=True)
                     save(options.output, [*read_runs(options.output), key | run])
 
 
 def named_setting(runs: list[Run], victim: str, method: str, wanted: str) -> str | None:
     """The setting to run: as named, or the selected one; None where there is none yet."""
-    if method == "cbpt":
+    if method in ("cbpt", BDETCLIP):
         return "default"
     rival = method.removesuffix("+cbpt")
     if wanted == SELECTED:
@@ -159,7 +163,7 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
         "suspects": [suspect["name"] for suspect in bundle.suspects],
         "before": rates(result.before) if method == "cbpt" else None,
         "after": rates(result.after),
-        "alarm_auroc": result.alarm_auroc,
+        "alarm": None if result.alarm is None else asdict(result.alarm),
         "heldout": bundle.metrics,
         "trainable_parameters": free,
         "cpu_seconds": seconds,
@@ -167,6 +171,27 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
         "peak_memory_bytes": peak_bytes,
         "tune_images": about["tune_images"],
         "heldout_images": about["heldout_images"],
+    }
+
+
+def detected(victim: Path, images: Path, classes: Path, key: Run, scratch: Path) -> Run:
+    """The undefended victim with a test-time detector beside it; nothing in it depends on the seed."""
+    torch.set_num_threads(1)
+    target, triggered = _attack(victim, scratch)
+    start = time.process_time()
+    result = evaluate(
+        victim,
+        images / "val",
+        triggered,
+        target,
+        classes=read_class_list(classes),
+        detector=key["method"],
+        device="cpu",
+    )
+    return {
+        "after": rates(result.before),
+        "alarm": None if result.alarm is None else asdict(result.alarm),
+        "cpu_seconds": time.process_time() - start,
     }
 
 
@@ -208,7 +233,7 @@ def table(runs: list[Run]) -> str:
         for method in METHODS:
             setting = named_setting(runs, victim, method, SELECTED)
             group = [run for run in own if (run["method"], run["setting"]) == (method, setting)]
-            if not group:
+            if not group or method == BDETCLIP:
                 continue
             after = [run["after"] for run in group]
             costs = [
@@ -217,6 +242,22 @@ def table(runs: list[Run]) -> str:
                 f"{max(run['peak_memory_bytes'] for run in group) / 2**20:.0f}",
             ]
             lines.append(_row([victim, method, str(setting), str(len(group)), *_rate_cells(after), *costs]))
+    return "\n".join(lines)
+
+
+def detection_table(runs: list[Run]) -> str:
+    """Alarms of purified classifiers and BDetCLIP on the undefended victims, as Markdown."""
+    lines = ["| victim | detector | seeds | AUROC | false alarms at 95 % detection |", "|" + "---|" * 5]
+    for victim in sorted({run["victim"] for run in runs}):
+        for method in METHODS:
+            group = [r for r in runs if (r["victim"], r["method"]) == (victim, method) and r.get("alarm")]
+            if group:
+                aurocs = [run["alarm"]["auroc"]["value"] for run in group]
+                false = [run["alarm"]["false_alarm_rate"]["rate"] for run in group]
+                name = method if method == BDETCLIP else f"alarm, {method}"
+                cells = [f"{statistics.mean(aurocs):.4f} ({min(aurocs):.4f})"]
+                cells += [f"{_percent(statistics.mean(false))} ({100 * max(false):.2f})"]
+                lines.append(_row([victim, name, str(len(group)), *cells]))
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -63,6 +63,10 @@ def command(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    detector: Annotated[
+        Literal["bdetclip"] | None,
+        typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
     output_format: Annotated[
@@ -87,6 +91,7 @@ def command(
             classes=None if classes is None else read_class_list(classes, templates=template),
             model=model,
             device=device,
+            detector=detector,
             progress=progress,
         )
     _print(evaluations, Format.JSON if as_json else output_format)
@@ -113,8 +118,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
         facts["target"] = evaluation.target
     if evaluation.alarm is not None:
         auroc, false_alarms = alarm_texts(evaluation)
-        facts |= {"alarm AUROC, triggered against clean": auroc}
-        facts |= {"false alarms where the alarm detects 95 %": false_alarms}
+        detector = "the alarm" if evaluation.detector == "alarm" else evaluation.detector
+        facts |= {f"AUROC of {detector}, triggered against clean": auroc}
+        facts |= {f"false alarms where {detector} detects 95 %": false_alarms}
     if facts:
         print_pairs(facts)
 

@@ -2,6 +2,7 @@
 
 results       what was measured
 subjects      a bundle or a checkpoint as something that names classes
+detectors     what tells triggered images at test time, to compare the alarm with
 measuring     one pass over the images per subject
 tables        Markdown and CSV
 """

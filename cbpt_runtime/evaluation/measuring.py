@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.evaluation.detectors import Detector
 from cbpt_runtime.evaluation.results import Evaluation, Measured, summarise
 from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
@@ -59,6 +60,7 @@ def evaluate_all(
     model: str | Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
+    detector: Detector | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images.
@@ -75,18 +77,19 @@ def evaluate_all(
         model: Architecture of checkpoints that do not say.
         device: 'auto', 'cpu' or 'cuda'.
         batch_size: Images encoded at once.
+        detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
         progress: Told after every batch.
 
     Raises:
         BundleError: A bundle is damaged.
         CheckpointError: A checkpoint cannot be used.
         ClassListError: The class lists differ, or the target is not a class.
-        ConfigError: Triggered images without a target, or from two sources.
+        ConfigError: Triggered images without a target, or from two sources; a detector without a checkpoint.
         ImageDataError: An image folder does not fit the classes, an image cannot be read, or the trigger is
             larger than the model's input.
     """
     _check_attack(triggered, target, attack)
-    opened = open_subjects(subjects, classes=classes, model=model, device=device)
+    opened = open_subjects(subjects, classes=classes, model=model, device=device, detector=detector)
     indices = [None if target is None else subject.find_target(target) for subject in opened]
     names = opened[0].class_names
     work = _Work(
@@ -160,7 +163,7 @@ def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progr
         triggered = _measure(
             subject, work.clean, work.batch_size, lambda d, t: tell("triggered images", d, t), paint
         )
-    before, after, alarm = summarise(clean, triggered, target, has_suspects=bool(subject.suspects))
+    before, after, alarm = summarise(clean, triggered, target, has_detector=subject.detector is not None)
     return Evaluation(
         source=subject.source,
         kind=subject.kind,
@@ -168,6 +171,8 @@ def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progr
         class_names=subject.class_names,
         verdict=subject.verdict,
         suspects=subject.suspects,
+        encoder=subject.encoder,
+        detector=subject.detector,
         target=None if target is None else subject.class_names[target],
         attack=described,
         clean_images=len(clean.labels),

@@ -38,7 +38,9 @@ class HeadRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmQuality:
-    """How well the alarm tells triggered images, whose true class is not the target, from clean ones.
+    """How well the alarm, or another detector, tells triggered images from clean ones.
+
+    Of the triggered images those count whose true class is not the target.
 
     Attributes:
         auroc: Chance that a triggered image has a higher alarm than a clean one.
@@ -59,7 +61,7 @@ class Measured:
         labels: True classes.
         before: Classes the only head, or the reference head of a bundle, gives.
         after: Classes the purified head gives; None for a checkpoint.
-        alarm: In [0, 1]; None for a checkpoint.
+        alarm: In [0, 1]; what a detector says of a checkpoint, in its own units; None without one.
         shown: Rows of a few images kept to look at.
         pictures: These images at the model's size.
     """
@@ -89,7 +91,11 @@ class Evaluation:
         triggered_images: Number of triggered images.
         before: Rates of the reference head, or of a checkpoint's zero-shot head.
         after: Rates of the purified head; None for a checkpoint.
-        alarm: None without triggered images or without suspects (the alarm is then always zero).
+        alarm: None without triggered images, or without suspects (the alarm is then always zero) or another
+            detector.
+        encoder: 'untouched', or what a method made of the image tower: 'tuned' or 'prompted'. What was before
+            is then not in the bundle: `before` is the zero-shot head of the *new* tower.
+        detector: What `alarm` is of: 'alarm', 'bdetclip', or None.
         clean: Every clean image; not part of `to_dict`.
         triggered: Every triggered image; not part of `to_dict`.
     """
@@ -107,6 +113,8 @@ class Evaluation:
     before: HeadRates
     after: HeadRates | None
     alarm: AlarmQuality | None
+    encoder: str = "untouched"
+    detector: str | None = None
     clean: Measured | None = field(default=None, repr=False)
     triggered: Measured | None = field(default=None, repr=False)
 
@@ -136,21 +144,21 @@ _PLAIN = (
     "suspects",
     "target",
     "attack",
+    "encoder",
+    "detector",
     "clean_images",
     "triggered_images",
 )
 
 
 def summarise(
-    clean: Measured, triggered: Measured | None, target: int | None, *, has_suspects: bool
+    clean: Measured, triggered: Measured | None, target: int | None, *, has_detector: bool
 ) -> tuple[HeadRates, HeadRates | None, AlarmQuality | None]:
     """Rates of both heads and the quality of the alarm, from what was said image by image."""
     before = _rates(clean, triggered, target, purified=False)
-    if clean.after is None:
-        return before, None, None
-    after = _rates(clean, triggered, target, purified=True)
+    after = None if clean.after is None else _rates(clean, triggered, target, purified=True)
     alarm = None
-    if has_suspects and triggered is not None and target is not None:
+    if has_detector and triggered is not None and target is not None:
         alarm = alarm_quality(clean, triggered, target)
     return before, after, alarm
 

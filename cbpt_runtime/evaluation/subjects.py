@@ -14,6 +14,7 @@ from cbpt_runtime import heads
 from cbpt_runtime.bundle import MANIFEST, Bundle, read_bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
+from cbpt_runtime.evaluation.detectors import Detector, bdetclip
 from cbpt_runtime.models.data import ClassList, spoken
 from cbpt_runtime.models.preprocess import Preprocess
 
@@ -43,6 +44,8 @@ class Subject:
         verdict: Of a bundle.
         suspects: Names of a bundle's suspected targets.
         call: From uint8 RGB images at the model's size to classes.
+        encoder: 'untouched', or what a method made of the image tower of a bundle.
+        detector: What the alarm of `call` is: 'alarm' of a bundle with suspects, 'bdetclip', or None.
     """
 
     source: str
@@ -53,6 +56,8 @@ class Subject:
     call: Call
     verdict: str | None = None
     suspects: tuple[str, ...] = ()
+    encoder: str = "untouched"
+    detector: str | None = None
 
     def find_target(self, target: str) -> int:
         """Index of a class by its name; case, '_' and ' ' make no difference.
@@ -76,6 +81,7 @@ def open_subjects(
     classes: ClassList | None = None,
     model: str | Path | None = None,
     device: str = "auto",
+    detector: Detector | None = None,
 ) -> list[Subject]:
     """Open bundles and checkpoints that share one class list.
 
@@ -84,12 +90,13 @@ def open_subjects(
         classes: Class list of the checkpoints; that of the first bundle if None.
         model: Architecture of checkpoints that do not say.
         device: 'auto', 'cpu' or 'cuda'.
+        detector: A test-time detector for the checkpoints.
 
     Raises:
         BundleError: A bundle is damaged.
         CheckpointError: A checkpoint cannot be used.
         ClassListError: The class lists differ.
-        ConfigError: A checkpoint without any class list.
+        ConfigError: A checkpoint without any class list, or a detector without a checkpoint.
     """
     opened = [_read_if_bundle(source) for source in sources]
     lists = [_class_list(item) for item in opened if isinstance(item, Bundle)]
@@ -99,6 +106,12 @@ def open_subjects(
             expected="a bundle folder, or a class list for a checkpoint",
             got=f"{opened[0]} and no class list",
             fix="Give the folder that `cbpt-runtime purify --output` wrote, or a class list with --classes.",
+        )
+    if detector is not None and all(isinstance(item, Bundle) for item in opened):
+        raise ConfigError(
+            expected=f"the suspect checkpoint, whose text tower {detector} needs",
+            got="bundles alone, which hold none",
+            fix="Give the checkpoint, too (with a bundle beside it the two are compared).",
         )
     for item, own in zip((item for item in opened if isinstance(item, Bundle)), lists, strict=True):
         if own.names != shared.names:
@@ -110,7 +123,7 @@ def open_subjects(
     return [
         _bundle_subject(item, device)
         if isinstance(item, Bundle)
-        else _checkpoint_subject(item, shared, model, device)
+        else _checkpoint_subject(item, shared, model, device, detector)
         for item in opened
     ]
 
@@ -143,11 +156,17 @@ def _bundle_subject(bundle: Bundle, device: str) -> Subject:
         call=call,
         verdict=bundle.verdict,
         suspects=tuple(str(suspect["name"]) for suspect in bundle.suspects),
+        encoder=bundle.encoder,
+        detector="alarm" if bundle.suspects else None,
     )
 
 
 def _checkpoint_subject(
-    source: str | Path, classes: ClassList, model: str | Path | None, device: str
+    source: str | Path,
+    classes: ClassList,
+    model: str | Path | None,
+    device: str,
+    detector: Detector | None,
 ) -> Subject:
     from cbpt_runtime.models.checkpoint import read_checkpoint
     from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
@@ -155,13 +174,14 @@ def _checkpoint_subject(
     checkpoint = read_checkpoint(source, model=model)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
     head = encoder.class_embeddings(classes).cpu().numpy()
+    score = None if detector is None else bdetclip(encoder, classes.names)
 
     def call(images: UInt8[np.ndarray, "batch height width 3"]) -> Called:
         batch = torch.from_numpy(np.ascontiguousarray(images)).to(encoder.device)
         with torch.inference_mode():
             features = encoder.encode_images(batch.permute(0, 3, 1, 2).float().div(255)).cpu().numpy()
         logits = heads.logits(features, head, encoder.logit_scale, encoder.logit_bias)
-        return Called(before=logits.argmax(axis=1))
+        return Called(before=logits.argmax(axis=1), alarm=None if score is None else score(features))
 
     return Subject(
         source=str(source),
@@ -170,6 +190,7 @@ def _checkpoint_subject(
         class_names=classes.names,
         preprocess=checkpoint.preprocess,
         call=call,
+        detector=detector,
     )
 
 

@@ -17,13 +17,16 @@ RATES = {
     "floor": "floor",
     "target_recall": "target recall",
 }
-ALARMS = {"alarm_auroc": "alarm AUROC", "false_alarm_rate": "false alarms at 95 % detection"}
+ALARMS = {"alarm_auroc": "detection AUROC", "false_alarm_rate": "false alarms at 95 % detection"}
 
 
 def heads(evaluation: Evaluation) -> list[tuple[str, HeadRates, bool]]:
-    """The heads of an evaluation: name, rates, and whether the alarm belongs to it."""
+    """The heads of an evaluation: name, rates, and whether the alarm or detector belongs to it."""
     if evaluation.after is None:
-        return [("zero-shot", evaluation.before, False)]
+        name = "zero-shot" if evaluation.detector is None else f"zero-shot, {evaluation.detector}"
+        return [(name, evaluation.before, True)]
+    if evaluation.encoder != "untouched" and evaluation.verdict == "unknown":
+        return [("after", evaluation.after, False)]  # what was before is not in the bundle
     return [("before", evaluation.before, False), ("after", evaluation.after, True)]
 
 

@@ -180,11 +180,12 @@ def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
             paired = found.attack is not None and "folder" not in found.attack
             rows = sections.example_rows(found.clean, found.triggered, names, paired=paired)
             shown.append(sections.destinations(found.triggered, names, target, "triggered images"))
-            shown.append(sections.alarms(found.clean, found.triggered, target, found.alarm))
+            if found.detector == "alarm":
+                shown.append(sections.alarms(found.clean, found.triggered, target, found.alarm))
         marked = [] if target is None else [target]
         shown.append(sections.class_accuracy(found.clean, names, marked, "clean images"))
     bundle = read_bundle(found.source, verify=False) if found.kind == "bundle" else None
-    if bundle is not None:
+    if bundle is not None and _has_two_heads(bundle):
         shown.append(sections.movement(bundle))
     return {
         "name": name,
