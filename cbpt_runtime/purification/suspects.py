@@ -44,7 +44,8 @@ def joint_scores(
 
     A class a backdoor is for is easy to reach in text space (`to_text` is large), and a trigger takes images
     nearer to its text than to its real images (`to_text - to_prototype` is large), for the attacker bound the
-    trigger to captions. A natural perturbation paints features of real images, which serve both alike.
+    trigger to captions. A natural perturbation paints features of real images, which serve both alike. A class
+    that is reached less than the median class does not stand out, whatever the difference.
 
     Args:
         to_text: Mean margin of dummy-triggered images to the text of the class.
@@ -52,7 +53,8 @@ def joint_scores(
     """
     reach = robust_z(to_text)
     asymmetry = robust_z(to_text - to_prototype)
-    return (reach + asymmetry) / math.sqrt(2)
+    score = (reach + asymmetry) / math.sqrt(2)
+    return torch.where(reach > 0, score, score.clamp(max=0))
 
 
 def robust_z(values: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:

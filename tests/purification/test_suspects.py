@@ -28,6 +28,13 @@ def test_a_class_whose_text_alone_is_reached_scores_highest() -> None:
     assert joint_scores(to_text, to_prototype).argmax() == 7
 
 
+def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
+    to_text = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    to_prototype = to_text.clone()
+    to_text[7], to_prototype[7] = -2.0, -4.0
+    assert joint_scores(to_text, to_prototype)[7] == 0
+
+
 def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
     scores = torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
     joint, reach = scores[:3], scores[3:]
