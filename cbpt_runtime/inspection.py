@@ -49,6 +49,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "checkpoint_sha256": str(model["sha256"]),
         "method": str(method["name"]),
         "parameterization": str(method["parameterization"]),
+        "encoder": bundle.encoder,
         "seed": method["seed"],
         "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
         "verified": sorted(files),

@@ -126,9 +126,10 @@ def print_result(bundle: Bundle) -> None:
         )
     print_table(("stage", "seconds"), [(s, f"{t:.1f}") for s, t in bundle.manifest["stage_seconds"].items()])
     before, after = metrics.get("heldout_ca_before"), metrics.get("heldout_ca_after")
+    meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
     print_pairs(
         {
-            "verdict": bundle.verdict,
+            "verdict": bundle.verdict + meaning,
             "held-out clean accuracy": f"{percent(before)} → {percent(after)}",
             "bundle": bundle.path,
             "report": bundle.path / "report.html",
