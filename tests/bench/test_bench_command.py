@@ -1,0 +1,197 @@
+"""The command on a tiny bundle and its repository. How fast they are is never asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbpt_runtime.bench import measuring
+from cbpt_runtime.bench.links import Answers
+from cbpt_runtime.bundle import Bundle
+
+QUICK = ("--duration-s", "0.4", "--warmup-s", "0.1", "--threads", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "first"
+
+
+def test_every_scenario_of_a_bundle_and_its_repository(
+    run: Callable, tiny_bundle: Bundle, tiny_served: Path, tiny_image_folder: Path, results: Path
+) -> None:
+    done = run(
+        *("bench", tiny_bundle.path, tiny_served, "--images", tiny_image_folder, *QUICK),
+        *("--rate", 40, "--concurrency", 1, "--concurrency", 3, "--batch", 1, "--batch", 4, "--batch", 64),
+        *("--classes", 10, "--classes", 200, "--triggered", tiny_image_folder, "--target", "blue_stripes"),
+        *("--output", results),
+    )
+    assert done.code == 0, done.err
+    assert "CA " in done.out
+    assert "open loop 40/s" in done.out
+    names = {path.name for path in results.iterdir()}
+    plots = {"latency-distribution", "throughput-latency", "scaling-batch", "scaling-classes"}
+    assert names == {"bench.json", "report.html"} | {f"{p}.{k}" for p in plots for k in ("svg", "png")}
+    found = json.loads((results / "bench.json").read_text())
+    assert {"processor", "affinity", "usable_cpus", "gpus"} <= set(found["machine"])
+    assert {"torch", "onnxruntime", "cbpt-runtime"} <= set(found["versions"])
+    assert found["images"]["count"] == 36
+    bundle, repository = found["targets"]
+    assert (bundle["kind"], repository["kind"]) == ("bundle", "repository")
+    assert repository["facts"]["provider"] == "CPUExecutionProvider"
+    assert repository["facts"]["bundle_digest"] == bundle["facts"]["bundle_digest"] == tiny_bundle.digest
+    assert bundle["quality"]["clean_accuracy"] == repository["quality"]["clean_accuracy"]
+    assert repository["quality"]["attack_success_rate"]["total"] == 24
+    for target in (bundle, repository):
+        scenarios = target["scenarios"]
+        assert set(scenarios) == {"single-stream", "server", "offline", "sweep"}
+        (server,) = scenarios["server"]["runs"]
+        assert (server["loop"], server["target_rate_per_s"]) == ("open", 40)
+        assert set(server["outcomes"]) == {"answered"}
+        assert server["generator"]["cpu_share"] > 0
+        assert server["generator"]["processes"] == 1
+        assert server["answers"]["checked"] > 0
+        assert {run["loop"] for run in scenarios["sweep"]["runs"]} == {"closed"}
+        sizes = [run["batch_size"] for run in scenarios["offline"]["runs"]]
+        assert sizes == ([1, 4, 64] if target is bundle else [1, 4])  # no larger than it takes
+        assert all(run["answers"]["wrong"] == 0 for part in scenarios.values() for run in part["runs"])
+    assert [entry["classes"] for entry in repository["scenarios"]["offline"]["classes"]] == [10, 200]
+
+
+def test_two_results_are_compared(run: Callable, results: Path, tmp_path: Path) -> None:
+    assert results.exists(), "made by the test before"
+    done = run("bench", "compare", results / "bench.json", results)
+    assert done.code == 0
+    assert "second / first" in done.out
+    assert "1.000×" in done.out
+    parsed = json.loads(run("bench", "compare", results, results, "--json").out)
+    assert all(row["low"] <= row["ratio"] == 1 <= row["high"] for row in parsed["rows"])
+    other = json.loads((results / "bench.json").read_text())
+    other["machine"]["processor"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    refused = run("bench", "compare", results, tmp_path / "other.json")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--different-hardware" in refused.err
+    meant = run("bench", "compare", results, tmp_path / "other.json", "--different-hardware")
+    assert (meant.code, "different hardware" in meant.err) == (0, True)
+
+
+def test_a_rate_is_searched_under_a_latency_bound(
+    run: Callable, tiny_served: Path, tiny_image_folder: Path
+) -> None:
+    graph = tiny_served / "shapes_classifier" / "1" / "model.onnx"
+    done = run(
+        *("bench", graph, "--images", tiny_image_folder, *QUICK, "--scenario", "server"),
+        *("--percentile", 50, "--latency-bound-ms", 2000, "--json"),
+    )
+    assert done.code == 0, done.err
+    (target,) = json.loads(done.out)["targets"]
+    server = target["scenarios"]["server"]
+    assert len(server["search"]["trials"]) == len(server["runs"]) >= 1
+    for trial, measured in zip(server["search"]["trials"], server["runs"], strict=True):
+        assert trial["held"] == measured["held"]
+        if trial["held"]:
+            assert measured["latency_ms"]["p50"] <= 2000
+    assert target["facts"]["precision"] == "fp32"
+
+
+def test_answers_that_change_under_load_fail_the_command_after_all_is_written(
+    run: Callable,
+    tiny_bundle: Bundle,
+    tiny_image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measuring, "TOLERANCE", -1.0)  # of what is compared during the timing only
+    done = run(
+        *("bench", tiny_bundle.path, "--images", tiny_image_folder, *QUICK),
+        *("--scenario", "single-stream", "--output", tmp_path / "out"),
+    )
+    assert done.code == 1
+    assert "answers from before the timing" in done.err
+    assert (tmp_path / "out" / "bench.json").exists()
+
+
+def test_a_target_that_contradicts_itself_is_not_measured(
+    run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cbpt_runtime.bench.targets import Target
+
+    rng = np.random.default_rng(0)
+
+    def moody(self: Target, files: tuple[bytes, ...]) -> Answers:
+        count = len(files)
+        return Answers(labels=np.zeros(count, int), probabilities=rng.random(count), alarms=np.zeros(count))
+
+    monkeypatch.setattr(Target, "answer", moody)
+    done = run("bench", tiny_bundle.path, "--images", tiny_image_folder, *QUICK)
+    assert (done.code, done.out) == (1, "")
+    assert "differs from itself" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing", "--images", "{images}"), "does not exist"),
+        (("{bundle}", "--images", "{empty}"), "which has none"),
+        (("{bundle}", "--images", "{broken}"), "broken.jpg"),
+        (("{bundle}",), "--images"),
+        (("{bundle}", "--images", "{images}", "--percentile", "42"), "one of 50, 90, 95, 99"),
+        (("{bundle}", "--images", "{images}", "--duration-s", "0"), "duration_s"),
+        (("{bundle}", "--images", "{images}", "--rate", "-3"), "rates_per_s"),
+        (("{bundle}", "--images", "{images}", "--scenario", "offlin"), "offline"),
+        (("{bundle}", "--images", "{images}", "--provider", "npu"), "cpu, cuda, tensorrt"),
+        (("{bundle}", "--images", "{images}", "--target", "red_square"), "--triggered"),
+        (("{bundle}", "--images", "{images}", "--triggered", "{images}", "--target", "lion"), "red_square"),
+        (("{bundle}", "--images", "{images}", "--output", "{images}"), "exists"),
+        (("grpc://127.0.0.1:1", "--images", "{images}"), "127.0.0.1:1"),
+        (("compare", "a.json"), "two results"),
+        (("compare", "a.json", "b.json"), "a.json"),
+        (("compare", "{notjson}", "{notjson}"), "bench.json"),
+    ],
+)
+def test_bad_input_exits_two_says_why_and_writes_nothing(
+    run: Callable,
+    tiny_bundle: Bundle,
+    tiny_image_folder: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
+    (tmp_path / "not.json").write_text("[]")
+    places = {
+        "bundle": tiny_bundle.path,
+        "images": tiny_image_folder,
+        "empty": tmp_path / "empty",
+        "broken": tmp_path / "broken",
+        "notjson": tmp_path / "not.json",
+    }
+    before = sorted(tmp_path.rglob("*"))
+    done = run("bench", *QUICK, *(argument.format(**places) for argument in arguments))
+    assert done.out == ""
+    assert done.code == (1 if "grpc" in arguments[0] else 2)
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_foreign_onnx_file_is_refused(run: Callable, tiny_image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.onnx").write_bytes(b"")
+    done = run("bench", tmp_path / "other.onnx", "--images", tiny_image_folder)
+    assert (done.code, done.out) == (2, "")
+    assert "cbpt-runtime export" in done.err
+
+
+def test_a_generator_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, cbpt_runtime.bench.generator; print({'torch', 'onnxruntime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
