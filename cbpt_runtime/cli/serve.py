@@ -167,9 +167,11 @@ def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
 
     plan = make_plan(repository, config, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"
-    arguments = plan.command(repository=repository.absolute(), backends=backends).arguments
+    command = plan.command(repository=repository.absolute(), backends=backends)
+    # This process's name for its shared memory is not for one that outlives it.
+    arguments = [word for word in command.arguments if command.region_prefix not in word]
     if as_json:
-        print_json({"command": list(arguments)})
+        print_json({"command": arguments})
     else:
         typer.echo(shell_text(arguments))
     if plan.placement.configs:

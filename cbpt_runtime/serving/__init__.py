@@ -7,6 +7,7 @@ placement  which configuration, how many instances, threads of each
 command    the hardened command line for the version found
 process    one server process that leaves nothing behind
 usage      its processes, memory and open files
+leftovers  what killed launchers left behind, removed
 log        its output: drained, its tail kept, its cause of failure found
 selftest   the golden answers through the wire
 plan       all that is decided and checked before a start

@@ -11,10 +11,10 @@ from pathlib import Path
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY, region_prefix
 from cbpt_runtime.serving.placement import Placement
 from cbpt_runtime.serving.servers import RELEASE, TritonServer
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _MIB = 2**20
 # Nobody needs these through the network; each is behind a secret that is made up here and told to no one.
 _CLOSED_ENDPOINTS = "shared-memory,trace,logging"
@@ -66,7 +66,7 @@ def make_command(
         backends: For `--backend-directory`.
         region_bytes: Shared memory of each python-backend process to begin with.
     """
-    prefix = f"cbpt_{os.getpid()}_{secrets.token_hex(4)}_"
+    prefix = region_prefix()
     wanted = [
         ("--model-repository", str(repository)),
         ("--backend-directory", str(backends)),

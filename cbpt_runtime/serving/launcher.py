@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 import threading
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.serving.config import ServeConfig
+from cbpt_runtime.serving.leftovers import scratch_prefix, sweep
 from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.selftest import SelfTest
@@ -23,7 +22,6 @@ MAX_RESTARTS = 5
 RESTART_WINDOW_S = 600.0
 _POLL_S = 0.25
 _BACKEND_GRACE_S = 2.0  # in which a server may replace a process of its backend by itself
-_SCRATCH = "cbpt-serve-"
 
 
 class RunningServer:
@@ -180,23 +178,14 @@ def running_server(
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
     plan = make_plan(repository, config or ServeConfig())
-    _sweep()
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as scratch:
+    sweep()
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as scratch:
         server = RunningServer(plan, Path(scratch), tell or _silent)
         server.start()
         try:
             yield server
         finally:
             server.stop()
-
-
-def _sweep() -> None:
-    """Remove what launchers that were killed left in the temporary folder: a few links, never a model."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
-        number = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        is_left = number.isdigit() and not Path("/proc", number).exists()
-        if is_left and folder.owner() == Path("/proc/self").owner():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _silent(text: str) -> None:

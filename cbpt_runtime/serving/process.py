@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cbpt_runtime.serving.command import SHARED_MEMORY, Command
+from cbpt_runtime.serving.command import Command
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY
 from cbpt_runtime.serving.log import ServerLog
 
 # Becomes the server, after asking the kernel for SIGTERM when the thread that started it ends. A program of

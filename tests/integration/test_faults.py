@@ -18,7 +18,7 @@ import pytest
 
 from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.serving import Client, RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.command import SHARED_MEMORY
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY
 from cbpt_runtime.serving.plan import make_plan
 from cbpt_runtime.serving.process import ServerProcess
 from cbpt_runtime.serving.servers import TritonServer

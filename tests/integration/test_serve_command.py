@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.serving import Client
-from cbpt_runtime.serving.command import SHARED_MEMORY
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY
 from cbpt_runtime.serving.usage import group_members
 
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
@@ -74,6 +74,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(repository: Path, tmp_path: 
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert wait_for(lambda: group_members(ready["pid"]) == (), 60)
+        assert not list(SHARED_MEMORY.glob(f"cbpt_{process.pid}_*"))
 
 
 def test_a_tampered_repository_exits_2_and_names_the_file(repository: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,4 @@ def test_the_image_is_the_one_kustomize_renames(folder: str) -> None:
     (image,) = read(f"{folder}/kustomization.yaml")["images"]
     name = "deployment.yaml" if folder == "base" else "servingruntime.yaml"
     assert container(read(f"{folder}/{name}"))["image"] == image["name"]
+    assert image["newTag"] == version("cbpt-runtime")  # a release, not what happens to be the latest

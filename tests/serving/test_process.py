@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cbpt_runtime.serving.command import SHARED_MEMORY, Command
+from cbpt_runtime.serving.command import Command
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY
 from cbpt_runtime.serving.log import ServerLog
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.usage import group_members, group_usage

@@ -1,0 +1,61 @@
+"""What killed launchers left behind goes; what a living one has, or somebody else, stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cbpt_runtime.serving import leftovers
+
+
+@pytest.fixture
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_what_the_dead_left_goes_and_all_else_stays(place: Path, dead: int) -> None:
+    region, folder = leftovers.region_prefix(), leftovers.scratch_prefix()
+    goes = [
+        f"cbpt_{dead}_01234567_89abcdef_uuid",
+        f"cbpt-serve-{dead}-x",
+        f"cbpt_{os.getpid()}_01234567_89abcdef_uuid",  # of the last process with this number
+    ]
+    stays = [
+        f"{region}uuid",
+        f"{folder}x",
+        f"cbpt_{os.getppid()}_01234567_89abcdef_uuid",
+        f"cbpt-serve-{os.getppid()}-x",
+        "cbpt_other",
+        "cbpt-serve-other",
+    ]
+    for name in goes + stays:
+        (place / name).mkdir() if "serve" in name else (place / name).write_bytes(b"x")
+    leftovers.sweep()
+    assert sorted(path.name for path in place.iterdir()) == sorted(stays)
+
+
+def test_what_belongs_to_others_stays(place: Path, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / f"cbpt_{dead}_01234567_89abcdef_uuid").write_bytes(b"x")
+    (place / f"cbpt-serve-{dead}-x").mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    leftovers.sweep()
+    assert len(list(place.iterdir())) == 2
+
+
+def test_every_server_has_a_region_of_its_own() -> None:
+    assert leftovers.region_prefix() != leftovers.region_prefix()
