@@ -24,6 +24,8 @@ from cbpt_runtime.defenses.finetuning import (
     BatchLoss,
     as_pixels,
     check_finite,
+    image_features,
+    is_mixed,
     pair_loss,
     text_features,
 )
@@ -85,12 +87,15 @@ def adversarial_patch(
     generator = torch.Generator().manual_seed(config.seed)
     maker = PatchGenerator(size, config.seed).to(encoder.device)
     optimizer = torch.optim.Adam(maker.parameters(), lr=config.generator_step_size, betas=_BETAS)
+    mixed = is_mixed(config, encoder.device)
     for step in range(config.generator_steps):
         drawn = torch.randint(len(split.tune_labels), (config.batch_size,), generator=generator).numpy()
         clean = as_pixels(split.tune_images[drawn]).to(encoder.device)
-        with torch.no_grad():
-            origins = encoder.encode_images(clean)
-        features = encoder.encode_images(with_patch(clean, maker(), generator))
+        patched = with_patch(clean, maker(), generator)
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=mixed):
+            with torch.no_grad():
+                origins = encoder.encode_images(clean).float()
+            features = encoder.encode_images(patched).float()
         own = texts[torch.as_tensor(split.tune_labels[drawn]).to(texts.device)]
         loss = backdoor_loss(features, origins, own, encoder.logit_scale)
         check_finite(loss)
@@ -140,8 +145,9 @@ def adversarial_loss(patch: Patch, config: AbdConfig) -> BatchLoss:
     def loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         rng = np.random.default_rng(drawn_seed(generator))
         pixels = brightened(batch.images, config.most_brightness, generator).to(clip.device)
-        images = clip.encode_images(with_patch(pixels, patch, generator))
-        texts = text_features(clip, [easily_augmented(caption, rng) for caption in batch.captions])
+        images = image_features(clip, with_patch(pixels, patch, generator), mixed=batch.mixed)
+        captions = [easily_augmented(caption, rng) for caption in batch.captions]
+        texts = text_features(clip, captions, mixed=batch.mixed)
         return pair_loss(clip, images, texts, batch.same)
 
     return loss

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from cbpt_runtime.defenses.augmentation import auto_augmented, drawn_seed, easily_augmented
 from cbpt_runtime.defenses.config import CleanClipConfig
-from cbpt_runtime.defenses.finetuning import Batch, BatchLoss, image_features, pair_loss, text_features
+from cbpt_runtime.defenses.finetuning import (
+    Batch,
+    BatchLoss,
+    as_pixels,
+    image_features,
+    pair_loss,
+    text_features,
+)
 from cbpt_runtime.training.contrastive import labelled_contrastive_loss
 from cbpt_runtime.training.trainable import TrainableClip
 
@@ -28,8 +35,9 @@ def self_supervised_loss(config: CleanClipConfig) -> BatchLoss:
         changed_images = auto_augmented(batch.images, generator)
         changed_captions = [easily_augmented(caption, rng) for caption in batch.captions]
         count = len(batch.captions)
-        images = image_features(clip, np.concatenate([batch.images, changed_images])).split(count)
-        texts = text_features(clip, [*batch.captions, *changed_captions]).split(count)
+        pixels = as_pixels(np.concatenate([batch.images, changed_images]))
+        images = image_features(clip, pixels, mixed=batch.mixed).split(count)
+        texts = text_features(clip, [*batch.captions, *changed_captions], mixed=batch.mixed).split(count)
         within_images = _within(clip, images, torch.eye(count, dtype=torch.bool))
         within_texts = _within(clip, texts, batch.same)
         across = pair_loss(clip, images[0], texts[0], batch.same)

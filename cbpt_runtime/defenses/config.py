@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from cbpt_runtime.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16"]
 
 _RANGES: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**63 - 1),
@@ -37,13 +39,24 @@ class DefenseConfig:
 
     Attributes:
         seed: Of every random choice.
+        precision: Of the towers while they are tuned; `auto` is bfloat16 where the processor has instructions
+            for it. Accuracy is always measured in float32.
     """
 
     method: ClassVar[str]
     seed: int = 0
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ConfigError(
+                expected="precision to be one of " + ", ".join(get_args(Precision)),
+                got=repr(self.precision),
+                fix="Correct the value.",
+            )
         for field in fields(self):
+            if field.name == "precision":
+                continue
             value = getattr(self, field.name)
             kind, least, most = _RANGES[field.name]
             if value is None and field.default is None:

@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.defenses.augmentation import drawn_seed
-from cbpt_runtime.defenses.config import FinetuneConfig
+from cbpt_runtime.defenses.config import DefenseConfig, FinetuneConfig
 from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.purification.inversion import bfloat16_pays
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -39,11 +40,13 @@ class Batch:
         images: uint8 RGB at the model's size.
         labels: Class indices.
         captions: One text per image.
+        mixed: Whether the towers run in bfloat16.
     """
 
     images: UInt8[np.ndarray, "batch height width 3"]
     labels: Int[Tensor, " batch"]
     captions: list[str]
+    mixed: bool
 
     @property
     def same(self) -> Bool[Tensor, "batch batch"]:
@@ -82,6 +85,7 @@ def tune_both_towers(
     )
     total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
     warmup = min(config.warmup_steps, math.ceil(total / 10))
+    mixed = is_mixed(config, clip.device)
     clip.model.to(memory_format=torch.channels_last)
     clip.model.train()
     step = 0
@@ -89,7 +93,7 @@ def tune_both_towers(
         for index in batches(len(split.tune_labels), config.batch_size, generator):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * cosine_rate(step, warmup, total)
-            value = loss(clip, _batch(split, texts, index.numpy(), generator), generator)
+            value = loss(clip, _batch(split, texts, index.numpy(), generator, mixed=mixed), generator)
             check_finite(value)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -104,8 +108,9 @@ def tune_both_towers(
 
 def caption_loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
     """FT's loss: CLIP's own between images and captions."""
-    images = image_features(clip, batch.images)
-    return pair_loss(clip, images, text_features(clip, batch.captions), batch.same)
+    images = image_features(clip, as_pixels(batch.images), mixed=batch.mixed)
+    texts = text_features(clip, batch.captions, mixed=batch.mixed)
+    return pair_loss(clip, images, texts, batch.same)
 
 
 def pair_loss(
@@ -121,15 +126,23 @@ def pair_loss(
 
 
 def image_features(
-    clip: TrainableClip, images: UInt8[np.ndarray, "batch height width 3"]
+    clip: TrainableClip, pixels: Float[Tensor, "batch 3 height width"], *, mixed: bool
 ) -> Float[Tensor, "batch dim"]:
-    """Unit features of uint8 images."""
-    return clip.encode_images(as_pixels(images).to(clip.device))
+    """Unit features of pixels in [0, 1]."""
+    with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed):
+        return clip.encode_images(pixels.to(clip.device))
 
 
-def text_features(clip: TrainableClip, captions: Sequence[str]) -> Float[Tensor, "batch dim"]:
+def text_features(clip: TrainableClip, captions: Sequence[str], *, mixed: bool) -> Float[Tensor, "batch dim"]:
     """Unit features of texts."""
-    return clip.encode_tokens(clip.tokenizer(captions).to(clip.device))
+    tokens = clip.tokenizer(captions).to(clip.device)
+    with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed):
+        return clip.encode_tokens(tokens)
+
+
+def is_mixed(config: DefenseConfig, device: torch.device) -> bool:
+    """Whether to tune in bfloat16."""
+    return config.precision == "bf16" or (config.precision == "auto" and bfloat16_pays(device))
 
 
 def as_pixels(images: UInt8[np.ndarray, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
@@ -153,8 +166,12 @@ def _batch(
     texts: Sequence[Sequence[str]],
     index: Int[np.ndarray, " batch"],
     generator: torch.Generator,
+    *,
+    mixed: bool,
 ) -> Batch:
     labels = split.tune_labels[index]
     rng = np.random.default_rng(drawn_seed(generator))
     captions = [texts[label][int(rng.integers(len(texts[label])))] for label in labels]
-    return Batch(images=split.tune_images[index], labels=torch.as_tensor(labels).long(), captions=captions)
+    return Batch(
+        images=split.tune_images[index], labels=torch.as_tensor(labels).long(), captions=captions, mixed=mixed
+    )

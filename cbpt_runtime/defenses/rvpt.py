@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from cbpt_runtime.defenses.config import RvptConfig
-from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
+from cbpt_runtime.defenses.finetuning import as_pixels, check_finite, is_mixed
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
@@ -56,7 +56,7 @@ def tune_visual_prompts(
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.SGD(prompts, lr=config.learning_rate, momentum=config.momentum)
     total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
-    step = 0
+    mixed, step = is_mixed(config, encoder.device), 0
     for _ in range(config.epochs):
         for index in batches(len(split.tune_labels), config.batch_size, generator):
             optimizer.param_groups[0]["lr"] = config.learning_rate * cosine_rate(step, 0, total)
@@ -65,10 +65,11 @@ def tune_visual_prompts(
                 pixels = shift_and_mirror(pixels, config.max_shift, generator)
             normalised = images.normalise(pixels)
             labels = torch.as_tensor(split.tune_labels[index.numpy()]).long().to(encoder.device)
-            features, seen = run_tower(tower, normalised, prompts, marks=len(prompts))
-            with torch.no_grad():
-                _, original = run_tower(tower, normalised, [], marks=len(prompts))
-            loss = prompt_loss(features, texts, labels, encoder.logit_scale)
+            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=mixed):
+                features, seen = run_tower(tower, normalised, prompts, marks=len(prompts))
+                with torch.no_grad():
+                    _, original = run_tower(tower, normalised, [], marks=len(prompts))
+            loss = prompt_loss(features.float(), texts, labels, encoder.logit_scale)
             loss = loss + config.repulsion_weight * repulsion(seen, original)
             check_finite(loss)
             optimizer.zero_grad()
@@ -93,4 +94,6 @@ def prompt_loss(
 def repulsion(seen: list[Tensor], original: list[Tensor]) -> Float[Tensor, ""]:
     """Mean cosine, over layers and images, between what the tower sees with prompts and without."""
     pairs = zip(seen, original, strict=True)
-    return torch.stack([cosine_similarity(one, other, dim=-1).mean() for one, other in pairs]).mean()
+    return torch.stack(
+        [cosine_similarity(one.float(), other.float(), dim=-1).mean() for one, other in pairs]
+    ).mean()

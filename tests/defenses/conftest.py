@@ -17,7 +17,7 @@ TEMPLATES = ("a photo of a {}.", "a drawing of the {}.")
 
 def quick(method: str, **changes: object) -> DefenseConfig:
     """As few steps as change something."""
-    settings: dict[str, object] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
+    settings: dict[str, object] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
     if CONFIGS[method] is AbdConfig:
         settings["generator_steps"] = 2
     return CONFIGS[method](**(settings | changes))

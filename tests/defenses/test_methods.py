@@ -115,6 +115,7 @@ def test_a_loss_that_is_not_finite_ends_the_work() -> None:
         (FinetuneConfig, {"learning_rate": "fast"}, "learning_rate to be a number"),
         (AbdConfig, {"patch_area_rate": 0.9}, "patch_area_rate to be a number from 0.0001 to 0.5"),
         (RvptConfig, {"tokens": True}, "tokens to be a whole number"),
+        (RvptConfig, {"precision": "fp64"}, "precision to be one of auto, fp32, bf16"),
         (RvptConfig, {"seed": -1}, "seed to be a whole number from 0"),
     ],
 )
