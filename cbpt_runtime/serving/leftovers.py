@@ -45,7 +45,11 @@ def sweep() -> None:
 
 
 def _lives(number: str) -> bool:
-    return Path("/proc", number).exists()
+    try:
+        stat = Path("/proc", number, "stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")  # in a container nobody may collect the dead
 
 
 def _is_ours(path: Path) -> bool:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import pytest
 from cbpt_runtime.serving import leftovers
 
 
-@pytest.fixture
-def dead() -> int:
+@pytest.fixture(params=["collected", "zombie"])
+def dead(request: pytest.FixtureRequest) -> Iterator[int]:
     """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        if request.param == "collected":
+            process.wait()
+        yield process.pid
 
 
 @pytest.fixture
