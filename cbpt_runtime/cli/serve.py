@@ -21,7 +21,7 @@ _POLL_S = 0.5
 
 def command(
     repository: Annotated[Path, typer.Argument(help="Model repository.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="IPv4 address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="Port for HTTP; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port for gRPC; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port for metrics; 0 takes a free one.")] = 8002,
