@@ -48,7 +48,7 @@ class PurifyConfig:
         across_weight: What a change across the trigger directions counts in it on top.
         target_consistency: What a suspected class counts in it; others count 1.
         target_weight: What an image of a suspected class counts in the clean-alignment loss, in the
-            first round; others count 1. Halved where the class is then said too often.
+            first round; others count 1. Divided by √2 where the class is then said too often.
         context_length: Free vectors per class of the prompt parameterization.
     """
 
@@ -63,7 +63,7 @@ class PurifyConfig:
     tuning_steps: int = 150
     tuning_step_size: float = 0.02
     backdoor_weight: float = 2.0
-    tuning_rounds: int = 3
+    tuning_rounds: int = 4
     success_goal: float = 0.0039
     consistency_weight: float = 1.0
     across_weight: float = 30.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.types import Progress
 
 Verdict = Literal["accepted", "overcalled", "unsafe"]
+_DAMPING = math.sqrt(2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,8 @@ def tune_in_rounds(
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
     """Tunes in rounds, each with other weights, until a head is accepted on held-out images.
 
-    The weight of the suspects' own images is halved where clean images are called a suspect more often than
-    before; else the backdoor weight is doubled where the dummy triggers still succeed.
+    The weight of the suspects' own images is divided by √2 where clean images are called a suspect more often
+    than before; else the backdoor weight is doubled where the dummy triggers still succeed.
 
     Args:
         data: Features.
@@ -111,7 +113,7 @@ def tune_in_rounds(
             case "accepted":
                 break
             case "overcalled":
-                target_weight /= 2
+                target_weight /= _DAMPING
             case "unsafe":
                 backdoor_weight *= 2
     return embeddings, contexts

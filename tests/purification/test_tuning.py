@@ -88,7 +88,7 @@ def test_images_of_suspected_classes_weigh_more() -> None:
     ("verdicts", "rounds"),
     [
         (["accepted"], [(2.0, 5.0)]),
-        (["unsafe", "overcalled", "accepted"], [(2.0, 5.0), (4.0, 5.0), (4.0, 2.5)]),
+        (["unsafe", "overcalled", "accepted"], [(2.0, 5.0), (4.0, 5.0), (4.0, 5.0 / 2**0.5)]),
         (["unsafe", "unsafe", "unsafe"], [(2.0, 5.0), (4.0, 5.0), (8.0, 5.0)]),
     ],
 )
@@ -106,4 +106,4 @@ def test_rounds_change_the_weights_until_a_head_is_accepted(
     monkeypatch.setattr(tuning, "tune", recorded)
     config = PurifyConfig(tuning_steps=2, backdoor_weight=2.0, target_weight=5.0, tuning_rounds=3)
     tune_in_rounds(backdoored(), config, lambda head: next(answers))
-    assert seen == rounds
+    assert seen == [pytest.approx(weights) for weights in rounds]
