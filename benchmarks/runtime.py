@@ -293,8 +293,13 @@ def count_flops(plain: PlainZeroShot, size: tuple[int, int]) -> int:
     """Multiplications and additions of one image, as PyTorch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain(torch.zeros(1, 3, *size))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # whose products the counter does not see
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain(torch.zeros(1, 3, *size))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
 
 

@@ -5,6 +5,7 @@ pictures     the image files that are sent
 targets      a bundle, an ONNX file, a repository or a URL as something that answers
 arrivals     when requests are due: a Poisson process
 generator    a process that sends them and notes what came back when
+sender       its main module
 links        how it reaches what it measures: Triton's protocols, or a pipe
 engine       a bundle or a graph answering at the other end of the pipe, in batches
 samples      percentiles a sample can carry, histograms, bootstrap intervals

@@ -11,6 +11,8 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -202,16 +204,17 @@ class Generators:
     """
 
     def __init__(self, loads: Sequence[Load], destination: Destination) -> None:
-        context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
-        self._processes = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         for load in loads:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, load, destination), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            number = theirs.fileno()
+            # Not a process of `multiprocessing`: that would import the whole of this program's main module.
+            command = [sys.executable, "-m", "cbpt_runtime.bench.sender", str(number)]
+            self._processes.append(subprocess.Popen(command, pass_fds=(number,)))  # noqa: S603
             theirs.close()
+            ours.send((load, destination))
             self.connections.append(ours)
-            self._processes.append(process)
 
     def start(self) -> float:
         """Wait until all are ready, then let them begin together; `time.monotonic` at which they do."""
@@ -229,15 +232,17 @@ class Generators:
     def stop(self) -> None:
         """Leave no process behind."""
         for process, connection in zip(self._processes, self.connections, strict=True):
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
             connection.close()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def _work(connection: Connection, load: Load, destination: Destination) -> None:
+def work(connection: Connection) -> None:
     """What a generator's process does."""
+    load, destination = connection.recv()
     asyncio.run(_work_async(connection, load, destination))
 
 

@@ -165,4 +165,4 @@ def test_a_generator_has_a_process_of_its_own_and_leaves_none() -> None:
     assert answered == len(message.outcomes) > 0
     assert set(message.outcomes) == {"answered"}
     assert 0 < message.cpu_s < message.wall_s
-    assert not any(process.is_alive() for process in generators._processes)
+    assert all(process.poll() == 0 for process in generators._processes)
