@@ -442,12 +442,12 @@ def measure_classes(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
 
 
 def resident_bytes(path: Path, size: tuple[int, int]) -> int:
-    """Memory of a fresh process that has answered once with a graph."""
+    """Most memory a fresh process held that loaded a graph and answered once."""
     code = (
         "import sys, numpy, onnxruntime as o; s = o.SessionOptions(); s.intra_op_num_threads = 1\n"
         "e = o.InferenceSession(sys.argv[1], s, providers=['CPUExecutionProvider'])\n"
         f"e.run(None, {{'images': numpy.zeros((1, {size[0]}, {size[1]}, 3), 'uint8')}})\n"
-        "text = open('/proc/self/status').read(); print(1024 * int(text.split('VmRSS:')[1].split()[0]))"
+        "text = open('/proc/self/status').read(); print(1024 * int(text.split('VmHWM:')[1].split()[0]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     return int(done.stdout)
