@@ -26,6 +26,10 @@ class TriggerFamily(Protocol):
     def step_size(self) -> float:
         """Learning rate that suits its parameters."""
 
+    @property
+    def effort(self) -> int:
+        """Search steps it takes, in multiples of what a plain pattern takes."""
+
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Starting parameters of `count` triggers, on the CPU."""
 
@@ -48,6 +52,7 @@ class Additive:
 
     epsilon: float
     step_size: float = 0.1
+    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -74,6 +79,7 @@ class Blend:
 
     alpha: float
     step_size: float = 0.1
+    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -103,6 +109,7 @@ class LowFrequency:
     epsilon: float
     frequencies: int
     step_size: float = 0.2
+    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting coefficients, on the CPU."""
@@ -140,6 +147,7 @@ class Patch:
 
     area: float
     step_size: float = 0.05
+    effort: int = 2
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -171,8 +179,8 @@ class Patch:
 
 SEARCH_FAMILIES: dict[str, TriggerFamily] = {
     "additive": Additive(epsilon=16 / 255),
-    "patch": Patch(area=0.04),
-    "small-patch": Patch(area=0.01),
+    "patch": Patch(area=0.04, step_size=0.15),
+    "small-patch": Patch(area=0.01, step_size=0.15),
 }
 """Tight budgets, in which every class is searched: natural perturbations fail in them, triggers succeed."""
 

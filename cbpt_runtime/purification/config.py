@@ -34,7 +34,8 @@ class PurifyConfig:
         parameterization: Tune the class embeddings, or one context per class through the text tower.
         precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
             instructions for it, twice as fast. Whatever is measured is measured in float32.
-        search_steps: Steps of the short inversion that every class gets in every search family.
+        search_steps: Steps of the short inversion that every class gets in every search family; masks get
+            twice as many, they have to travel.
         search_batch: Clean images per step and class.
         inversion_steps: Steps of the long inversion.
         inversion_batch: Clean images per step of the long inversion.

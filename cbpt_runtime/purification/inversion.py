@@ -15,6 +15,7 @@ from cbpt_runtime.triggers import Parameters, TriggerFamily
 from cbpt_runtime.types import Progress
 
 _ENCODER_BATCH = 400
+_RESISTING = 0.1
 _BETAS = (0.5, 0.9)
 
 
@@ -25,13 +26,17 @@ class Inversion:
     Attributes:
         parameters: One trigger per target, stacked.
         to_text: Mean over images of the cosine to the target's text minus the largest to another text.
-        to_prototype: The same with image prototypes in place of texts.
+        least_to_text: The same for the images that resist: its 10 % quantile over the images.
+        to_prototype: As `to_text` with image prototypes in place of texts.
+        collapse: Mean cosine between triggered features of different images.
         success: Share of images of other classes that the reference head calls the target.
     """
 
     parameters: Parameters
     to_text: Float[Tensor, " targets"]
+    least_to_text: Float[Tensor, " targets"]
     to_prototype: Float[Tensor, " targets"]
+    collapse: Float[Tensor, " targets"]
     success: Float[Tensor, " targets"]
 
 
@@ -74,8 +79,8 @@ def invert(
     measured = [
         _measure(evidence, family, parameters, i, target, heldout) for i, target in enumerate(targets)
     ]
-    to_text, to_prototype, success = (torch.tensor(column) for column in zip(*measured, strict=True))
-    return Inversion(parameters=parameters, to_text=to_text, to_prototype=to_prototype, success=success)
+    columns = {name: torch.tensor([one[name] for one in measured]) for name in measured[0]}
+    return Inversion(parameters=parameters, **columns)
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -160,12 +165,20 @@ def _measure(
     index: int,
     target: int,
     heldout: Clean,
-) -> tuple[float, float, float]:
+) -> dict[str, float]:
     others = heldout.labels != target
     features = triggered_features(evidence, family, parameters, index, heldout.images[others])
     to_text = margins(features @ evidence.texts.T, target)
     to_prototype = margins(features @ evidence.prototypes.T, target)
-    return float(to_text.mean()), float(to_prototype.mean()), float((to_text > 0).float().mean())
+    pairs = features @ features.T
+    count = len(features)
+    return {
+        "to_text": float(to_text.mean()),
+        "least_to_text": float(to_text.quantile(_RESISTING)),
+        "to_prototype": float(to_prototype.mean()),
+        "collapse": float(pairs.sum() - pairs.trace()) / max(1, count * (count - 1)),
+        "success": float((to_text > 0).float().mean()),
+    }
 
 
 def margins(cosines: Float[Tensor, "batch classes"], target: int) -> Float[Tensor, " batch"]:

@@ -131,7 +131,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             evidence,
             family,
             range(n_classes),
-            steps=config.search_steps,
+            steps=config.search_steps * family.effort,
             batch=config.search_batch,
             heldout=heldout,
             seed=config.seed,
@@ -139,14 +139,15 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             progress=progress,
             stage=f"search {name} triggers",
         )
-        is_grey = name in GREY_SEARCH_FAMILIES
-        score = robust_z(result.to_text) if is_grey else joint_scores(result.to_text, result.to_prototype)
-        families[name] = {
-            "to_text": result.to_text.tolist(),
-            "to_prototype": result.to_prototype.tolist(),
-            "success": result.success.tolist(),
-            "score": score.tolist(),
+        margins = {
+            "to_text": result.to_text,
+            "least_to_text": result.least_to_text,
+            "to_prototype": result.to_prototype,
+            "collapse": result.collapse,
         }
+        score = robust_z(result.to_text) if name in GREY_SEARCH_FAMILIES else joint_scores(**margins)
+        measured = margins | {"success": result.success, "score": score}
+        families[name] = {key: value.tolist() for key, value in measured.items()}
     joint, reach = (
         torch.tensor([families[name]["score"] for name in part])
         for part in (SEARCH_FAMILIES, GREY_SEARCH_FAMILIES)

@@ -38,22 +38,29 @@ class Suspect:
 
 
 def joint_scores(
-    to_text: Float[Tensor, " classes"], to_prototype: Float[Tensor, " classes"]
+    to_text: Float[Tensor, " classes"],
+    least_to_text: Float[Tensor, " classes"],
+    to_prototype: Float[Tensor, " classes"],
+    collapse: Float[Tensor, " classes"],
 ) -> Float[Tensor, " classes"]:
-    """How far a class stands out in two ways at once, as one z-score.
+    """How far a class stands out in three ways at once, as one z-score.
 
-    A class a backdoor is for is easy to reach in text space (`to_text` is large), and a trigger takes images
-    nearer to its text than to its real images (`to_text - to_prototype` is large), for the attacker bound the
-    trigger to captions. A natural perturbation paints features of real images, which serve both alike. A class
-    that is reached less than the median class does not stand out, whatever the difference.
+    A class a backdoor is for is easy to reach in text space, even with the images that resist
+    (`least_to_text` is large). A trigger takes images nearer to its text than to its real images
+    (`to_text - to_prototype` is large), for the attacker bound the trigger to captions, while a natural
+    perturbation paints features of real images, which serve both alike; where this is small it speaks against
+    the class by one deviation at most. And a trigger takes all images to one place (`collapse` is large). A
+    class that is reached less than the median class does not stand out, whatever the rest.
 
     Args:
         to_text: Mean margin of dummy-triggered images to the text of the class.
-        to_prototype: The same to the mean feature of its clean images.
+        least_to_text: Margin of the images that resist.
+        to_prototype: Mean margin to the mean feature of the clean images of the class.
+        collapse: Mean cosine between dummy-triggered images.
     """
-    reach = robust_z(to_text)
-    asymmetry = robust_z(to_text - to_prototype)
-    score = (reach + asymmetry) / math.sqrt(2)
+    reach = robust_z(least_to_text)
+    asymmetry = robust_z(to_text - to_prototype).clamp(min=-1)
+    score = (reach + asymmetry + robust_z(collapse)) / math.sqrt(3)
     return torch.where(reach > 0, score, score.clamp(max=0))
 
 

@@ -20,19 +20,42 @@ def test_the_t_tail_equals_tabulated_quantiles() -> None:
     assert p_value(0.0, 50, 10) == 1.0
 
 
-def test_a_class_whose_text_alone_is_reached_scores_highest() -> None:
+def measured(n_classes: int = 60) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    to_text = torch.randn(60, generator=generator)
-    to_prototype = to_text + 0.1 * torch.randn(60, generator=generator)
-    to_text[7], to_prototype[7] = 3.0, 0.0
-    assert joint_scores(to_text, to_prototype).argmax() == 7
+    to_text, noise, collapse = (torch.randn(n_classes, generator=generator) for _ in range(3))
+    to_prototype = to_text + 0.1 * noise
+    return {
+        "to_text": to_text,
+        "least_to_text": to_text - 1,
+        "to_prototype": to_prototype,
+        "collapse": collapse,
+    }
+
+
+@pytest.mark.parametrize("sign", ["to_prototype", "collapse"])
+def test_a_class_that_is_reached_and_shows_one_more_sign_scores_highest(sign: str) -> None:
+    values = measured()
+    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = 3.0, 2.0, 3.0
+    before = joint_scores(**values)[7]
+    values[sign][7] = {"to_prototype": 0.0, "collapse": 6.0}[sign]
+    scores = joint_scores(**values)
+    assert scores.argmax() == 7
+    assert scores[7] > before + 1
+
+
+def test_little_asymmetry_speaks_against_a_class_only_so_much() -> None:
+    values = measured()
+    values["to_prototype"][7] = values["to_text"][7] + 10
+    low = joint_scores(**values)
+    values["to_prototype"][7] += 100
+    assert torch.allclose(joint_scores(**values)[7], low[7], atol=0.05)
 
 
 def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
-    to_text = torch.randn(60, generator=torch.Generator().manual_seed(0))
-    to_prototype = to_text.clone()
-    to_text[7], to_prototype[7] = -2.0, -4.0
-    assert joint_scores(to_text, to_prototype)[7] == 0
+    values = measured()
+    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = -2.0, -3.0, -4.0
+    values["collapse"][7] = 9.0
+    assert joint_scores(**values)[7] == 0
 
 
 def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
