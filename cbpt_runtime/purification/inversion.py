@@ -20,11 +20,10 @@ _BETAS = (0.5, 0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inversion:
-    """Dummy triggers of one family and what they do to held-out images.
+class Effect:
+    """What dummy triggers do to held-out images of other classes than their targets.
 
     Attributes:
-        parameters: One trigger per target, stacked.
         to_text: Mean over images of the cosine to the target's text minus the largest to another text.
         least_to_text: The same for the images that resist: its 10 % quantile over the images.
         to_prototype: As `to_text` with image prototypes in place of texts.
@@ -32,7 +31,6 @@ class Inversion:
         success: Share of images of other classes that the reference head calls the target.
     """
 
-    parameters: Parameters
     to_text: Float[Tensor, " targets"]
     least_to_text: Float[Tensor, " targets"]
     to_prototype: Float[Tensor, " targets"]
@@ -47,13 +45,12 @@ def invert(
     *,
     steps: int,
     batch: int,
-    heldout: Clean,
     seed: int,
     mixed: bool = False,
     progress: Progress | None = None,
     stage: str = "inversion",
-) -> Inversion:
-    """Inverts one trigger per target in one family, then measures it on held-out images.
+) -> Parameters:
+    """Inverts one trigger per target in one family.
 
     Args:
         evidence: Encoder, texts, prototypes and clean images.
@@ -61,11 +58,13 @@ def invert(
         targets: Class indices.
         steps: Optimiser steps.
         batch: Clean images per step, the same ones for all targets.
-        heldout: Images the triggers are measured on; none of them is used to invert.
         seed: Of initial parameters and batches.
-        mixed: Run the encoder in bfloat16 where autocast allows it; measuring is always in float32.
+        mixed: Run the encoder in bfloat16 where autocast allows it.
         progress: Told about the steps.
         stage: Its name for the progress.
+
+    Returns:
+        One trigger per target, stacked.
     """
     chunk = max(1, _ENCODER_BATCH // batch)
     groups = [list(targets[start : start + chunk]) for start in range(0, len(targets), chunk)]
@@ -75,12 +74,21 @@ def invert(
         done.append(_invert_group(evidence, family, group, steps, batch, generator, mixed))
         if progress is not None:
             progress(stage, index + 1, len(groups), {})
-    parameters = {name: torch.cat([part[name] for part in done]) for name in done[0]}
+    return {name: torch.cat([part[name] for part in done]) for name in done[0]}
+
+
+def measure(
+    evidence: Evidence,
+    family: TriggerFamily,
+    parameters: Parameters,
+    targets: Sequence[int],
+    heldout: Clean,
+) -> Effect:
+    """What stacked triggers do to images that were not used to invert them, of more than one class."""
     measured = [
         _measure(evidence, family, parameters, i, target, heldout) for i, target in enumerate(targets)
     ]
-    columns = {name: torch.tensor([one[name] for one in measured]) for name in measured[0]}
-    return Inversion(parameters=parameters, **columns)
+    return Effect(**{name: torch.tensor([one[name] for one in measured]) for name in measured[0]})
 
 
 def bfloat16_pays(device: torch.device) -> bool:

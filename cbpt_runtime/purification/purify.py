@@ -20,7 +20,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import bfloat16_pays, invert, subset
+from cbpt_runtime.purification.inversion import bfloat16_pays, invert, measure, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
@@ -127,26 +127,26 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     heldout = subset(evidence.heldout, _SEARCH_HELDOUT, torch.Generator().manual_seed(config.seed))
     families: dict[str, Any] = {}
     for name, family in (SEARCH_FAMILIES | GREY_SEARCH_FAMILIES).items():
-        result = invert(
+        parameters = invert(
             evidence,
             family,
             range(n_classes),
             steps=config.search_steps * family.effort,
             batch=config.search_batch,
-            heldout=heldout,
             seed=config.seed,
             mixed=_is_mixed(evidence, config),
             progress=progress,
             stage=f"search {name} triggers",
         )
-        margins = {
-            "to_text": result.to_text,
-            "least_to_text": result.least_to_text,
-            "to_prototype": result.to_prototype,
-            "collapse": result.collapse,
+        effect = measure(evidence, family, parameters, range(n_classes), heldout)
+        signs = {
+            "to_text": effect.to_text,
+            "least_to_text": effect.least_to_text,
+            "to_prototype": effect.to_prototype,
+            "collapse": effect.collapse,
         }
-        score = robust_z(result.to_text) if name in GREY_SEARCH_FAMILIES else joint_scores(**margins)
-        measured = margins | {"success": result.success, "score": score}
+        score = robust_z(effect.to_text) if name in GREY_SEARCH_FAMILIES else joint_scores(**signs)
+        measured = signs | {"success": effect.success, "score": score}
         families[name] = {key: value.tolist() for key, value in measured.items()}
     joint, reach = (
         torch.tensor([families[name]["score"] for name in part])
@@ -181,20 +181,19 @@ def _refine(
     """Dummy triggers of the suspected classes, by name."""
     found: Parameters = {}
     for name, family in REFINE_FAMILIES.items():
-        result = invert(
+        parameters = invert(
             evidence,
             family,
             suspected,
             steps=config.inversion_steps,
             batch=config.inversion_batch,
-            heldout=subset(evidence.heldout, 1, torch.Generator()),
             seed=config.seed,
             mixed=_is_mixed(evidence, config),
             progress=progress,
             stage=f"invert {name} triggers",
         )
         for position, index in enumerate(suspected):
-            for key, value in result.parameters.items():
+            for key, value in parameters.items():
                 found[f"{name}.{index}.{key}"] = value[position].contiguous()
     return found, {}
 

@@ -54,7 +54,7 @@ def overfill(repository: Path, load: Load, pictures: Any, number: int, reason: s
             assert outcomes["answered"] >= 1
             assert outcomes["refused"] >= number // 4
             assert all(text.startswith(status) and reason in text for text in reasons), reasons
-            later = asyncio.run(load(url, pictures, 5, at_once=1, timeout_s=120, retries=0))
+            later = asyncio.run(load(url, pictures, 5, at_once=1, timeout_s=120, retries=5))
             assert later == {"sent": 5, "answered": 5}
         assert server.restarts == 0
 
