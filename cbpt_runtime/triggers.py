@@ -122,7 +122,7 @@ class LowFrequency:
     ) -> Float[Tensor, "triggers batch 3 height width"]:
         """Each trigger on its own images."""
         coefficients = parameters["pattern"]
-        rows, columns = (self._basis(size).to(coefficients) for size in pixels.shape[-2:])
+        rows, columns = (self._basis(size, pixels.device) for size in pixels.shape[-2:])
         pattern = torch.tanh(rows @ coefficients @ columns.T)
         return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
 
@@ -130,9 +130,9 @@ class LowFrequency:
         """The parameters themselves: the formula keeps the budget."""
         return parameters
 
-    def _basis(self, size: int) -> Float[Tensor, "size frequencies"]:
-        places = (torch.arange(size) + 0.5) / size
-        return torch.cos(torch.pi * places.unsqueeze(1) * torch.arange(self.frequencies))
+    def _basis(self, size: int, device: torch.device) -> Float[Tensor, "size frequencies"]:
+        places = (torch.arange(size, device=device) + 0.5) / size
+        return torch.cos(torch.pi * places.unsqueeze(1) * torch.arange(self.frequencies, device=device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from cbpt_runtime.__main__ import main
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
@@ -350,3 +351,24 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
         encoder={name: tensor.numpy() for name, tensor in tiny_encoder.image_tower_state().items()},
     )
     return write_bundle(tmp_path_factory.mktemp("tiny-bundle") / "bundle", content=content)
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs the command line in this process and returns exit code, stdout and stderr."""
+
+    def run_here(*arguments: object) -> Run:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Run(code=stopped.value.code or 0, out=captured.out, err=captured.err)
+
+    return run_here

@@ -25,12 +25,12 @@ from cbpt_runtime.defenses.finetuning import (
     as_pixels,
     check_finite,
     image_features,
-    is_mixed,
     pair_loss,
     text_features,
 )
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.settings import is_mixed
 from cbpt_runtime.training.trainable import TrainableClip
 from cbpt_runtime.types import Progress
 
@@ -87,7 +87,7 @@ def adversarial_patch(
     generator = torch.Generator().manual_seed(config.seed)
     maker = PatchGenerator(size, config.seed).to(encoder.device)
     optimizer = torch.optim.Adam(maker.parameters(), lr=config.generator_step_size, betas=_BETAS)
-    mixed = is_mixed(config, encoder.device)
+    mixed = is_mixed(config.precision, encoder.device)
     for step in range(config.generator_steps):
         drawn = torch.randint(len(split.tune_labels), (config.batch_size,), generator=generator).numpy()
         clean = as_pixels(split.tune_images[drawn]).to(encoder.device)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from cbpt_runtime.errors import ConfigError
-
-Precision = Literal["auto", "fp32", "bf16"]
+from cbpt_runtime.settings import Precision, from_known_keys
 
 _RANGES: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**63 - 1),
@@ -81,15 +80,7 @@ class DefenseConfig:
         Raises:
             ConfigError: An unknown key or a bad value.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(
-                expected=f"keys of the method {cls.method}: " + ", ".join(known),
-                got=", ".join(unknown),
-                fix="Correct or remove the unknown keys.",
-            )
-        return cls(**values)
+        return from_known_keys(cls, values, f"keys of the method {cls.method}: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

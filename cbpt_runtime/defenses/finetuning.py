@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.defenses.augmentation import drawn_seed
-from cbpt_runtime.defenses.config import DefenseConfig, FinetuneConfig
+from cbpt_runtime.defenses.config import FinetuneConfig
 from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.data import CleanSplit
-from cbpt_runtime.purification.inversion import bfloat16_pays
+from cbpt_runtime.models.pixels import to_float
+from cbpt_runtime.settings import is_mixed
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -85,7 +86,7 @@ def tune_both_towers(
     )
     total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
     warmup = min(config.warmup_steps, math.ceil(total / 10))
-    mixed = is_mixed(config, clip.device)
+    mixed = is_mixed(config.precision, clip.device)
     clip.model.to(memory_format=torch.channels_last)
     clip.model.train()
     step = 0
@@ -140,15 +141,9 @@ def text_features(clip: TrainableClip, captions: Sequence[str], *, mixed: bool) 
         return clip.encode_tokens(tokens)
 
 
-def is_mixed(config: DefenseConfig, device: torch.device) -> bool:
-    """Whether to tune in bfloat16."""
-    return config.precision == "bf16" or (config.precision == "auto" and bfloat16_pays(device))
-
-
 def as_pixels(images: UInt8[np.ndarray, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
     """Pixels in [0, 1], channels last in memory: convolutions are faster so."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return pixels.float().div(255).contiguous(memory_format=torch.channels_last)
+    return to_float(images).contiguous(memory_format=torch.channels_last)
 
 
 def check_finite(loss: Tensor) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from cbpt_runtime.defenses.config import RvptConfig
-from cbpt_runtime.defenses.finetuning import as_pixels, check_finite, is_mixed
+from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
+from cbpt_runtime.settings import is_mixed
 from cbpt_runtime.training.contrastive import batches, cosine_rate, shift_and_mirror
 from cbpt_runtime.types import Progress
 
@@ -56,7 +57,7 @@ def tune_visual_prompts(
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.SGD(prompts, lr=config.learning_rate, momentum=config.momentum)
     total = config.epochs * max(1, len(split.tune_labels) // config.batch_size)
-    mixed, step = is_mixed(config, encoder.device), 0
+    mixed, step = is_mixed(config.precision, encoder.device), 0
     for _ in range(config.epochs):
         for index in batches(len(split.tune_labels), config.batch_size, generator):
             optimizer.param_groups[0]["lr"] = config.learning_rate * cosine_rate(step, 0, total)

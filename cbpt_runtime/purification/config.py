@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.settings import Precision, from_known_keys
 
 Parameterization = Literal["embedding", "prompt"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 _POSITIVE_INTS = (
     "search_steps",
@@ -96,15 +96,7 @@ class PurifyConfig:
         Raises:
             ConfigError: An unknown key or a bad value.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(
-                expected="keys out of " + ", ".join(known),
-                got=", ".join(unknown),
-                fix="Correct or remove the unknown keys.",
-            )
-        return cls(**values)
+        return from_known_keys(cls, values, "keys out of ")
 
 
 def _check(

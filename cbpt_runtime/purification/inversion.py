@@ -91,16 +91,6 @@ def measure(
     return Effect(**{name: torch.tensor([one[name] for one in measured]) for name in measured[0]})
 
 
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(
-        capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
-    )
-
-
 def triggered_features(
     evidence: Evidence,
     family: TriggerFamily,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import bfloat16_pays, invert, measure, subset
+from cbpt_runtime.purification.inversion import invert, measure, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
@@ -32,6 +32,7 @@ from cbpt_runtime.purification.rehearsal import (
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, robust_z
 from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
+from cbpt_runtime.settings import is_mixed
 from cbpt_runtime.triggers import GREY_SEARCH_FAMILIES, REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
 
@@ -134,19 +135,17 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             steps=config.search_steps * family.effort,
             batch=config.search_batch,
             seed=config.seed,
-            mixed=_is_mixed(evidence, config),
+            mixed=is_mixed(config.precision, evidence.texts.device),
             progress=progress,
             stage=f"search {name} triggers",
         )
         effect = measure(evidence, family, parameters, range(n_classes), heldout)
-        signs = {
-            "to_text": effect.to_text,
-            "least_to_text": effect.least_to_text,
-            "to_prototype": effect.to_prototype,
-            "collapse": effect.collapse,
-        }
-        score = robust_z(effect.to_text) if name in GREY_SEARCH_FAMILIES else joint_scores(**signs)
-        measured = signs | {"success": effect.success, "score": score}
+        score = (
+            robust_z(effect.to_text)
+            if name in GREY_SEARCH_FAMILIES
+            else joint_scores(effect.to_text, effect.least_to_text, effect.to_prototype, effect.collapse)
+        )
+        measured = asdict(effect) | {"score": score}
         families[name] = {key: value.tolist() for key, value in measured.items()}
     joint, reach = (
         torch.tensor([families[name]["score"] for name in part])
@@ -167,10 +166,6 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     return {}, values
 
 
-def _is_mixed(evidence: Evidence, config: PurifyConfig) -> bool:
-    return config.precision == "bf16" or (config.precision == "auto" and bfloat16_pays(evidence.texts.device))
-
-
 def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:
     return [int(index) for index in searched["suspects"]][: max(1, len(classes.names) // 10)]
 
@@ -188,7 +183,7 @@ def _refine(
             steps=config.inversion_steps,
             batch=config.inversion_batch,
             seed=config.seed,
-            mixed=_is_mixed(evidence, config),
+            mixed=is_mixed(config.precision, evidence.texts.device),
             progress=progress,
             stage=f"invert {name} triggers",
         )

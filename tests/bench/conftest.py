@@ -1,38 +1,14 @@
-"""One exported repository of the tiny bundle, and the command line."""
+"""One exported repository of the tiny bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cbpt_runtime.__main__ import main
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """Runs the command line in this process and returns exit code, stdout and stderr."""
-
-    def run_here(*arguments: object) -> Run:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Run(code=stopped.value.code or 0, out=captured.out, err=captured.err)
-
-    return run_here
 
 
 @pytest.fixture(scope="session")
