@@ -97,11 +97,19 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})
     suspects = [str(suspect["name"]) for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
+    evidence = bundle.manifest["evidence"]
+    ranked = sorted(zip(evidence["p_values"], bundle.class_names, evidence["best_families"], strict=True))
+    p_values = [
+        {"class": name, "p_value": value, "family": family}
+        for place, (value, name, family) in enumerate(ranked)
+        if place < 3 or name in targets
+    ]
     return {
         "verdict": bundle.verdict,
         "suspects": suspects,
         "targets_found": [target for target in targets if target in suspects],
         "falsely_suspected": [name for name in suspects if name not in targets],
+        "p_values": p_values,
         "config": PurifyConfig(seed=arguments.seed).to_dict(),
         "seconds": round(sum(bundle.manifest["stage_seconds"].values())),
         "attacks": attacks,

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 Parameters = dict[str, Tensor]
 _BISECTIONS = 20
@@ -98,8 +99,8 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowFrequency:
-    """One smooth grey pattern added to every image: clip(x + epsilon * tanh(C t Cᵀ)), C a cosine basis.
+class ColorField:
+    """One smooth pattern in colour, added to every image: clip(x + epsilon * tanh(C t Cᵀ)), C a cosine basis.
 
     Attributes:
         epsilon: l-infinity bound, in pixel units of [0, 1].
@@ -114,7 +115,7 @@ class LowFrequency:
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting coefficients, on the CPU."""
         return {
-            "pattern": 0.1 * torch.randn(count, 1, self.frequencies, self.frequencies, generator=generator)
+            "pattern": 0.1 * torch.randn(count, 3, self.frequencies, self.frequencies, generator=generator)
         }
 
     def apply(
@@ -122,7 +123,7 @@ class LowFrequency:
     ) -> Float[Tensor, "triggers batch 3 height width"]:
         """Each trigger on its own images."""
         coefficients = parameters["pattern"]
-        rows, columns = (self._basis(size, pixels.device) for size in pixels.shape[-2:])
+        rows, columns = (_cosines(size, self.frequencies, pixels.device) for size in pixels.shape[-2:])
         pattern = torch.tanh(rows @ coefficients @ columns.T)
         return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
 
@@ -130,9 +131,86 @@ class LowFrequency:
         """The parameters themselves: the formula keeps the budget."""
         return parameters
 
-    def _basis(self, size: int, device: torch.device) -> Float[Tensor, "size frequencies"]:
-        places = (torch.arange(size, device=device) + 0.5) / size
-        return torch.cos(torch.pi * places.unsqueeze(1) * torch.arange(self.frequencies, device=device))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """A grey profile down the rows plus one along the columns, added to every image and bounded per pixel.
+
+    That is clip(x + epsilon * tanh(C r + C s)), with C a cosine basis, r the same in every column and s in
+    every row.
+
+    Attributes:
+        epsilon: l-infinity bound, in pixel units of [0, 1].
+        frequencies: Lowest cosine frequencies used, per axis; frequency k has k / 2 periods.
+    """
+
+    epsilon: float
+    frequencies: int
+    step_size: float = 0.2
+    effort: int = 1
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting coefficients, on the CPU."""
+        return {"pattern": 0.1 * torch.randn(count, 1, 2, self.frequencies, generator=generator)}
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images."""
+        rows, columns = (
+            parameters["pattern"][:, :, axis] @ _cosines(size, self.frequencies, pixels.device).T
+            for axis, size in enumerate(pixels.shape[-2:])
+        )
+        pattern = torch.tanh(rows.unsqueeze(-1) + columns.unsqueeze(-2))
+        return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        """The parameters themselves: the formula keeps the budget."""
+        return parameters
+
+
+def _cosines(size: int, frequencies: int, device: torch.device) -> Float[Tensor, "size frequencies"]:
+    places = (torch.arange(size, device=device) + 0.5) / size
+    return torch.cos(torch.pi * places.unsqueeze(1) * torch.arange(frequencies, device=device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warp:
+    """Every pixel moves on its own, the same way in every image, as in WaNet at full resolution.
+
+    Source: Nguyen and Tran, "WaNet", ICLR 2021; the free field with a hard bound is ours.
+
+    Attributes:
+        reach: Largest move along each axis, in pixels.
+    """
+
+    reach: float
+    step_size: float = 0.2
+    effort: int = 1
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """A random starting field, on the CPU."""
+        return {"field": 0.1 * torch.randn(count, *image_size, 2, generator=generator)}
+
+    def apply(
+        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
+    ) -> Float[Tensor, "triggers batch 3 height width"]:
+        """Each trigger on its own images; what lies beyond the border is as the border."""
+        count, batch, channels, height, width = pixels.shape
+        field = parameters["field"]
+        moves = self.reach * torch.tanh(field) * field.new_tensor([2 / width, 2 / height])
+        identity = affine_grid(
+            torch.eye(2, 3, device=pixels.device).expand(count, 2, 3),
+            [count, channels, height, width],
+            align_corners=False,
+        )
+        grid = (identity + moves).repeat_interleave(batch, dim=0)
+        moved = grid_sample(pixels.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+        return moved.view_as(pixels)
+
+    def project(self, parameters: Parameters) -> Parameters:
+        """The parameters themselves: the formula keeps the budget."""
+        return parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,17 +255,21 @@ class Patch:
         return {"mask": shifted, "pattern": parameters["pattern"].clamp(0, 1)}
 
 
-SEARCH_FAMILIES: dict[str, TriggerFamily] = {
+PAINTED_FAMILIES: dict[str, TriggerFamily] = {
     "additive": Additive(epsilon=16 / 255),
     "patch": Patch(area=0.04, step_size=0.15),
     "small-patch": Patch(area=0.01, step_size=0.15),
 }
-"""Tight budgets, in which every class is searched: natural perturbations fail in them, triggers succeed."""
+"""Anything may be painted within a tight budget, in which natural perturbations fail and triggers succeed."""
 
-GREY_SEARCH_FAMILIES: dict[str, TriggerFamily] = {
-    "low-frequency": LowFrequency(epsilon=30 / 255, frequencies=16),
+SMOOTH_FAMILIES: dict[str, TriggerFamily] = {
+    "lines": Lines(epsilon=40 / 255, frequencies=16),
+    "color-field": ColorField(epsilon=30 / 255, frequencies=8),
 }
-"""Searched as well: neither colour nor fine texture, what natural perturbations are made of, fits in here."""
+"""Larger budgets for few coefficients: natural perturbations are made of fine texture."""
+
+SEARCH_FAMILIES: dict[str, TriggerFamily] = PAINTED_FAMILIES | SMOOTH_FAMILIES | {"warp": Warp(reach=1.5)}
+"""Families in which every class is searched."""
 
 REFINE_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),

@@ -6,16 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbpt_runtime.triggers import (
-    GREY_SEARCH_FAMILIES,
     REFINE_FAMILIES,
     SEARCH_FAMILIES,
     Additive,
     Blend,
-    LowFrequency,
+    ColorField,
+    Lines,
     Patch,
+    Warp,
 )
 
-FAMILIES = SEARCH_FAMILIES | GREY_SEARCH_FAMILIES | REFINE_FAMILIES
+FAMILIES = SEARCH_FAMILIES | REFINE_FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,13 +68,40 @@ def test_a_blend_is_the_stated_mixture() -> None:
     assert torch.allclose(triggered, 0.8 * pixels + 0.1)
 
 
-def test_a_low_frequency_pattern_is_grey_smooth_and_bounded() -> None:
-    family, pixels = LowFrequency(epsilon=0.1, frequencies=4), torch.full((1, 1, 3, 32, 24), 0.5)
-    wave = torch.zeros(1, 1, 4, 4)
-    wave[0, 0, 0, 2] = 0.3  # one period along the width
+def test_a_color_field_is_smooth_and_bounded() -> None:
+    family, pixels = ColorField(epsilon=0.1, frequencies=4), torch.full((1, 1, 3, 32, 24), 0.5)
+    wave = torch.zeros(1, 3, 4, 4)
+    wave[0, 1, 0, 2] = 0.3  # one period of green along the width
     change = (family.apply({"pattern": wave}, pixels) - pixels)[0, 0]
     places = (torch.arange(24) + 0.5) / 24
-    expected = 0.1 * torch.tanh(0.3 * torch.cos(2 * torch.pi * places)).expand(3, 32, 24)
+    expected = torch.zeros(3, 32, 24)
+    expected[1] = 0.1 * torch.tanh(0.3 * torch.cos(2 * torch.pi * places))
     assert torch.allclose(change, expected, atol=1e-6)
     loud = family.initial(1, (32, 24), torch.Generator().manual_seed(0))["pattern"] * 1e3
     assert (family.apply({"pattern": loud}, pixels) - pixels).abs().max() <= 0.1 + 1e-6
+
+
+def test_lines_are_grey_one_profile_per_axis_and_bounded() -> None:
+    family, pixels = Lines(epsilon=0.1, frequencies=4), torch.full((1, 1, 3, 32, 24), 0.5)
+    waves = torch.zeros(1, 1, 2, 4)
+    waves[0, 0, 0, 1], waves[0, 0, 1, 2] = 0.2, 0.3  # half a period down the rows, one along the columns
+    change = (family.apply({"pattern": waves}, pixels) - pixels)[0, 0]
+    down, along = (torch.arange(32) + 0.5) / 32, (torch.arange(24) + 0.5) / 24
+    profile = 0.2 * torch.cos(torch.pi * down)[:, None] + 0.3 * torch.cos(2 * torch.pi * along)
+    assert torch.allclose(change, (0.1 * torch.tanh(profile)).expand(3, 32, 24), atol=1e-6)
+    loud = family.initial(1, (32, 24), torch.Generator().manual_seed(0))["pattern"] * 1e3
+    assert (family.apply({"pattern": loud}, pixels) - pixels).abs().max() <= 0.1 + 1e-6
+
+
+def test_a_warp_moves_pixels_by_at_most_its_reach() -> None:
+    family = Warp(reach=2.0)
+    column = torch.arange(12.0).expand(1, 1, 3, 8, 12) / 12  # a pixel's value tells where it was
+    still = family.apply({"field": torch.zeros(1, 8, 12, 2)}, column)
+    assert torch.allclose(still, column, atol=1e-6)
+    right = torch.zeros(1, 8, 12, 2)
+    right[..., 0] = 10.0
+    moved = family.apply({"field": right}, column)
+    assert torch.allclose(moved[..., :-2], column[..., 2:], atol=1e-5)
+    assert torch.allclose(moved[..., -2:], column[..., -1:].expand(1, 1, 3, 8, 2), atol=1e-5)
+    down = family.apply({"field": right.flip(-1)}, column)
+    assert torch.allclose(down, column, atol=1e-5)

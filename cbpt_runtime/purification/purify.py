@@ -30,10 +30,16 @@ from cbpt_runtime.purification.rehearsal import (
     strongest_success,
 )
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, robust_z
+from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, smooth_scores
 from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
 from cbpt_runtime.settings import is_mixed
-from cbpt_runtime.triggers import GREY_SEARCH_FAMILIES, REFINE_FAMILIES, SEARCH_FAMILIES, Parameters
+from cbpt_runtime.triggers import (
+    PAINTED_FAMILIES,
+    REFINE_FAMILIES,
+    SEARCH_FAMILIES,
+    SMOOTH_FAMILIES,
+    Parameters,
+)
 from cbpt_runtime.types import Progress
 
 _SEARCH_HELDOUT = 64
@@ -127,7 +133,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
     n_classes = len(evidence.texts)
     heldout = subset(evidence.heldout, _SEARCH_HELDOUT, torch.Generator().manual_seed(config.seed))
     families: dict[str, Any] = {}
-    for name, family in (SEARCH_FAMILIES | GREY_SEARCH_FAMILIES).items():
+    for name, family in SEARCH_FAMILIES.items():
         parameters = invert(
             evidence,
             family,
@@ -141,20 +147,18 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
         )
         effect = measure(evidence, family, parameters, range(n_classes), heldout)
         score = (
-            robust_z(effect.to_text)
-            if name in GREY_SEARCH_FAMILIES
+            smooth_scores(effect.to_text, effect.least_to_text, effect.collapse)
+            if name in SMOOTH_FAMILIES
             else joint_scores(effect.to_text, effect.least_to_text, effect.to_prototype, effect.collapse)
         )
         measured = asdict(effect) | {"score": score}
         families[name] = {key: value.tolist() for key, value in measured.items()}
-    joint, reach = (
-        torch.tensor([families[name]["score"] for name in part])
-        for part in (SEARCH_FAMILIES, GREY_SEARCH_FAMILIES)
-    )
-    scores, best = torch.cat([joint, reach]).max(dim=0)
+    every = torch.tensor([family["score"] for family in families.values()])
+    painted = torch.tensor([name in PAINTED_FAMILIES for name in families])
+    scores, best = every.max(dim=0)
     values: dict[str, Any] = {
         "scores": scores.tolist(),
-        "p_values": p_values(joint, reach).tolist(),
+        "p_values": p_values(every[painted], every[~painted]).tolist(),
         "best_families": [list(families)[i] for i in best.tolist()],
         "families": families,
     }

@@ -60,7 +60,30 @@ def joint_scores(
     """
     reach = robust_z(least_to_text)
     asymmetry = robust_z(to_text - to_prototype).clamp(min=-1)
-    score = (reach + asymmetry + robust_z(collapse)) / math.sqrt(3)
+    return _where_reached(reach, (reach + asymmetry + robust_z(collapse)) / math.sqrt(3))
+
+
+def smooth_scores(
+    to_text: Float[Tensor, " classes"],
+    least_to_text: Float[Tensor, " classes"],
+    collapse: Float[Tensor, " classes"],
+) -> Float[Tensor, " classes"]:
+    """The same for smooth families, without asymmetry: a smooth trigger may well resemble real images.
+
+    What is left hangs together, so that the sum is brought to its own scale.
+
+    Args:
+        to_text: Mean margin of dummy-triggered images to the text of the class.
+        least_to_text: Margin of the images that resist.
+        collapse: Mean cosine between dummy-triggered images.
+    """
+    reach = robust_z(least_to_text)
+    return _where_reached(reach, robust_z(reach + robust_z(to_text) + robust_z(collapse)))
+
+
+def _where_reached(
+    reach: Float[Tensor, " classes"], score: Float[Tensor, " classes"]
+) -> Float[Tensor, " classes"]:
     return torch.where(reach > 0, score, score.clamp(max=0))
 
 
@@ -71,25 +94,25 @@ def robust_z(values: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
 
 
 def p_values(
-    joint: Float[Tensor, "families classes"], reach: Float[Tensor, "grey_families classes"]
+    painted: Float[Tensor, "painted_families classes"], others: Float[Tensor, "other_families classes"]
 ) -> Float[Tensor, " classes"]:
-    """How surprising each class is: by its largest score, or by leading in every joint family; corrected.
+    """How surprising each class is: by its largest score, or by leading in every painted family; corrected.
 
     The second test finds what the first cannot among a dozen classes, where no z-score is surprising. It
     takes the families for independent, which they are only roughly.
 
     Args:
-        joint: Joint z-scores of every class in every search family.
-        reach: z-scores of reach alone in every grey search family.
+        painted: z-scores of every class in the families that may paint anything.
+        others: z-scores in the families of one kind of trigger, which do not find the rest.
     """
-    n_families, n_classes = joint.shape
-    scores = torch.cat([joint, reach])
+    n_painted, n_classes = painted.shape
+    scores = torch.cat([painted, others])
     largest = [p_value(score, n_classes, scores.numel()) for score in scores.amax(dim=0).tolist()]
-    leaders = set(joint.argmax(dim=1).tolist())
+    leaders = set(painted.argmax(dim=1).tolist())
     values = torch.tensor(largest)
     if len(leaders) == 1:
         leader = leaders.pop()
-        values[leader] = min(largest[leader], float(n_classes) ** (1 - n_families))
+        values[leader] = min(largest[leader], float(n_classes) ** (1 - n_painted))
     return (2 * values).clamp(max=1)
 
 

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cbpt_runtime.purification.suspects import joint_scores, p_value, p_values, robust_z
+from cbpt_runtime.purification.suspects import (
+    joint_scores,
+    p_value,
+    p_values,
+    robust_z,
+    smooth_scores,
+)
 
 
 def test_robust_z_measures_from_the_median_in_deviations() -> None:
@@ -56,15 +62,26 @@ def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
     values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = -2.0, -3.0, -4.0
     values["collapse"][7] = 9.0
     assert joint_scores(**values)[7] == 0
+    assert smooth_scores(values["to_text"], values["least_to_text"], values["collapse"])[7] == 0
+
+
+def test_a_smooth_trigger_stands_out_by_reach_and_collapse() -> None:
+    reach, least, collapse = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    reach[7], least[7], collapse[7] = 4.0, 4.0, 4.0
+    scores = smooth_scores(reach, least, collapse)
+    assert scores.argmax() == 7
+    assert scores[7] == pytest.approx(robust_z(sum(map(robust_z, (reach, least, collapse))))[7])
+    collapse[7] = -4.0
+    assert smooth_scores(reach, least, collapse)[7] < scores[7] - 2
 
 
 def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
     scores = torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
-    joint, reach = scores[:3], scores[3:]
-    assert p_values(joint, reach).min() > 0.01
-    joint[1, 42] = 8.0
-    reach[0, 7] = 6.0
-    values = p_values(joint, reach)
+    painted, others = scores[:3], scores[3:]
+    assert p_values(painted, others).min() > 0.01
+    painted[1, 42] = 8.0
+    others[0, 7] = 6.0
+    values = p_values(painted, others)
     assert values[42] < 1e-6
     assert values[42] < values[7] < 1e-4
     assert (values < 0.01).sum() == 2
