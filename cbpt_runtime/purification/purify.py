@@ -20,7 +20,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import invert, measure, subset
+from cbpt_runtime.purification.inversion import Effect, invert, measure, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     directions,
@@ -146,12 +146,7 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
             stage=f"search {name} triggers",
         )
         effect = measure(evidence, family, parameters, range(n_classes), heldout)
-        score = (
-            smooth_scores(effect.to_text, effect.least_to_text, effect.collapse)
-            if name in SMOOTH_FAMILIES
-            else joint_scores(effect.to_text, effect.least_to_text, effect.to_prototype, effect.collapse)
-        )
-        measured = asdict(effect) | {"score": score}
+        measured = asdict(effect) | {"score": _scores(name, effect)}
         families[name] = {key: value.tolist() for key, value in measured.items()}
     every = torch.tensor([family["score"] for family in families.values()])
     painted = torch.tensor([name in PAINTED_FAMILIES for name in families])
@@ -168,6 +163,18 @@ def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None)
         if values["p_values"][index] < config.suspect_p_value
     ]
     return {}, values
+
+
+def _scores(family: str, effect: Effect) -> Float[Tensor, " classes"]:
+    if family in SMOOTH_FAMILIES:
+        return smooth_scores(effect.to_text, effect.least_to_text, effect.collapse)
+    return joint_scores(
+        effect.to_text,
+        effect.least_to_text,
+        effect.to_prototype,
+        effect.collapse,
+        rescale=family not in PAINTED_FAMILIES,
+    )
 
 
 def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:

@@ -42,6 +42,8 @@ def joint_scores(
     least_to_text: Float[Tensor, " classes"],
     to_prototype: Float[Tensor, " classes"],
     collapse: Float[Tensor, " classes"],
+    *,
+    rescale: bool = False,
 ) -> Float[Tensor, " classes"]:
     """How far a class stands out in three ways at once, as one z-score.
 
@@ -57,10 +59,13 @@ def joint_scores(
         least_to_text: Margin of the images that resist.
         to_prototype: Mean margin to the mean feature of the clean images of the class.
         collapse: Mean cosine between dummy-triggered images.
+        rescale: Bring the sum to the scale it has over the classes, for families in which the three hang
+            together, instead of the scale of a sum of independent ones.
     """
     reach = robust_z(least_to_text)
     asymmetry = robust_z(to_text - to_prototype).clamp(min=-1)
-    return _where_reached(reach, (reach + asymmetry + robust_z(collapse)) / math.sqrt(3))
+    total = reach + asymmetry + robust_z(collapse)
+    return _where_reached(reach, robust_z(total) if rescale else total / math.sqrt(3))
 
 
 def smooth_scores(
@@ -70,7 +75,7 @@ def smooth_scores(
 ) -> Float[Tensor, " classes"]:
     """The same for smooth families, without asymmetry: a smooth trigger may well resemble real images.
 
-    What is left hangs together, so that the sum is brought to its own scale.
+    What is left hangs together, so that the sum is brought to the scale it has over the classes.
 
     Args:
         to_text: Mean margin of dummy-triggered images to the text of the class.

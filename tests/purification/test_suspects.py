@@ -65,6 +65,14 @@ def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
     assert smooth_scores(values["to_text"], values["least_to_text"], values["collapse"])[7] == 0
 
 
+def test_signs_that_hang_together_are_brought_to_their_own_scale() -> None:
+    values = measured()
+    values["least_to_text"] = values["collapse"] = values["to_text"]
+    plain, rescaled = joint_scores(**values), joint_scores(**values, rescale=True)
+    assert rescaled.argmax() == plain.argmax()
+    assert 0 < rescaled.max() < plain.max()
+
+
 def test_a_smooth_trigger_stands_out_by_reach_and_collapse() -> None:
     reach, least, collapse = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     reach[7], least[7], collapse[7] = 4.0, 4.0, 4.0
