@@ -213,10 +213,7 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def with_purification(runs: list[Run]) -> list[Run]:
-    """The runs and, for victims and seeds CBPT was not run on here, what `purification.py` measured.
-
-    That is the same purification of the same images, but with two threads and without CPU time and memory.
-    """
+    """The runs and, for victims and seeds CBPT was not run on here, what `purification.py` measured."""
     here = {(run["victim"], run["seed"]) for run in runs if run["method"] == "cbpt"}
     others: list[Run] = json.loads(PURIFICATION.read_text())["runs"] if PURIFICATION.exists() else []
     return runs + [

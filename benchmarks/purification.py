@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def measured(
 ) -> dict[str, Any]:
     """Purifies one victim, then measures it."""
     output = scratch / "bundle"
+    start = time.process_time()
     bundle = purify_checkpoint(
         victim,
         classes,
@@ -89,6 +92,7 @@ def measured(
         config=PurifyConfig(seed=setting["seed"], parameterization=setting["parameterization"]),
         force=True,
     )
+    cpu_seconds = time.process_time() - start
     attack = json.loads((victim / "attack.json").read_text())
     target = attack.get("target")
     triggered = None
@@ -114,6 +118,9 @@ def measured(
         "heldout": bundle.metrics,
         "stage_seconds": seconds,
         "seconds": sum(seconds.values()),
+        "cpu_seconds": cpu_seconds,
+        "trainable_parameters": bundle.class_embeddings.size if bundle.suspects else 0,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
