@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def measured(
         == ([] if target is None else [target]),
         "before": rates(result.before),
         "after": rates(result.after),
-        "alarm_auroc": result.alarm_auroc,
+        "alarm": None if result.alarm is None else asdict(result.alarm),
         "heldout": bundle.metrics,
         "stage_seconds": seconds,
         "seconds": sum(seconds.values()),
@@ -182,7 +183,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 continue
             mean = f"{100 * statistics.mean(after):.2f} % ({100 * worst(after):.2f})"
             cells.append(mean if name == "floor" else f"{100 * statistics.mean(before):.2f} → {mean}")
-        aurocs = [run["alarm_auroc"] for run in group if run["alarm_auroc"] is not None]
+        aurocs = [run["alarm"]["auroc"]["value"] for run in group if run["alarm"] is not None]
         cells.append(f"{statistics.mean(aurocs):.4f}" if aurocs else "–")
         cells.append(f"{statistics.median(run['seconds'] for run in group):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
