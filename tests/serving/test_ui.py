@@ -486,7 +486,7 @@ def test_the_page_works_from_the_keyboard(ui: UiServer, triton: FakeTriton, brow
     assert browser_page.evaluate("document.activeElement.id") == "file"
     assert browser_page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
     with browser_page.expect_file_chooser() as chooser:
-        browser_page.keyboard.press("Space")
+        browser_page.keyboard.press("Space", delay=50)  # as long as a finger takes
     chooser.value.set_files(upload(jpeg()))
     browser_page.locator("#answer").wait_for()
 
