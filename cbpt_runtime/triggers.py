@@ -8,6 +8,7 @@ the model's input size, and on many triggers at once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,8 +100,8 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColorField:
-    """One smooth pattern in colour, added to every image: clip(x + epsilon * tanh(C t Cᵀ)), C a cosine basis.
+class _Smooth(ABC):
+    """A pattern of low cosine frequencies added to every image: clip(x + epsilon * tanh(pattern)).
 
     Attributes:
         epsilon: l-infinity bound, in pixel units of [0, 1].
@@ -112,19 +113,29 @@ class ColorField:
     step_size: float = 0.2
     effort: int = 1
 
+    @abstractmethod
+    def coefficients(self) -> tuple[int, ...]:
+        """Shape of the coefficients of one trigger."""
+
+    @abstractmethod
+    def pattern(
+        self,
+        coefficients: Float[Tensor, "triggers ..."],
+        rows: Float[Tensor, "height frequencies"],
+        columns: Float[Tensor, "width frequencies"],
+    ) -> Float[Tensor, "triggers channels height width"]:
+        """What the coefficients stand for, with the cosines of either axis."""
+
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting coefficients, on the CPU."""
-        return {
-            "pattern": 0.1 * torch.randn(count, 3, self.frequencies, self.frequencies, generator=generator)
-        }
+        return {"pattern": 0.1 * torch.randn(count, *self.coefficients(), generator=generator)}
 
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
         """Each trigger on its own images."""
-        coefficients = parameters["pattern"]
         rows, columns = (_cosines(size, self.frequencies, pixels.device) for size in pixels.shape[-2:])
-        pattern = torch.tanh(rows @ coefficients @ columns.T)
+        pattern = torch.tanh(self.pattern(parameters["pattern"], rows, columns))
         return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
 
     def project(self, parameters: Parameters) -> Parameters:
@@ -132,41 +143,43 @@ class ColorField:
         return parameters
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
-    """A grey profile down the rows plus one along the columns, added to every image and bounded per pixel.
+class ColorField(_Smooth):
+    """One smooth pattern in colour: C t Cᵀ for every channel, C a cosine basis."""
 
-    That is clip(x + epsilon * tanh(C r + C s)), with C a cosine basis, r the same in every column and s in
-    every row.
+    __slots__ = ()
 
-    Attributes:
-        epsilon: l-infinity bound, in pixel units of [0, 1].
-        frequencies: Lowest cosine frequencies used, per axis; frequency k has k / 2 periods.
-    """
+    def coefficients(self) -> tuple[int, ...]:
+        """One square of coefficients per channel."""
+        return 3, self.frequencies, self.frequencies
 
-    epsilon: float
-    frequencies: int
-    step_size: float = 0.2
-    effort: int = 1
+    def pattern(
+        self,
+        coefficients: Float[Tensor, "triggers 3 frequencies frequencies"],
+        rows: Float[Tensor, "height frequencies"],
+        columns: Float[Tensor, "width frequencies"],
+    ) -> Float[Tensor, "triggers 3 height width"]:
+        """A sum of products of cosines."""
+        return rows @ coefficients @ columns.T
 
-    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        """Random starting coefficients, on the CPU."""
-        return {"pattern": 0.1 * torch.randn(count, 1, 2, self.frequencies, generator=generator)}
 
-    def apply(
-        self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
-    ) -> Float[Tensor, "triggers batch 3 height width"]:
-        """Each trigger on its own images."""
-        rows, columns = (
-            parameters["pattern"][:, :, axis] @ _cosines(size, self.frequencies, pixels.device).T
-            for axis, size in enumerate(pixels.shape[-2:])
-        )
-        pattern = torch.tanh(rows.unsqueeze(-1) + columns.unsqueeze(-2))
-        return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
+class Lines(_Smooth):
+    """A grey profile down the rows plus one along the columns: C r, the same in every column, plus C s."""
 
-    def project(self, parameters: Parameters) -> Parameters:
-        """The parameters themselves: the formula keeps the budget."""
-        return parameters
+    __slots__ = ()
+
+    def coefficients(self) -> tuple[int, ...]:
+        """One profile per axis, for all channels."""
+        return 1, 2, self.frequencies
+
+    def pattern(
+        self,
+        coefficients: Float[Tensor, "triggers 1 2 frequencies"],
+        rows: Float[Tensor, "height frequencies"],
+        columns: Float[Tensor, "width frequencies"],
+    ) -> Float[Tensor, "triggers 1 height width"]:
+        """The sum of both profiles."""
+        down, along = coefficients[:, :, 0] @ rows.T, coefficients[:, :, 1] @ columns.T
+        return down.unsqueeze(-1) + along.unsqueeze(-2)
 
 
 def _cosines(size: int, frequencies: int, device: torch.device) -> Float[Tensor, "size frequencies"]:
