@@ -36,7 +36,7 @@ from cbpt_runtime.models.data import (
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, gather
+from cbpt_runtime.purification.evidence import Evidence, Views, gather, with_imagined
 from cbpt_runtime.purification.purify import purify
 from cbpt_runtime.purification.rehearsal import (
     STRENGTHS,
@@ -171,17 +171,23 @@ def tuned(
     triggered: tuple[Tensor, Tensor] | None = None,
     suspects: list[int] | None = None,
     views: bool = True,
+    imagined: bool = True,
     **changes: Any,
 ) -> Tensor:
     """The method's tuning with something exchanged."""
     used = setting.rehearsals if rehearsals is None else rehearsals
     targets = setting.suspects if suspects is None else suspects
     evidence, config = setting.evidence, dataclasses.replace(setting.config, **changes)
-    clean = evidence.views if views else evidence.tune
-    dirty, dirty_labels = of_other_classes(used, evidence.tune.labels) if triggered is None else triggered
+    tune = evidence.tune
+    clean = evidence.views if views else Views(features=tune.features, labels=tune.labels)
+    if imagined:
+        clean = with_imagined(clean, tune, targets, config.seed)
     if triggered is None:
+        dirty, dirty_labels, dirty_suspects = of_other_classes(used, tune.labels)
         basis = directions(targets, used)
     else:
+        dirty, dirty_labels = triggered
+        dirty_suspects = torch.full_like(dirty_labels, targets[0])
         basis = torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T
     data = TuningData(
         reference=evidence.texts,
@@ -190,6 +196,7 @@ def tuned(
         clean_labels=clean.labels,
         triggered=dirty,
         triggered_labels=dirty_labels,
+        triggered_suspects=dirty_suspects,
         suspects=tuple(targets),
         directions=basis,
     )
@@ -266,6 +273,8 @@ CASES: dict[str, Case] = {
     "change not held to the trigger directions": lambda setting: tuned(setting, across_weight=0.0),
     "full strength only": full_strength,
     "no views of the clean images": lambda setting: tuned(setting, views=False),
+    "no imagined images of the suspects": lambda setting: tuned(setting, imagined=False),
+    "plain cross-entropy for backdoor alignment": lambda setting: tuned(setting, own_class_weight=1.0),
     "one round": lambda setting: tuned(setting, tuning_rounds=1),
     "oracle: half of the true triggered images": lambda setting: tuned(
         setting, triggered=(setting.oracle, setting.oracle_labels), tuning_rounds=1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 
 def contrastive_inversion(
@@ -56,10 +56,26 @@ def clean_alignment(
 
 
 def backdoor_alignment(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    suspects: Int[Tensor, " batch"],
+    own_class_weight: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of dummy-triggered images to their own class."""
-    return cross_entropy(logits, labels)
+    """Dummy-triggered images leave the suspected class first and foremost, and find their own.
+
+    Cross-entropy to the own class is the sum of two: of *not the suspected class*, and of the own class among
+    the classes that are left. The second counts `own_class_weight`; with 1 the sum is plain cross-entropy.
+
+    Args:
+        logits: Of the head being tuned.
+        labels: The image's own class.
+        suspects: The class its dummy trigger was inverted for, never its own.
+        own_class_weight: Non-negative.
+    """
+    suspect = suspects.unsqueeze(1)
+    rest = logits.scatter(1, suspect, -torch.inf)
+    leave = softplus(logits.gather(1, suspect).squeeze(1) - rest.logsumexp(dim=1)).mean()
+    return leave + own_class_weight * cross_entropy(rest, labels)
 
 
 def prompt_consistency(

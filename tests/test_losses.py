@@ -45,9 +45,25 @@ def test_clean_alignment_is_least_at_what_is_known() -> None:
     assert at_best < clean_alignment(logits + torch.tensor([1.0, 0.0, 0.0]), logits.softmax(dim=1), ones)
 
 
-def test_backdoor_alignment_falls_when_triggered_images_get_their_own_class() -> None:
-    labels = torch.tensor([0, 1])
-    assert backdoor_alignment(torch.eye(2) * 5, labels) < backdoor_alignment(torch.zeros(2, 2), labels)
+def test_backdoor_alignment_is_two_cross_entropies() -> None:
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    labels, suspects = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([4, 4, 4, 4, 1, 1])
+    log_p = log_softmax(logits.numpy())
+    rows = np.arange(6)
+    own, suspected = log_p[rows, labels], np.exp(log_p[rows, suspects])
+    leave = -np.log1p(-suspected)
+    for weight in (0.0, 0.2, 1.0):
+        expected = (leave + weight * (-own - leave)).mean()
+        loss = backdoor_alignment(logits, labels, suspects, weight)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_backdoor_alignment_has_finite_gradients_where_only_the_suspect_is_left() -> None:
+    logits = torch.tensor([[80.0, -80.0, -80.0]], requires_grad=True)
+    backdoor_alignment(logits, torch.tensor([1]), torch.tensor([0]), 0.2).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 0] > 0.5
 
 
 def test_prompt_consistency_weighs_classes_and_what_is_across_the_trigger_direction() -> None:

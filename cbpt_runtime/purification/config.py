@@ -22,7 +22,13 @@ _POSITIVE_INTS = (
     "context_length",
 )
 _POSITIVE = ("suspect_p_value", "tuning_step_size", "target_weight")
-_NON_NEGATIVE = ("backdoor_weight", "consistency_weight", "across_weight", "target_consistency")
+_NON_NEGATIVE = (
+    "backdoor_weight",
+    "own_class_weight",
+    "consistency_weight",
+    "across_weight",
+    "target_consistency",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +49,15 @@ class PurifyConfig:
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.
         backdoor_weight: Weight of the backdoor-alignment loss in the first round; doubled where it fails.
+        own_class_weight: What a dummy-triggered image's own class counts in that loss beside the loss of not
+            being called the suspected class; with 1 the two are plain cross-entropy.
         tuning_rounds: Most rounds of tuning, each with other weights, until held-out images accept the head.
         success_goal: Held-out dummy-trigger success, in [0, 1], that is small enough; the floor, if larger.
         consistency_weight: Weight of the prompt-consistency loss.
         across_weight: What a change across the trigger directions counts in it on top.
         target_consistency: What a suspected class counts in it; others count 1.
-        target_weight: What an image of a suspected class counts in the clean-alignment loss, in the
-            first round; others count 1. Divided by √2 where the class is then said too often.
+        target_weight: What a suspected class counts in the clean-alignment loss, in the first round; others
+            count 1. Divided by √2 where the class is then said too often.
         context_length: Free vectors per class of the prompt parameterization.
     """
 
@@ -64,6 +72,7 @@ class PurifyConfig:
     tuning_steps: int = 150
     tuning_step_size: float = 0.02
     backdoor_weight: float = 2.0
+    own_class_weight: float = 0.2
     tuning_rounds: int = 4
     success_goal: float = 0.0039
     consistency_weight: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.purification.views import N_VIEWS, view
 
 _BATCH = 256
+_IMAGINED = 300
+_SPREAD = 0.7
 _FUSION_TOLERANCE = 1e-4
 
 
@@ -86,6 +89,33 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed:
         views=_views(fast, tune, seed),
         heldout=heldout,
     )
+
+
+def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) -> Views:
+    """The views, and features that images of some classes might have had.
+
+    A few images tell little of how those of a class differ from each other, all classes together tell much:
+    an imagined feature is the mean of its class plus a share of what some image, of any class, differs from
+    the mean of its own.
+
+    Args:
+        views: What to add to.
+        tune: The images themselves.
+        classes: Class indices that get imagined features.
+        seed: Of the draw.
+    """
+    n_classes = int(tune.labels.max()) + 1
+    sums = torch.zeros(n_classes, tune.features.shape[1], device=tune.features.device)
+    sums.index_add_(0, tune.labels, tune.features)
+    means = sums / tune.labels.bincount().clamp(min=1).unsqueeze(1)
+    deviations = tune.features - means[tune.labels]
+    generator = torch.Generator().manual_seed(seed)
+    features, labels = [views.features], [views.labels]
+    for index in classes:
+        drawn = torch.randint(len(deviations), (_IMAGINED,), generator=generator)
+        features.append(normalize(means[index] + _SPREAD * deviations[drawn.to(deviations.device)], dim=1))
+        labels.append(torch.full((_IMAGINED,), index, device=tune.labels.device))
+    return Views(features=torch.cat(features), labels=torch.cat(labels))
 
 
 def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:

@@ -19,7 +19,7 @@ from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, gather
+from cbpt_runtime.purification.evidence import Evidence, gather, with_imagined
 from cbpt_runtime.purification.inversion import Effect, invert, measure, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
@@ -213,14 +213,16 @@ def _tune(
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
-    triggered, triggered_labels = of_other_classes(rehearsals, evidence.tune.labels)
+    clean = with_imagined(evidence.views, evidence.tune, suspected, config.seed)
+    triggered, own, targets = of_other_classes(rehearsals, evidence.tune.labels)
     data = TuningData(
         reference=evidence.texts,
         scale=evidence.scale,
-        clean=evidence.views.features,
-        clean_labels=evidence.views.labels,
+        clean=clean.features,
+        clean_labels=clean.labels,
         triggered=triggered,
-        triggered_labels=triggered_labels,
+        triggered_labels=own,
+        triggered_suspects=targets,
         suspects=tuple(suspected),
         directions=directions(suspected, rehearsals),
     )

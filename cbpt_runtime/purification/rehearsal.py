@@ -155,8 +155,16 @@ def directions(suspects: Sequence[int], rehearsals: Sequence[Rehearsal]) -> Floa
 
 def of_other_classes(
     rehearsals: Sequence[Rehearsal], labels: Int[Tensor, " batch"]
-) -> tuple[Float[Tensor, "triggered dim"], Int[Tensor, " triggered"]]:
-    """Tune features and labels under every dummy trigger, without images of its own suspected class."""
+) -> tuple[Float[Tensor, "triggered dim"], Int[Tensor, " triggered"], Int[Tensor, " triggered"]]:
+    """Tune features under every dummy trigger, without images of its own suspected class.
+
+    Returns:
+        Features, the images' own classes, and the suspected class of each one's trigger.
+    """
     others = [labels != rehearsal.suspect for rehearsal in rehearsals]
     features = [rehearsal.tune[keep] for rehearsal, keep in zip(rehearsals, others, strict=True)]
-    return torch.cat(features), torch.cat([labels[keep] for keep in others])
+    own = [labels[keep] for keep in others]
+    suspects = [
+        torch.full_like(part, rehearsal.suspect) for rehearsal, part in zip(rehearsals, own, strict=True)
+    ]
+    return torch.cat(features), torch.cat(own), torch.cat(suspects)

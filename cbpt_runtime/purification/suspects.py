@@ -51,8 +51,10 @@ def joint_scores(
     (`least_to_text` is large). A trigger takes images nearer to its text than to its real images
     (`to_text - to_prototype` is large), for the attacker bound the trigger to captions, while a natural
     perturbation paints features of real images, which serve both alike; where this is small it speaks against
-    the class by one deviation at most. And a trigger takes all images to one place (`collapse` is large). A
-    class that is reached less than the median class does not stand out, whatever the rest.
+    the class by one deviation at most, and for it by no more than `to_text` does: a class whose text its own
+    images do not resemble shows it without being reached any better than others. And a trigger takes all
+    images to one place (`collapse` is large). A class that is reached less than the median class does not
+    stand out, whatever the rest.
 
     Args:
         to_text: Mean margin of dummy-triggered images to the text of the class.
@@ -63,7 +65,7 @@ def joint_scores(
             together, instead of the scale of a sum of independent ones.
     """
     reach = robust_z(least_to_text)
-    asymmetry = robust_z(to_text - to_prototype).clamp(min=-1)
+    asymmetry = torch.minimum(robust_z(to_text - to_prototype), robust_z(to_text)).clamp(min=-1)
     total = reach + asymmetry + robust_z(collapse)
     return _where_reached(reach, robust_z(total) if rescale else total / math.sqrt(3))
 

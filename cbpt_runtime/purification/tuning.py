@@ -28,10 +28,11 @@ class TuningData:
     Attributes:
         reference: Class embeddings before tuning.
         scale: The model's logit scale.
-        clean: Unit features of clean images and other views of them.
+        clean: Unit features of clean images and other views of them, of suspected classes imagined ones, too.
         clean_labels: Their classes.
         triggered: Unit features of these images under dummy triggers, those of suspected classes left out.
         triggered_labels: Their own classes.
+        triggered_suspects: The suspected targets of their triggers.
         suspects: Class indices of the suspected targets.
         directions: Orthonormal; what the dummy triggers add to every image, one per suspected target.
     """
@@ -42,6 +43,7 @@ class TuningData:
     clean_labels: Int[Tensor, " batch"]
     triggered: Float[Tensor, "triggered dim"]
     triggered_labels: Int[Tensor, " triggered"]
+    triggered_suspects: Int[Tensor, " triggered"]
     suspects: tuple[int, ...]
     directions: Float[Tensor, "suspects dim"]
 
@@ -136,7 +138,12 @@ def _minimise(
         moved = change()
         current = data.reference + moved
         clean = clean_alignment(data.scale * data.clean @ current.T, known, weights)
-        backdoor = backdoor_alignment(data.scale * data.triggered @ current.T, data.triggered_labels)
+        backdoor = backdoor_alignment(
+            data.scale * data.triggered @ current.T,
+            data.triggered_labels,
+            data.triggered_suspects,
+            config.own_class_weight,
+        )
         consistency = prompt_consistency(moved, data.directions, freedom, config.across_weight)
         loss = clean + backdoor_weight * backdoor + config.consistency_weight * consistency
         optimizer.zero_grad()
@@ -167,6 +174,8 @@ def trusted_probabilities(data: TuningData) -> Float[Tensor, "batch classes"]:
 def image_weights(
     labels: Int[Tensor, " batch"], suspects: Sequence[int], target_weight: float
 ) -> Float[Tensor, " batch"]:
-    """One per image, `target_weight` for images of suspected classes."""
+    """One per image; for those of a suspected class what makes the class count as `target_weight` others."""
     suspected: Bool[Tensor, " batch"] = torch.isin(labels, torch.tensor(suspects, device=labels.device))
-    return torch.where(suspected, target_weight, 1.0)
+    counts = labels.bincount()
+    usual = (~suspected).sum() / max(1, len(labels[~suspected].unique()))
+    return torch.where(suspected, target_weight * usual / counts[labels], 1.0)

@@ -78,9 +78,10 @@ def test_the_best_is_rehearsed_where_none_works() -> None:
 def test_images_of_the_suspected_class_are_left_out() -> None:
     known = evidence()
     rehearsals = rehearse(known, [1], triggers(), seed=0)
-    features, labels = of_other_classes(rehearsals, known.tune.labels)
+    features, labels, suspects = of_other_classes(rehearsals, known.tune.labels)
     assert features.shape == (8 * len(STRENGTHS), 3 * SIDE * SIDE)
     assert sorted(labels.unique().tolist()) == [0, 2]
+    assert suspects.tolist() == [1] * len(labels)
 
 
 def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:

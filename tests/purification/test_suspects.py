@@ -57,6 +57,12 @@ def test_little_asymmetry_speaks_against_a_class_only_so_much() -> None:
     assert torch.allclose(joint_scores(**values)[7], low[7], atol=0.05)
 
 
+def test_a_class_that_is_only_asymmetric_does_not_stand_out() -> None:
+    values = measured()
+    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = 1.0, 0.0, -30.0
+    assert joint_scores(**values)[7] < 2 < robust_z(values["to_text"] - values["to_prototype"])[7]
+
+
 def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
     values = measured()
     values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = -2.0, -3.0, -4.0

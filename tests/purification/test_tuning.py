@@ -38,6 +38,7 @@ def backdoored() -> TuningData:
         clean_labels=labels,
         triggered=unit(clean[others] + 1.5 * direction),
         triggered_labels=labels[others],
+        triggered_suspects=torch.full_like(labels[others], 2),
         suspects=(2,),
         directions=direction.unsqueeze(0),
     )
@@ -82,6 +83,13 @@ def test_suspected_classes_are_not_trusted_on_images_of_others() -> None:
 
 def test_images_of_suspected_classes_weigh_more() -> None:
     assert image_weights(torch.tensor([0, 2, 1]), [2], 10.0).tolist() == [1.0, 10.0, 1.0]
+
+
+def test_a_suspected_class_counts_the_same_however_many_images_it_has() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 40)
+    weights = image_weights(labels, [2], 5.0)
+    assert weights[:16].tolist() == [1.0] * 16
+    assert weights[16:].sum().item() == pytest.approx(5 * 8)
 
 
 @pytest.mark.parametrize(
