@@ -36,17 +36,16 @@ from cbpt_runtime.models.data import (
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, Views, gather, with_imagined
+from cbpt_runtime.purification.evidence import Evidence, Views, gather
 from cbpt_runtime.purification.purify import purify
 from cbpt_runtime.purification.rehearsal import (
     STRENGTHS,
     Rehearsal,
-    directions,
     judged,
-    of_other_classes,
     rehearse,
+    tuning_data,
 )
-from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
+from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
 from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
@@ -178,28 +177,22 @@ def tuned(
     used = setting.rehearsals if rehearsals is None else rehearsals
     targets = setting.suspects if suspects is None else suspects
     evidence, config = setting.evidence, dataclasses.replace(setting.config, **changes)
-    tune = evidence.tune
-    clean = evidence.views if views else Views(features=tune.features, labels=tune.labels)
-    if imagined:
-        clean = with_imagined(clean, tune, targets, config.seed)
-    if triggered is None:
-        dirty, dirty_labels, dirty_suspects = of_other_classes(used, tune.labels)
-        basis = directions(targets, used)
-    else:
+    if not views:
+        tune = evidence.tune
+        evidence = dataclasses.replace(evidence, views=Views(features=tune.features, labels=tune.labels))
+    data = tuning_data(evidence, targets, used, config.seed)
+    if not imagined:
+        clean = evidence.views
+        data = dataclasses.replace(data, clean=clean.features, clean_labels=clean.labels)
+    if triggered is not None:
         dirty, dirty_labels = triggered
-        dirty_suspects = torch.full_like(dirty_labels, targets[0])
-        basis = torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T
-    data = TuningData(
-        reference=evidence.texts,
-        scale=evidence.scale,
-        clean=clean.features,
-        clean_labels=clean.labels,
-        triggered=dirty,
-        triggered_labels=dirty_labels,
-        triggered_suspects=dirty_suspects,
-        suspects=tuple(targets),
-        directions=basis,
-    )
+        data = dataclasses.replace(
+            data,
+            triggered=dirty,
+            triggered_labels=dirty_labels,
+            triggered_suspects=torch.full_like(dirty_labels, targets[0]),
+            directions=torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T,
+        )
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(setting.encoder, setting.classes.names, context_length=config.context_length)

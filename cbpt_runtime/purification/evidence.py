@@ -78,12 +78,10 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed:
     fast = arranged_for_speed(encoder.image_encoder)
     tune = _clean(fast, split.tune_images, split.tune_labels)
     heldout = _clean(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
-    sums = torch.zeros(len(classes.names), encoder.embed_dim, device=encoder.device)
-    sums.index_add_(0, tune.labels, tune.features)
     return Evidence(
         encoder=fast,
         texts=encoder.class_embeddings(classes),
-        prototypes=normalize(sums, dim=1),
+        prototypes=normalize(_class_sums(tune, len(classes.names)), dim=1),
         scale=encoder.logit_scale,
         tune=tune,
         views=_views(fast, tune, seed),
@@ -104,10 +102,8 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
         classes: Class indices that get imagined features.
         seed: Of the draw.
     """
-    n_classes = int(tune.labels.max()) + 1
-    sums = torch.zeros(n_classes, tune.features.shape[1], device=tune.features.device)
-    sums.index_add_(0, tune.labels, tune.features)
-    means = sums / tune.labels.bincount().clamp(min=1).unsqueeze(1)
+    counts = tune.labels.bincount()
+    means = _class_sums(tune, len(counts)) / counts.clamp(min=1).unsqueeze(1)
     deviations = tune.features - means[tune.labels]
     generator = torch.Generator().manual_seed(seed)
     features, labels = [views.features], [views.labels]
@@ -116,6 +112,11 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
         features.append(normalize(means[index] + _SPREAD * deviations[drawn.to(deviations.device)], dim=1))
         labels.append(torch.full((_IMAGINED,), index, device=tune.labels.device))
     return Views(features=torch.cat(features), labels=torch.cat(labels))
+
+
+def _class_sums(clean: Clean, n_classes: int) -> Float[Tensor, "classes dim"]:
+    sums = torch.zeros(n_classes, clean.features.shape[1], device=clean.features.device)
+    return sums.index_add_(0, clean.labels, clean.features)
 
 
 def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:

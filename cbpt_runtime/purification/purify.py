@@ -19,19 +19,18 @@ from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, gather, with_imagined
+from cbpt_runtime.purification.evidence import Evidence, gather
 from cbpt_runtime.purification.inversion import Effect, invert, measure, subset
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
-    directions,
     judged,
-    of_other_classes,
     rehearse,
     strongest_success,
+    tuning_data,
 )
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, smooth_scores
-from cbpt_runtime.purification.tuning import TuningData, Verdict, tune_in_rounds
+from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
 from cbpt_runtime.settings import is_mixed
 from cbpt_runtime.triggers import (
     PAINTED_FAMILIES,
@@ -213,19 +212,7 @@ def _tune(
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
-    clean = with_imagined(evidence.views, evidence.tune, suspected, config.seed)
-    triggered, own, targets = of_other_classes(rehearsals, evidence.tune.labels)
-    data = TuningData(
-        reference=evidence.texts,
-        scale=evidence.scale,
-        clean=clean.features,
-        clean_labels=clean.labels,
-        triggered=triggered,
-        triggered_labels=own,
-        triggered_suspects=targets,
-        suspects=tuple(suspected),
-        directions=directions(suspected, rehearsals),
-    )
+    data = tuning_data(evidence, suspected, rehearsals, config.seed)
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)

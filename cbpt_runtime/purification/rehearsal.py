@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cbpt_runtime.purification.evidence import Clean, Evidence
+from cbpt_runtime.purification.evidence import Clean, Evidence, with_imagined
 from cbpt_runtime.purification.inversion import margins, triggered_features
-from cbpt_runtime.purification.tuning import Verdict
+from cbpt_runtime.purification.tuning import TuningData, Verdict
 from cbpt_runtime.purification.views import view
 from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
@@ -161,10 +161,28 @@ def of_other_classes(
     Returns:
         Features, the images' own classes, and the suspected class of each one's trigger.
     """
-    others = [labels != rehearsal.suspect for rehearsal in rehearsals]
-    features = [rehearsal.tune[keep] for rehearsal, keep in zip(rehearsals, others, strict=True)]
-    own = [labels[keep] for keep in others]
-    suspects = [
-        torch.full_like(part, rehearsal.suspect) for rehearsal, part in zip(rehearsals, own, strict=True)
-    ]
-    return torch.cat(features), torch.cat(own), torch.cat(suspects)
+    kept = [(rehearsal, labels != rehearsal.suspect) for rehearsal in rehearsals]
+    return (
+        torch.cat([rehearsal.tune[others] for rehearsal, others in kept]),
+        torch.cat([labels[others] for _, others in kept]),
+        torch.cat([torch.full_like(labels[others], rehearsal.suspect) for rehearsal, others in kept]),
+    )
+
+
+def tuning_data(
+    evidence: Evidence, suspects: Sequence[int], rehearsals: Sequence[Rehearsal], seed: int
+) -> TuningData:
+    """All that the head is tuned on; the seed is for the imagined images of the suspects."""
+    clean = with_imagined(evidence.views, evidence.tune, suspects, seed)
+    triggered, own_labels, triggered_suspects = of_other_classes(rehearsals, evidence.tune.labels)
+    return TuningData(
+        reference=evidence.texts,
+        scale=evidence.scale,
+        clean=clean.features,
+        clean_labels=clean.labels,
+        triggered=triggered,
+        triggered_labels=own_labels,
+        triggered_suspects=triggered_suspects,
+        suspects=tuple(suspects),
+        directions=directions(suspects, rehearsals),
+    )
