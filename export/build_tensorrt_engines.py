@@ -48,7 +48,7 @@ def main() -> None:
     golden = read_golden(repository.golden)
     pixels = golden.pixels(Preprocess.from_dict(repository.manifest["preprocess"]))
     outputs = run_session(session, pixels, batch_size=len(pixels))
-    difference = golden.check(outputs, where=str(arguments.repository))
+    difference = golden.check(outputs, where=str(arguments.repository)).largest_difference
     print(f"built in {time.perf_counter() - start:.0f} s; golden answers within {difference:.2g}")
 
 

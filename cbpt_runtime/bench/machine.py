@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from cbpt_runtime.cpus import usable_cpus
+from cbpt_runtime.cpus import instructions, read_cpuinfo, usable_cpus
 
 _PACKAGES = ("cbpt-runtime", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "open_clip_torch", "pillow",
              "torch", "tritonclient")  # fmt: skip
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd")
 COMPARED = ("processor", "instructions", "usable_cpus", "gpus")  # what makes two machines the same
 
 
 def describe_machine() -> dict[str, Any]:
     """Processor, instructions that matter, cores and affinity, memory, GPUs, load and system."""
-    cpuinfo = _cpuinfo()
-    flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
     return {
-        "processor": _processor(cpuinfo),
-        "instructions": [flag for flag in _FLAGS if flag in flags],
+        "processor": _processor(read_cpuinfo()),
+        "instructions": instructions(),
         "cpus": os.cpu_count(),
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "usable_cpus": usable_cpus(),
@@ -43,16 +39,6 @@ def describe_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _processor(cpuinfo: dict[str, str]) -> str:

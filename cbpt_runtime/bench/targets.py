@@ -173,7 +173,7 @@ def _open_repository(path: Path, provider: Provider, threads: int | None) -> Tar
     session, target = _open_graph(repository.graph, provider, threads)
     pixels = target.decode(golden.files)
     found = dict(zip(_OUTPUTS, session.run(list(_OUTPUTS), {_INPUT: pixels}), strict=True))
-    difference = golden.check(found, where=str(path))
+    checked = golden.check(found, where=str(path), made_on=repository.made_on)
     gate = json.loads((path / PARITY).read_text(encoding="utf-8")).get("precision") or {}
     stated = {
         "where": "the precision gate of the export, on held-out images with dummy triggers",
@@ -184,7 +184,7 @@ def _open_repository(path: Path, provider: Provider, threads: int | None) -> Tar
         "source": str(path),
         "repository_digest": repository.digest,
         "golden_images": len(golden.files),
-        "golden_largest_difference": difference,
+        "golden_largest_difference": checked.largest_difference,
     }
     return replace(
         target,

@@ -143,6 +143,7 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
                 "selftest": {
                     "images": selftest.images,
                     "largest_difference": selftest.largest_difference,
+                    "note": selftest.note,
                 },
             }
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.export import print_parity
-from cbpt_runtime.cli.output import print_json, print_pairs
+from cbpt_runtime.cli.output import print_json, print_note, print_pairs
 
 
 def command(
@@ -30,6 +30,8 @@ def command(
     from cbpt_runtime.export.verify import verify_repository
 
     found = verify_repository(repository, bundle, provider=provider, images=images)
+    if found.golden_note is not None:
+        print_note(f"note: {found.golden_note}")
     if as_json:
         print_json(asdict(found))
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
+from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.json"
 TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own rounding to the gate's 1e-4
+# Of int8 on another kind of processor: where floats lie between the layers (ViT), their rounding decides some
+# of the integers that follow. int8 itself moves probabilities of single images by 0.1 and more.
+INT8_TOLERANCE_ELSEWHERE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenCheck:
+    """How golden answers came back.
+
+    Attributes:
+        largest_difference: In probability or alarm.
+        note: What differs, for people, where that is more than on the machine the answers are from.
+    """
+
+    largest_difference: float
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +59,16 @@ class GoldenSet:
         """The images as the model takes them."""
         return np.stack([to_pixels(decode_image(file), preprocess) for file in self.files])
 
-    def check(self, outputs: dict[str, np.ndarray], *, where: str) -> float:
+    def check(self, outputs: dict[str, np.ndarray], *, where: str, made_on: str | None = None) -> GoldenCheck:
         """Compare answers with the expected ones.
 
         Args:
             outputs: 'probabilities' and 'alarm' of the golden images, in order.
             where: Who answered, for the error text.
-
-        Returns:
-            The largest difference.
+            made_on: Processor that int8 answers are from; another one is allowed more, and a note says so.
 
         Raises:
-            ExportError: A different label, or a difference above the tolerance.
+            ExportError: A difference above the tolerance, or, on the same processor, a different label.
         """
         tolerance, rows = self.answers["tolerance"], self.answers["images"]
         expected = np.array([row["probabilities"] for row in rows])
@@ -63,14 +78,23 @@ class GoldenSet:
             float(np.abs(outputs["alarm"].ravel() - alarms).max()),
         )
         labels = expected.argmax(axis=1) == outputs["probabilities"].argmax(axis=1)
-        if not (max(differences) <= tolerance and labels.all()):
-            raise ExportError(
-                expected=f"the golden answers of {where} within {tolerance:g}",
-                got=f"probabilities off by {differences[0]:.3g}, alarm by {differences[1]:.3g}, "
-                f"{int((~labels).sum())} other labels",
-                fix="Do not serve it. Export the bundle again on the kind of machine that will serve.",
-            )
-        return max(differences)
+        largest, here = float(np.max(differences)), kind_of_processor()  # NaN where one is
+        if largest <= tolerance and labels.all():
+            return GoldenCheck(largest_difference=largest)
+        others = [str(row["file"]) for row, same in zip(rows, labels, strict=True) if not same]
+        got = f"probabilities off by {differences[0]:.3g}, alarm by {differences[1]:.3g}, " + (
+            f"{len(others)} other labels ({', '.join(others)})" if others else "no other label"
+        )
+        if made_on not in (None, here):
+            if largest <= INT8_TOLERANCE_ELSEWHERE:
+                return GoldenCheck(largest_difference=largest, note=_difference_note(got, made_on, here))
+            tolerance = INT8_TOLERANCE_ELSEWHERE
+            got += f"; exported on a processor with {made_on}, this one has {here}"
+        raise ExportError(
+            expected=f"the golden answers of {where} within {tolerance:g}",
+            got=got,
+            fix="Do not serve it. Export the bundle again on the kind of machine that will serve.",
+        )
 
 
 def make_golden(
@@ -109,6 +133,14 @@ def read_golden(folder: Path) -> GoldenSet:
     names = tuple(row["file"] for row in answers["images"])
     return GoldenSet(
         files=tuple((folder / name).read_bytes() for name in names), names=names, answers=answers
+    )
+
+
+def _difference_note(differences: str, made_on: str | None, here: str) -> str:
+    return (
+        f"int8 answers differ here from those at export: golden images have {differences}. It was exported "
+        f"on a processor with {made_on}, this one has {here}. "
+        "`cbpt-runtime verify REPOSITORY --bundle BUNDLE` measures what that costs here"
     )
 
 

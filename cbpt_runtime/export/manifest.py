@@ -48,6 +48,12 @@ class Repository:
         """The folder of the golden set."""
         return self.path / self.name / "1" / "golden"
 
+    @property
+    def made_on(self) -> str | None:
+        """Processor the gate ran on, where the answers depend on it: int8."""
+        processor = self.manifest.get("processor")
+        return None if processor is None else str(processor)
+
 
 def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     """Hash every file below a folder and write ``manifest.json``.

@@ -1,5 +1,8 @@
 """int8 graphs: static QDQ, signed per-channel weights, unsigned activations, ranges from calibration images.
 
+Weights are scaled so that they saturate on no processor (`cbpt_runtime.export.saturation`): a graph may be
+made on one machine and served on another.
+
 What onnxruntime makes of Q/DQ pairs decides the speed. Convolutions answer in int8, and what stands between
 two of them (ReLU, residual sums, pooling) stays in int8 too, so that whole stages run without a float.
 Products with weights take int8 and answer in float (MatMulIntegerToFloat, QGemm), because norms, GELU and
@@ -16,6 +19,7 @@ import onnx
 from jaxtyping import Float, UInt8
 
 from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy, to_bytes, with_features
+from cbpt_runtime.export.saturation import scale_overrides
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.types import Progress
 
@@ -64,14 +68,17 @@ def make_quantiser(
         quantizer = QDQQuantizer(
             copy,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=True,  # where no override says better
             weight_qType=quantization.QuantType.QInt8,
             activation_qType=quantization.QuantType.QUInt8,
             tensors_range=ranges,
             nodes_to_quantize=[*layers, *_between(model, set(layers))],
             nodes_to_exclude=[],
             op_types_to_quantize=kinds,
-            extra_options={"OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": list(_PRODUCTS),
+                "TensorQuantOverrides": scale_overrides(model, layers),
+            },
         )
         quantizer.quantize_model()
         return tidy(quantizer.model.model)

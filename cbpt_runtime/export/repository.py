@@ -36,6 +36,7 @@ from cbpt_runtime.bundle import (
     read_bundle,
 )
 from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
@@ -290,6 +291,7 @@ def _summary(served: Served) -> dict[str, Any]:
         "preprocess": served.bundle.preprocess.to_dict(),
         "profile": served.profile.to_dict(),
         "suspects": [int(index) for index in served.bundle.suspect_indices],
+        **({"processor": kind_of_processor()} if served.profile.precision == "int8" else {}),
         **served.provenance,
         "versions": {package: version(package) for package in _PACKAGES},
     }

@@ -37,6 +37,7 @@ class Verification:
         provider: Execution provider the golden images really ran on.
         golden_images: Golden images answered.
         golden_difference: Largest difference in probability or alarm.
+        golden_note: What differs, when int8 was exported on another kind of processor and something does.
         parity: The gate again, when a bundle was given.
     """
 
@@ -46,6 +47,7 @@ class Verification:
     provider: str
     golden_images: int
     golden_difference: float
+    golden_note: str | None
     parity: dict[str, Any] | None
 
 
@@ -79,14 +81,15 @@ def verify_repository(
     _check_pixels(golden, pixels)
     session = open_session(str(repository.graph), where)
     outputs = run_session(session, pixels, batch_size=len(pixels))
-    difference = golden.check(outputs, where=str(repository.path))
+    checked = golden.check(outputs, where=str(repository.path), made_on=repository.made_on)
     return Verification(
         repository=str(repository.path),
         digest=repository.digest,
         files=len(repository.manifest["files"]),
         provider=session.get_providers()[0],
         golden_images=len(pixels),
-        golden_difference=difference,
+        golden_difference=checked.largest_difference,
+        golden_note=checked.note,
         parity=None if bundle is None else _parity(repository, model, bundle, where, images),
     )
 

@@ -57,6 +57,8 @@ def start_server(
     try:
         version = _wait_until_ready(plan, process, is_wanted)
         selftest = run_selftest(plan.repository, plan.config)
+        if selftest.note is not None:
+            tell(f"note: {selftest.note}")
         stubs = backend_processes(process)
     except BaseException:
         process.kill()

@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError, RepositoryError
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.repository import Exported
@@ -49,6 +50,8 @@ def test_lower_precisions_are_gated_again_with_the_bundle(
     assert ended.value.code == 0
     written = {path.stem for path in (tmp_path / "out").glob("clip_classifier/configs/*")}
     assert written == {"cpu", "python"} | ({"cuda", "tensorrt"} if precision == "fp16" else set())
+    made_on = kind_of_processor() if precision == "int8" else None
+    assert read_repository(output).made_on == made_on  # the others answer alike everywhere
     exported = json.loads(capsys.readouterr().out)["parity"]["precision"]
     with pytest.raises(SystemExit) as ended:
         main(["verify", output, "--bundle", str(bundle_with_images.path), "--json"])
