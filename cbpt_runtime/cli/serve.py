@@ -162,11 +162,13 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 
 def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
-    from cbpt_runtime.serving.command import shell_text
+    from cbpt_runtime.serving.command import require_plain, shell_text
     from cbpt_runtime.serving.plan import make_plan
 
     plan = make_plan(repository, config, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"
+    for path in (repository.absolute(), backends):
+        require_plain(path)
     command = plan.command(repository=repository.absolute(), backends=backends)
     # This process's name for its shared memory is not for one that outlives it.
     arguments = [word for word in command.arguments if command.region_prefix not in word]

@@ -11,7 +11,7 @@ from pathlib import Path
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY, region_prefix
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY, is_plain, region_prefix
 from cbpt_runtime.serving.placement import Placement
 from cbpt_runtime.serving.servers import RELEASE, TritonServer
 
@@ -44,6 +44,20 @@ def check_exposure(server: TritonServer, config: ServeConfig) -> None:
             expected="a loopback address for a Triton older than 2.59: it lacks every published security fix",
             got=f"--host {config.host} with {server.executable} ({server.origin})",
             fix=f"Keep --host 127.0.0.1 for tests and development; to serve others use {RELEASE}.",
+        )
+
+
+def require_plain(path: Path) -> None:
+    """Refuse to print a path that Triton's python backend would let a shell read.
+
+    Raises:
+        ConfigError: It has other characters than letters, digits and ``._/+-``.
+    """
+    if not is_plain(path):
+        raise ConfigError(
+            expected="a path of letters, digits and ._/+- only, for Triton puts it into a shell's command line",
+            got=repr(str(path)),
+            fix="Rename or link the folder, or let `serve` run the server: it serves from a view of its own.",
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.leftovers import scratch_prefix, sweep
+from cbpt_runtime.serving.leftovers import scratch_prefix, scratch_root, sweep
 from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.selftest import SelfTest
@@ -179,7 +179,7 @@ def running_server(
     """
     plan = make_plan(repository, config or ServeConfig())
     sweep()
-    with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as scratch:
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch:
         server = RunningServer(plan, Path(scratch), tell or _silent)
         server.start()
         try:

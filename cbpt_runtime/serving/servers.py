@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.serving.leftovers import is_plain
 
 VARIABLE = "TRITONSERVER"
 NGC = Path("/opt/tritonserver/bin/tritonserver")
@@ -72,13 +73,17 @@ class TritonServer:
         """The folder to name as `--backend-directory`.
 
         The wheel keeps the python backend and one stub per Python version apart; they are linked together in
-        `folder`. Other installations have their own.
+        `folder`. Other installations have their own; it is linked when the name of its place is not plain.
 
         Raises:
             ServingError: The wheel has no stub for the Python that runs.
         """
         if self.wheel is None:
-            return self.executable.parent.parent / "backends"
+            own = self.executable.parent.parent / "backends"
+            if is_plain(own):
+                return own
+            folder.symlink_to(own)
+            return folder
         number = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = self.wheel / "python_backend_stubs" / number / "triton_python_backend_stub"
         if not stub.is_file():

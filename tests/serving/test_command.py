@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -15,7 +16,13 @@ from cbpt_runtime.export.manifest import Repository, read_repository
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import command, placement
-from cbpt_runtime.serving.command import check_exposure, make_command, region_bytes, shell_text
+from cbpt_runtime.serving.command import (
+    check_exposure,
+    make_command,
+    region_bytes,
+    require_plain,
+    shell_text,
+)
 from cbpt_runtime.serving.config import ServeConfig, take_ports
 from cbpt_runtime.serving.placement import lay_out, place
 from cbpt_runtime.serving.plan import make_plan
@@ -143,14 +150,38 @@ def test_other_numbers_than_the_repositorys_are_served_from_a_view_of_it(
     assert (folder / "shapes_classifier" / "labels.txt").is_file()
 
 
-def test_the_repositorys_own_numbers_need_no_view(
+def test_the_repositorys_own_numbers_are_served_from_a_view_too(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cbpt_runtime.cpus import usable_cpus
 
     monkeypatch.setattr(placement, "usable_cpus", usable_cpus)
     chosen = place(repository, server(), ServeConfig())
-    assert lay_out(repository, chosen, tmp_path / "view") == repository.path.absolute()
+    assert not chosen.configs
+    view = lay_out(repository, chosen, tmp_path / "view")
+    assert {path.name for path in view.iterdir()} == set(repository.manifest["models"])
+    for model in repository.manifest["models"]:
+        config = (repository.path / model / "config.pbtxt").read_text()
+        assert (view / model / "config.pbtxt").read_text() == config
+        assert (view / model / "1").resolve() == repository.path.resolve() / model / "1"
+
+
+@pytest.mark.parametrize("character", [*" $`'\"\n;&|<>()*?~#!\\", "é"])
+def test_a_path_a_shell_would_read_is_not_printed_as_a_command(character: str) -> None:
+    require_plain(Path("/srv/models-1.0/clip_a"))
+    with pytest.raises(ConfigError, match="letters, digits"):
+        require_plain(Path(f"/srv/a{character}b/models"))
+
+
+@pytest.mark.parametrize("name", ["x$(id)", "a b", "../x", "", "-x", 7])
+def test_a_model_whose_name_a_shell_would_read_is_refused(
+    name: object, repository: Repository, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository.path, tmp_path / "copy"))
+    for change in ({"name": name}, {"models": [*repository.manifest["models"], name]}):
+        (copy / "manifest.json").write_text(json.dumps(repository.manifest | change))
+        with pytest.raises(RepositoryError, match="the name of a model that is none"):
+            read_repository(copy)
 
 
 def test_a_server_without_a_backend_that_is_needed_is_explained(repository: Repository) -> None:

@@ -98,3 +98,13 @@ def test_a_program_that_does_not_run_says_why(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(ServingError, match=r"libb64\.so"):
         find_server(program)
+
+
+def test_backends_in_a_place_with_an_odd_name_are_reached_by_a_plain_one(
+    install: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain, odd = find_server(install("plain")), find_server(install("o dd$(id)"))
+    assert plain.link_backends(tmp_path / "a") == tmp_path / "plain" / "backends"
+    linked = odd.link_backends(tmp_path / "b")
+    assert linked == tmp_path / "b"
+    assert (linked / "python" / "libtriton_python.so").is_file()
