@@ -55,7 +55,7 @@ def require_plain(path: Path) -> None:
     """
     if not is_plain(path):
         raise ConfigError(
-            expected="a path of letters, digits and ._/+- only, for Triton puts it into a shell's command line",
+            expected="a path of letters, digits and ._/+- only: Triton lets a shell read it",
             got=repr(str(path)),
             fix="Rename or link the folder, or let `serve` run the server: it serves from a view of its own.",
         )
