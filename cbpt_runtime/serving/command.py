@@ -13,7 +13,7 @@ from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.leftovers import SHARED_MEMORY, is_plain, region_prefix
 from cbpt_runtime.serving.placement import Placement
-from cbpt_runtime.serving.servers import RELEASE, TritonServer
+from cbpt_runtime.serving.servers import OLDEST_VERSION, RELEASE, TritonServer
 
 _MIB = 2**20
 # Nobody needs these through the network; each is behind a secret that is made up here and told to no one.
@@ -37,12 +37,14 @@ def check_exposure(server: TritonServer, config: ServeConfig) -> None:
     """Refuse to open an outdated server to a network.
 
     Raises:
-        ConfigError: The address is not loopback and the server is older than any fix.
+        ConfigError: The address is not loopback and the server is too old, or of unknown age.
     """
     if server.is_outdated and not config.is_loopback:
         raise ConfigError(
-            expected="a loopback address for a Triton older than 2.59: it lacks every published security fix",
-            got=f"--host {config.host} with {server.executable} ({server.origin})",
+            expected=f"a loopback address for a Triton older than {OLDEST_VERSION}: it lacks published "
+            "security fixes",
+            got=f"--host {config.host} with {server.executable} ({server.origin}, version "
+            f"{server.version or 'unknown: no TRITON_VERSION beside it'})",
             fix=f"Keep --host 127.0.0.1 for tests and development; to serve others use {RELEASE}.",
         )
 

@@ -56,13 +56,16 @@ FLAGS_2_68 = FLAGS_2_51 | {"--http-max-input-size", "--grpc-max-response-pool-si
 
 
 def server(
-    flags: frozenset[str] = FLAGS_2_68, backends: tuple[str, ...] = ("python", "onnxruntime")
+    flags: frozenset[str] = FLAGS_2_68,
+    backends: tuple[str, ...] = ("python", "onnxruntime"),
+    version: str | None = "2.69.0",
 ) -> TritonServer:
     return TritonServer(
         executable=Path("/opt/tritonserver/bin/tritonserver"),
         origin="the official image",
         flags=flags,
         backends=frozenset(backends),
+        version=version,
     )
 
 
@@ -191,13 +194,14 @@ def test_a_server_without_a_backend_that_is_needed_is_explained(repository: Repo
         place(repository, server(backends=("python",)), ServeConfig(profile="tensorrt"))
 
 
-def test_only_a_current_server_may_be_opened_to_a_network() -> None:
-    config = ServeConfig(host="0.0.0.0")
-    check_exposure(server(), config)
-    with pytest.raises(ConfigError, match="published security fix"):
-        check_exposure(server(FLAGS_2_51), config)
+@pytest.mark.parametrize("version", ["2.51.0", "2.68.0", "2.9.0", "1.70.0", "nonsense", None])
+def test_only_a_current_server_may_be_opened_to_a_network(version: str | None) -> None:
+    for current in ("2.69.0", "2.73.0dev", "2.100.0", "3.0.0"):
+        check_exposure(server(version=current), ServeConfig(host="0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"a Triton older than 2\.69: it lacks published security fixes"):
+        check_exposure(server(version=version), ServeConfig(host="0.0.0.0"))
     for host in ("127.0.0.1", "localhost", "127.3.2.1"):
-        check_exposure(server(FLAGS_2_51), ServeConfig(host=host))
+        check_exposure(server(version=version), ServeConfig(host=host))
 
 
 @pytest.mark.parametrize(
