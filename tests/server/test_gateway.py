@@ -118,6 +118,7 @@ def test_a_compressed_body_gets_through_nowhere(config: list[dict[str, Any]]) ->
         if arguments(place["block"], "grpc_pass"):
             assert ("$http_grpc_encoding", "!~", "^(identity)?$") in refused
     assert ["Content-Encoding", ""] in arguments(config, "proxy_set_header")
+    assert ["Grpc-Encoding", ""] in arguments(config, "grpc_set_header")
 
 
 def returns(condition: dict[str, Any]) -> list[str]:
