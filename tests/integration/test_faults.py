@@ -110,7 +110,7 @@ def test_slow_clients_do_not_hold_up_the_others(serve: Serve, drawn: Any, load: 
         for _ in range(50):
             connection = socket.create_connection(("127.0.0.1", server.config.http_port), timeout=5)
             connection.sendall(
-                b"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"
+                b"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n{"
             )
             slow.append(connection)
         outcomes = asyncio.run(load(server.config.http_url, drawn, 100, timeout_s=60))

@@ -92,7 +92,7 @@ def test_it_has_all_that_serving_imports_and_nothing_of_torch() -> None:
     program = """
 import sys
 import cbpt_runtime.cli.serve, cbpt_runtime.serving.launcher, cbpt_runtime.serving.client
-import cbpt_runtime.serving.model, cbpt_runtime.serving.ui, cbpt_runtime.cli.app
+import cbpt_runtime.serving.model, aiohttp.web, cbpt_runtime.serving.ui, cbpt_runtime.cli.app
 import tritonclient.grpc, tritonclient.grpc.aio, tritonclient.http, tritonclient.http.aio
 from importlib.metadata import packages_distributions
 homes = packages_distributions()

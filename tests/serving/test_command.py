@@ -24,6 +24,7 @@ from cbpt_runtime.serving.command import (
     shell_text,
 )
 from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.endpoint import Endpoint, private_endpoint
 from cbpt_runtime.serving.placement import lay_out, place
 from cbpt_runtime.serving.plan import make_plan
 from cbpt_runtime.serving.servers import TritonServer
@@ -81,12 +82,18 @@ def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "usable_cpus", lambda: 2)
 
 
-def arguments(repository: Repository, program: TritonServer, **settings: Any) -> list[str]:
+ENDPOINT = Endpoint(address="127.1.2.3", http_port=41000, metrics_port=42000, secret="s3cret")
+
+
+def arguments(
+    repository: Repository, program: TritonServer, endpoint: Endpoint = ENDPOINT, **settings: Any
+) -> list[str]:
     config = ServeConfig(**settings)
     made = make_command(
         program,
         config,
         place(repository, program, config),
+        endpoint=endpoint,
         repository=Path("/models"),
         backends=Path("/opt/tritonserver/backends"),
         region_bytes=2**20,
@@ -97,9 +104,14 @@ def arguments(repository: Repository, program: TritonServer, **settings: Any) ->
 def test_the_command_is_hardened(repository: Repository) -> None:
     found = arguments(repository, server())
     for flag in (
-        "--http-address=127.0.0.1",
+        "--http-address=127.1.2.3",
+        "--http-port=41000",
         "--grpc-address=127.0.0.1",
-        "--metrics-address=127.0.0.1",
+        "--grpc-port=8001",
+        "--metrics-address=127.1.2.3",
+        "--metrics-port=42000",
+        "--http-restricted-api=health,metadata,inference,model-config,model-repository,statistics"
+        ":cbpt-guard=s3cret",
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         "--strict-readiness=true",
@@ -113,6 +125,23 @@ def test_the_command_is_hardened(repository: Repository) -> None:
     assert not any(flag.startswith("--model-config-name") for flag in found)
 
 
+def test_tritons_own_http_listens_on_the_loopback_wherever_the_service_does(repository: Repository) -> None:
+    found = arguments(repository, server(), host="0.0.0.0")
+    assert {flag for flag in found if "-address=" in flag} == {
+        "--http-address=127.1.2.3", "--metrics-address=127.1.2.3", "--grpc-address=0.0.0.0",
+    }  # fmt: skip
+
+
+def test_a_private_endpoint_is_another_one_each_time() -> None:
+    made = [private_endpoint() for _ in range(20)]
+    assert len({endpoint.address for endpoint in made}) > 15
+    assert len({endpoint.secret for endpoint in made}) == 20
+    for endpoint in made:
+        assert endpoint.address.startswith("127.")
+        assert endpoint.http_port != endpoint.metrics_port
+        assert endpoint.secret not in repr(endpoint)
+
+
 def test_an_old_server_gets_no_flag_it_does_not_know(repository: Repository) -> None:
     found = arguments(repository, server(FLAGS_2_51, ("python",)))
     assert {flag.partition("=")[0] for flag in found[1:]} <= FLAGS_2_51
@@ -121,7 +150,7 @@ def test_an_old_server_gets_no_flag_it_does_not_know(repository: Repository) -> 
 
 def test_the_closed_endpoints_have_a_new_secret_each_time(repository: Repository) -> None:
     first, second = (
-        [flag for flag in arguments(repository, server()) if "restricted" in flag] for _ in range(2)
+        [flag for flag in arguments(repository, server()) if "cbpt-closed" in flag] for _ in range(2)
     )
     assert all("shared-memory,trace,logging:" in flag for flag in first)
     assert not set(first) & set(second)
