@@ -65,7 +65,7 @@ def command(
         log_file=log_file,
         startup_timeout_s=startup_timeout_s,
         drain_timeout_s=drain_timeout_s,
-        host_names=frozenset(allow_host or ()),
+        host_names=frozenset(name.lower() for name in allow_host or ()),
     )
     if print_command:
         _print_command(repository, config, as_json=as_json)

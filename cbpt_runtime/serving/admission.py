@@ -20,7 +20,7 @@ MAX_JSON_BYTES = 2**24
 MAX_JSON_DEPTH = 32
 _BODY_TYPES = ("application/json", "application/octet-stream")  # neither can be sent by a form
 # Names nobody outside a network can own: one word, or what clusters and private networks use.
-_INTERNAL = re.compile(r"[a-z0-9-]+|[a-z0-9.-]+\.(svc|cluster\.local|internal)")
+_INTERNAL = re.compile(r"[a-z0-9_-]+|[a-z0-9_.-]+\.(svc|cluster\.local|internal)")
 _MODEL = r"/v2/models/[A-Za-z0-9_.-]+(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")

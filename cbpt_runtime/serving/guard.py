@@ -52,7 +52,7 @@ class Guard:
         self._names = Names(is_open=not config.is_loopback, others=config.host_names)
         self._endpoint: Endpoint | None = None
         self._held_bytes = 0
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._started = threading.Event()
         self._stop: Callable[[], object] = _do_nothing
         self._readers = ThreadPoolExecutor(1, "guard-reader")  # the memory of one body's check at a time
@@ -66,14 +66,16 @@ class Guard:
         """
         self._thread.start()
         self._started.wait()
-        if self._error is not None:
-            self._thread.join()
-            raise ConfigError(
-                expected=f"free ports for --http-port and --metrics-port on {self._config.address}",
-                got=str(self._error),
-                fix="Stop what listens there, or choose other ports (0 takes a free one).",
-            ) from self._error
-        return self
+        if self._error is None:
+            return self
+        self._thread.join()
+        if not isinstance(self._error, OSError):
+            raise self._error
+        raise ConfigError(
+            expected=f"free ports for --http-port and --metrics-port on {self._config.address}",
+            got=str(self._error),
+            fix="Stop what listens there, or choose other ports (0 takes a free one).",
+        ) from self._error
 
     def __exit__(self, *_: object) -> None:
         """Stop listening; what has no answer yet is dropped."""
@@ -87,6 +89,8 @@ class Guard:
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
+        except BaseException as error:  # handed to whoever waits for the start
+            self._error = error
         finally:
             self._started.set()
             self._readers.shutdown(wait=False)
@@ -121,8 +125,6 @@ class Guard:
                     await site.start()
                 self._started.set()
                 await stopped.wait()
-            except OSError as error:
-                self._error = error
             finally:
                 for runner in runners:
                     await runner.cleanup()

@@ -146,6 +146,16 @@ def test_the_command_can_be_printed_instead_while_another_server_has_the_ports(
     assert "--model-control-mode=none" in arguments
 
 
+def test_a_command_with_a_path_that_a_shell_would_read_is_not_printed(
+    repository: Path, tritonserver: Any, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "x$(touch pwned)y"))
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), "--print-command"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Triton lets a shell read it" in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--http-port", "--ui-port"])
 def test_a_taken_port_exits_2_before_anything_is_started(
     flag: str, repository: Path, tritonserver: Any, taken_port: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import struct
 import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.serving import Client, RunningServer
+from cbpt_runtime.serving.ui import UiServer
 from cbpt_runtime.serving.usage import group_usage
 
 INFER = "/v2/models/shapes_classifier/infer"
@@ -119,11 +121,36 @@ def test_tritons_own_http_answers_nobody_but_the_guard(server: RunningServer) ->
     assert (server.restarts, server.process.exit_code) == (0, None)
 
 
-def test_the_secret_is_not_in_the_log(
+def test_the_page_reaches_triton_through_the_guard_and_hands_on_its_refusals(
+    server: RunningServer, drawn: Any
+) -> None:
+    file = drawn.files[0]
+    tensor = {"name": "image", "shape": [1, 1], "datatype": "BYTES"}
+    about = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(file) + 4}}]}).encode()
+    body = about + struct.pack("<I", len(file)) + file
+    with UiServer(server.config.http_url, "shapes") as page:
+        port = int(page.url.rstrip("/").rpartition(":")[2])
+        path = "/v2/models/shapes/infer"
+        length = {"Inference_Header_Content_Length": str(len(about))}
+        assert ask("127.0.0.1", port, "GET", "/v2/health/ready")[0] == 200
+        assert ask("127.0.0.1", port, "POST", path, body, **length)[0] == 200
+        status, text = ask("127.0.0.1", port, "POST", path, body[:-9], **length)
+        assert 400 <= status <= 500
+        assert json.loads(text)["error"]
+        status, text = ask("127.0.0.1", port, "POST", path, b"[" * 50_000)
+        assert (status, "nested at most" in text) == (400, True)
+    assert_unharmed(server, drawn)
+
+
+def test_a_name_may_be_allowed_and_the_secret_is_not_in_the_log(
     serve: Callable[..., AbstractContextManager[RunningServer]], tmp_path: Path
 ) -> None:
-    with serve(log_file=tmp_path / "log.txt") as running:
+    names = frozenset({"clip.example.org"})
+    with serve(log_file=tmp_path / "log.txt", host_names=names) as running:
         secret = running.endpoint.secret
+        for name, status in (("clip.example.org:443", 200), ("example.org", 403)):
+            assert ask("127.0.0.1", running.config.http_port, "GET", "/v2", Host=name)[0] == status
+            assert ask("127.0.0.1", running.config.metrics_port, "GET", "/metrics", Host=name)[0] == status
     assert secret is not None
     log = (tmp_path / "log.txt").read_text()
     assert "Started HTTPService" in log

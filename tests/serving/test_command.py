@@ -240,6 +240,7 @@ def test_only_a_current_server_may_be_opened_to_a_network(version: str | None) -
         ({"http_port": 8001}, "one port twice"),
         ({"host": "example.org"}, "an IPv4 address, or localhost"),
         ({"host": "::1"}, "an IPv4 address, or localhost"),
+        ({"host_names": frozenset({"a.org", "b.org:80"})}, r"allowed host = 'b\.org:80'"),
         ({"profile": "gpu"}, "profile = 'gpu'"),
         ({"instances": 0}, "instances = 0"),
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s = nan"),
