@@ -20,7 +20,12 @@ from cbpt_runtime.serving.ui import UiServer
 from cbpt_runtime.serving.usage import group_usage
 
 INFER = "/v2/models/shapes_classifier/infer"
-NESTED = b"[" * 100_000 + b"]" * 100_000
+ARRAYS = b"[" * 100_000 + b"]" * 100_000
+NESTED = {
+    "arrays": ARRAYS,
+    "data": b'{"inputs": [{"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": %b}]}'
+    % ARRAYS,
+}
 
 
 def ask(
@@ -49,13 +54,14 @@ def assert_unharmed(server: RunningServer, drawn: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/octet-stream"])
 @pytest.mark.parametrize("is_header", [False, True])
+@pytest.mark.parametrize("what", NESTED)
 def test_nested_arrays_end_no_server(
-    kind: str, is_header: bool, server: RunningServer, http_port: int, drawn: Any
+    what: str, kind: str, is_header: bool, server: RunningServer, http_port: int, drawn: Any
 ) -> None:
     """Triton 2.51 reads JSON by recursion: it died of this, and stayed down after the fifth time."""
-    extra = {"Inference_Header_Content_Length": str(len(NESTED))} if is_header else {}
+    extra = {"Inference_Header_Content_Length": str(len(NESTED[what]))} if is_header else {}
     for path in (INFER, "/v2/models/shapes/infer", "/v2/repository/index") * 2:
-        status, text = ask("127.0.0.1", http_port, "POST", path, NESTED, Content_Type=kind, **extra)
+        status, text = ask("127.0.0.1", http_port, "POST", path, NESTED[what], Content_Type=kind, **extra)
         assert status in (400, 415), text
         assert json.loads(text)["error"]
     assert_unharmed(server, drawn)
@@ -110,7 +116,7 @@ def test_tritons_own_http_answers_nobody_but_the_guard(server: RunningServer) ->
         ("POST", "/v2/models/shapes/generate"),
     ):
         status, text = ask(
-            endpoint.address, endpoint.http_port, method, path, NESTED if method == "POST" else b""
+            endpoint.address, endpoint.http_port, method, path, NESTED["data"] if method == "POST" else b""
         )
         assert 400 <= status < 500, (path, text)
         wrong = {"cbpt-guard": "guess"}
