@@ -28,6 +28,10 @@ def command(
     ui_port: Annotated[
         int | None, typer.Option(help="Also serve a page for people on loopback; 0 takes a free port.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name the HTTP ports may be asked by; may be given several times."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="cpu, cuda, tensorrt or python. Default: what the server can run.")
     ] = None,
@@ -61,6 +65,7 @@ def command(
         log_file=log_file,
         startup_timeout_s=startup_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        host_names=frozenset(name.lower() for name in allow_host or ()),
     )
     if print_command:
         _print_command(repository, config, as_json=as_json)
@@ -163,11 +168,13 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 
 def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
-    from cbpt_runtime.serving.command import shell_text
+    from cbpt_runtime.serving.command import require_plain, shell_text
     from cbpt_runtime.serving.plan import make_plan
 
     plan = make_plan(repository, config, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"
+    for path in (repository.absolute(), backends):
+        require_plain(path)
     command = plan.command(repository=repository.absolute(), backends=backends)
     # This process's name for its shared memory is not for one that outlives it.
     arguments = [word for word in command.arguments if command.region_prefix not in word]
@@ -175,6 +182,7 @@ def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
         print_json({"command": arguments})
     else:
         typer.echo(shell_text(arguments))
+    print_note("note: by itself its HTTP answers any web page; `serve` puts a guard in front")
     if plan.placement.configs:
         print_note("note: by itself it uses the instances and threads of the repository, not of this machine")
     if plan.server.wheel is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ PARITY = "parity.json"
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
 _KEYS = ("name", "models", "classes", "preprocess", "profile", "bundle_digest", "graph_sha256", "files")
+_MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
 _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intact copy."
 
 
@@ -130,6 +132,8 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
         problems.append("'files' is not an object of objects")
     elif not all(_is_inside(name) for name in files):
         problems.append("a file name that leaves the repository")
+    if not _are_names([manifest.get("name"), *_as_list(manifest.get("models"))]):
+        problems.append("the name of a model that is none")
     if problems:
         raise RepositoryError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
     return raw, manifest
@@ -139,6 +143,15 @@ def _list(folder: Path) -> list[str]:
     """Every file below a folder but the manifest itself, links and all, in order."""
     found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
     return sorted(name for file in found if (name := file.relative_to(folder).as_posix()) != MANIFEST)
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _are_names(values: list[object]) -> bool:
+    """Whether all are names of models as `export` makes them: folders, and words of a shell's command."""
+    return all(isinstance(value, str) and _MODEL_NAME.fullmatch(value) for value in values)
 
 
 def _is_inside(name: str) -> bool:

@@ -7,7 +7,6 @@ Serving uses this module, so it imports Pillow and numpy and nothing heavier. No
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -34,20 +33,6 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
 _OPEN_CLIP_KEYS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
-_DECODE_FAILURES = (
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +133,12 @@ class Preprocess:
         )
 
 
-def decode_image(source: bytes | Path, *, max_pixels: int = 50_000_000) -> Image.Image:
+def decode_image(
+    source: bytes | Path, *, max_pixels: int = 50_000_000, name: str | None = None
+) -> Image.Image:
     """Decodes one image to 8-bit RGB, upright.
+
+    Decoders raise errors of every class; each of them is an error of this image.
 
     EXIF orientation is applied; the first frame of an animation is taken; 16-bit grey is scaled to 8 bit by
     its high byte, as decoders do for 16-bit colour; alpha is dropped without blending, as Pillow's `convert`
@@ -158,12 +147,13 @@ def decode_image(source: bytes | Path, *, max_pixels: int = 50_000_000) -> Image
     Args:
         source: The encoded file, or where it is.
         max_pixels: Larger images are refused before their pixels are decoded.
+        name: Of the image, for errors; its path when None.
 
     Raises:
         ImageDataError: Not an image, truncated, larger than `max_pixels`, or in a colour space that has no
             8-bit RGB.
     """
-    name = "the image bytes" if isinstance(source, bytes) else str(source)
+    name = name or ("the image bytes" if isinstance(source, bytes) else str(source))
     try:
         with Image.open(
             BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
@@ -172,9 +162,11 @@ def decode_image(source: bytes | Path, *, max_pixels: int = 50_000_000) -> Image
                 raise _too_large(name, f"{image.width}×{image.height}", max_pixels)
             image.load()
             return _to_rgb(_upright(image))
+    except ImageDataError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, "a decompression bomb", max_pixels) from error
-    except _DECODE_FAILURES as error:
+    except Exception as error:
         raise ImageDataError(
             expected=f"a whole, readable image ({', '.join(_FORMATS)}) in {name}",
             got=_reason(error),
@@ -188,8 +180,22 @@ def to_pixels(image: Image.Image, preprocess: Preprocess) -> UInt8[np.ndarray, "
     An image that has the model's size already is not resampled.
 
     Raises:
-        ImageDataError: One side is more than 100 times the other: resizing would need unreasonable memory.
+        ImageDataError: One side is more than 100 times the other: resizing would need unreasonable memory. Or
+            it cannot be resized for any other reason.
     """
+    try:
+        return _to_pixels(image, preprocess)
+    except ImageDataError:
+        raise
+    except Exception as error:
+        raise ImageDataError(
+            expected=f"an image that can be resized to {preprocess.image_size[1]}×{preprocess.image_size[0]}",
+            got=f"{image.width}×{image.height}: {_reason(error)}",
+            fix="Replace or remove the file.",
+        ) from error
+
+
+def _to_pixels(image: Image.Image, preprocess: Preprocess) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode != "RGB":
         image = _to_rgb(image)
     longer, shorter = max(image.size), min(image.size)
@@ -248,7 +254,7 @@ def _crop_or_pad(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODE_FAILURES:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF says nothing about the pixels
         return image
 
 

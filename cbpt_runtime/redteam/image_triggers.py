@@ -168,12 +168,12 @@ def smooth_field(cells: int, height: int, width: int, seed: int) -> Float[Tensor
 
 def read_picture(path: str, height: int, width: int) -> Float[Tensor, "3 height width"]:
     """Read the picture to blend, stretched to the input size."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # decoders raise errors of every class
         raise ImageDataError(
             expected="a readable picture to blend",
             got=f"{path}: {error}",

@@ -11,13 +11,17 @@ from pathlib import Path
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY, region_prefix
+from cbpt_runtime.serving.endpoint import SECRET_HEADER, Endpoint
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY, is_plain, region_prefix
 from cbpt_runtime.serving.placement import Placement
-from cbpt_runtime.serving.servers import RELEASE, TritonServer
+from cbpt_runtime.serving.servers import OLDEST_VERSION, RELEASE, TritonServer
 
 _MIB = 2**20
 # Nobody needs these through the network; each is behind a secret that is made up here and told to no one.
 _CLOSED_ENDPOINTS = "shared-memory,trace,logging"
+_GUARDED_ENDPOINTS = (
+    "health,metadata,inference,model-config,model-repository,statistics"  # all others there are
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +41,29 @@ def check_exposure(server: TritonServer, config: ServeConfig) -> None:
     """Refuse to open an outdated server to a network.
 
     Raises:
-        ConfigError: The address is not loopback and the server is older than any fix.
+        ConfigError: The address is not loopback and the server is too old, or of unknown age.
     """
     if server.is_outdated and not config.is_loopback:
         raise ConfigError(
-            expected="a loopback address for a Triton older than 2.59: it lacks every published security fix",
-            got=f"--host {config.host} with {server.executable} ({server.origin})",
+            expected=f"a loopback address for a Triton older than {OLDEST_VERSION}: it lacks published "
+            "security fixes",
+            got=f"--host {config.host} with {server.executable} ({server.origin}, version "
+            f"{server.version or 'unknown: no TRITON_VERSION beside it'})",
             fix=f"Keep --host 127.0.0.1 for tests and development; to serve others use {RELEASE}.",
+        )
+
+
+def require_plain(path: Path) -> None:
+    """Refuse to print a path that Triton's python backend would let a shell read.
+
+    Raises:
+        ConfigError: It has other characters than letters, digits and ``._/+-``.
+    """
+    if not is_plain(path):
+        raise ConfigError(
+            expected="a path of letters, digits and ._/+- only: Triton lets a shell read it",
+            got=repr(str(path)),
+            fix="Rename or link the folder, or let `serve` run the server: it serves from a view of its own.",
         )
 
 
@@ -52,6 +72,7 @@ def make_command(
     config: ServeConfig,
     placement: Placement,
     *,
+    endpoint: Endpoint,
     repository: Path,
     backends: Path,
     region_bytes: int,
@@ -62,6 +83,7 @@ def make_command(
         server: What runs it.
         config: What the operator decided; its ports are those that are used.
         placement: What the server's backends run.
+        endpoint: Where its own HTTP and metrics listen.
         repository: Absolute path for `--model-repository`.
         backends: For `--backend-directory`.
         region_bytes: Shared memory of each python-backend process to begin with.
@@ -76,8 +98,8 @@ def make_command(
         ("--strict-readiness", "true"),
         ("--exit-on-error", "true"),
         ("--exit-timeout-secs", str(max(1, round(config.drain_timeout_s)))),
-        *_listening(config),
-        *_limits(config, placement),
+        *_listening(config, endpoint),
+        *_limits(config, placement, endpoint),
         ("--backend-config", f"python,shm-region-prefix-name={prefix}"),
         ("--backend-config", f"python,shm-default-byte-size={region_bytes}"),
     ]
@@ -122,21 +144,21 @@ def shell_text(arguments: Sequence[str]) -> str:
     return " \\\n  ".join(map(shlex.quote, arguments))
 
 
-def _listening(config: ServeConfig) -> list[tuple[str, str]]:
-    address = str(config.address)
+def _listening(config: ServeConfig, endpoint: Endpoint) -> list[tuple[str, str]]:
     endpoints = [
         (f"--{protocol}-{what}", value)
-        for protocol, port in (
-            ("http", config.http_port),
-            ("grpc", config.grpc_port),
-            ("metrics", config.metrics_port),
+        for protocol, address, port in (
+            ("http", endpoint.address, endpoint.http_port),
+            ("grpc", str(config.address), config.grpc_port),
+            ("metrics", endpoint.address, endpoint.metrics_port),
         )
         for what, value in (("address", address), ("port", str(port)))
     ]
     return [*endpoints, ("--allow-sagemaker", "false"), ("--allow-vertex-ai", "false")]
 
 
-def _limits(config: ServeConfig, placement: Placement) -> list[tuple[str, str | None]]:
+def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> list[tuple[str, str | None]]:
+    guarded = f"{_GUARDED_ENDPOINTS}:{SECRET_HEADER}={endpoint.secret}"
     return [
         ("--allow-gpu-metrics", "false" if placement.provider == "cpu" else None),
         ("--metrics-config", "summary_latencies=true"),  # quantiles of queue and request times
@@ -144,5 +166,6 @@ def _limits(config: ServeConfig, placement: Placement) -> list[tuple[str, str | 
         ("--http-max-input-size", str(config.max_request_bytes)),
         ("--grpc-max-response-pool-size", "16"),
         ("--http-restricted-api", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
+        ("--http-restricted-api", guarded if endpoint.secret is not None else None),
         ("--grpc-restricted-protocol", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
     ]

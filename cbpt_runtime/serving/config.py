@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ class ServeConfig:
         log_file: Where the whole log goes, besides the tail that is kept for errors.
         startup_timeout_s: How long loading and warming up may take.
         drain_timeout_s: How long requests may take to finish when the server is stopped.
-        max_request_bytes: Larger requests are refused, by servers that can.
+        max_request_bytes: Larger HTTP requests are refused before they are read.
+        host_names: Names by which the HTTP ports may be asked, besides those of the loopback and, where they
+            are open to a network, any address and names that only exist inside one.
 
     Raises:
         ConfigError: A value is out of range.
@@ -47,6 +50,7 @@ class ServeConfig:
     startup_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
     max_request_bytes: int = 2**26
+    host_names: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
@@ -62,6 +66,11 @@ class ServeConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 problems.append(f"{name} = {value} (above 0)")
+        problems += [
+            f"allowed host = {name!r} (a host name in lower case, without a port)"
+            for name in sorted(self.host_names)
+            if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name)
+        ]
         try:
             self.address  # noqa: B018
         except ValueError:

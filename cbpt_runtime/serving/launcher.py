@@ -12,14 +12,17 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.leftovers import scratch_prefix, sweep
+from cbpt_runtime.serving.endpoint import Endpoint
+from cbpt_runtime.serving.guard import Guard
+from cbpt_runtime.serving.leftovers import scratch_prefix, scratch_root, sweep
 from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.selftest import SelfTest
 from cbpt_runtime.serving.startup import ReadyServer, backend_processes, start_server, startup_error
 
-MAX_RESTARTS = 5
+MAX_FAILED_STARTS = 5
 RESTART_WINDOW_S = 600.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _POLL_S = 0.25
 _BACKEND_GRACE_S = 2.0  # in which a server may replace a process of its backend by itself
 
@@ -29,24 +32,27 @@ class RunningServer:
 
     Triton 2.51 stays up and "ready" when a process of its python backend dies, and refuses every request from
     then on. So the whole server is started again, on the same ports, when it or one of those processes ends;
-    clients meet a refused connection meanwhile, which is safe to retry. After `MAX_RESTARTS` within
-    `RESTART_WINDOW_S` it stays down. One thread starts, watches and stops the server: the kernel ends
-    it with the thread it was started from.
+    clients meet 503 or a refused connection meanwhile, which are safe to retry. However often it breaks it is
+    started again, so that one client who can break it does not end the service: at once the first time within
+    `RESTART_WINDOW_S`, then after pauses that grow to `LONGEST_PAUSE_S`. Only when it does not start, and
+    pass its self-test, `MAX_FAILED_STARTS` times in a row does it stay down. One thread starts, watches
+    and stops the server: the kernel ends it with the thread it was started from.
 
     Attributes:
         plan: What was decided before it was started.
         restarts: How often it was started again.
     """
 
-    def __init__(self, plan: Plan, scratch: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, guard: Guard, scratch: Path, tell: Callable[[str], None]) -> None:
         self.plan = plan
         self.restarts = 0
+        self._guard = guard
         self._scratch = scratch
         self._tell = tell
         self._error: BaseException | None = None
         self._started, self._wanted_down = threading.Event(), threading.Event()
         self._ready: ReadyServer | None = None
-        self._recent: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._recent: deque[float] = deque(maxlen=16)
         self._thread = threading.Thread(target=self._keep, name="triton-keeper")
 
     @property
@@ -58,6 +64,11 @@ class RunningServer:
     def process(self) -> ServerProcess:
         """The tritonserver that runs now."""
         return self._now.process
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the HTTP of the tritonserver that runs now listens, for nobody but the guard."""
+        return self._now.endpoint
 
     @property
     def version(self) -> str:
@@ -119,7 +130,11 @@ class RunningServer:
 
     def _start_one(self, name: str) -> ReadyServer:
         return start_server(
-            self.plan, self._scratch / name, self._tell, lambda: not self._wanted_down.is_set()
+            self.plan,
+            self._guard,
+            self._scratch / name,
+            self._tell,
+            lambda: not self._wanted_down.is_set(),
         )
 
     def _what_broke(self) -> str | None:
@@ -134,20 +149,22 @@ class RunningServer:
         return None
 
     def _start_again(self, broken: str) -> None:
-        """Start the server again, several times if need be.
+        """Start the server again, several times if need be, or until it is no longer wanted.
 
         Raises:
-            ServingError: It broke, or did not start, too often in a short while.
+            ServingError: It did not start too often in a row.
         """
         broken_process = self._now.process
-        while True:
-            now = time.monotonic()
-            if len(self._recent) == MAX_RESTARTS and now - self._recent[0] < RESTART_WINDOW_S:
-                raise startup_error(broken_process, f"{broken}, {MAX_RESTARTS + 1} times in a short while")
-            self._recent.append(now)
+        self._guard.lead_to(None)
+        broken_process.kill()
+        for _ in range(MAX_FAILED_STARTS):
+            pause_s = self._pause_s()
+            later = f" in {pause_s:g} s" if pause_s else ""
+            self._tell(f"{broken}; starting the server again{later}")
+            if self._wanted_down.wait(pause_s):
+                return
+            self._recent.append(time.monotonic())
             self.restarts += 1
-            self._tell(f"{broken}; starting the server again")
-            broken_process.kill()
             try:
                 self._ready = self._start_one(str(self.restarts))
             except ServingError as error:
@@ -157,6 +174,13 @@ class RunningServer:
             else:
                 self._tell("the server is ready again, its self-test passed")
                 return
+        raise startup_error(broken_process, f"{broken}, {MAX_FAILED_STARTS} times in a row")
+
+    def _pause_s(self) -> float:
+        """How long to wait before the next start: the more of them lately, the longer."""
+        now = time.monotonic()
+        lately = sum(now - moment < RESTART_WINDOW_S for moment in self._recent)
+        return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (lately - 1)) if lately else 0.0
 
 
 @contextmanager
@@ -179,8 +203,11 @@ def running_server(
     """
     plan = make_plan(repository, config or ServeConfig())
     sweep()
-    with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as scratch:
-        server = RunningServer(plan, Path(scratch), tell or _silent)
+    with (
+        tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,
+        Guard(plan.config) as guard,
+    ):
+        server = RunningServer(plan, guard, Path(scratch), tell or _silent)
         server.start()
         try:
             yield server

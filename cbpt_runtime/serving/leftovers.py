@@ -1,5 +1,8 @@
 """Names of what a launcher puts on the machine, and the removal of what a killed one could not remove.
 
+Triton's python backend puts paths into the command line of a shell. So every path it is given leads through
+the launcher's own folder, whose name is plain, whatever the operator's folders are called.
+
 A launcher that is killed takes its server along, which cleans up after itself. Only where all of them are
 killed at once (the kernel is out of memory, a container is) folders and shared memory stay. Both bear the
 process number of their launcher and, as in a container the next launcher has the same number, the
@@ -15,8 +18,34 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cbpt_runtime.errors import ConfigError
+
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _PROCESS = secrets.token_hex(4)
+_PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._/+-]*")
+_OTHER_FOLDERS = (Path("/tmp"), Path("/var/tmp"), SHARED_MEMORY)  # noqa: S108
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a path means the same to a shell as to everybody else."""
+    return _PLAIN.fullmatch(str(path)) is not None
+
+
+def scratch_root() -> Path:
+    """Where a launcher's temporary folder goes: the usual place, or where that has no plain name another.
+
+    Raises:
+        ConfigError: None of them can be used.
+    """
+    usual = Path(tempfile.gettempdir())
+    for folder in (usual, *_OTHER_FOLDERS):
+        if is_plain(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(
+        expected="a folder for temporary files named with letters, digits and ._/+- only",
+        got=str(usual),
+        fix="Set TMPDIR to such a folder.",
+    )
 
 
 def scratch_prefix() -> str:
@@ -31,7 +60,7 @@ def region_prefix() -> str:
 
 def sweep() -> None:
     """Remove this user's folders and shared memory that no living launcher owns."""
-    for folder in Path(tempfile.gettempdir()).glob("cbpt-serve-*"):
+    for folder in scratch_root().glob("cbpt-serve-*"):
         found = re.match(r"cbpt-serve-(\d+)-", folder.name)
         if found and not _lives(found[1]) and _is_ours(folder):
             shutil.rmtree(folder, ignore_errors=True)

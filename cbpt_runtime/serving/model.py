@@ -38,31 +38,36 @@ class Decoder:
 
         responses = []
         for request in requests:
-            files = pb.get_input_tensor_by_name(request, "image").as_numpy().ravel()
             try:
+                files = pb.get_input_tensor_by_name(request, "image").as_numpy().ravel()
                 pixels = self.decode([bytes(file) for file in files])
+                response = pb.InferenceResponse(output_tensors=[pb.Tensor("images", pixels)])
             except ImageDataError as error:
-                failure = pb.TritonError(str(error), pb.TritonError.INVALID_ARG)
-                responses.append(pb.InferenceResponse(output_tensors=[], error=failure))
-            else:
-                responses.append(pb.InferenceResponse(output_tensors=[pb.Tensor("images", pixels)]))
+                response = _failed(pb.TritonError(str(error), pb.TritonError.INVALID_ARG))
+            except Exception as error:  # whatever it is, it is not the neighbours'
+                response = _failed(pb.TritonError(f"{type(error).__name__}: {error}"))
+            responses.append(response)
         return responses
 
     def decode(self, files: Sequence[bytes]) -> np.ndarray:
         """The files as uint8 [batch, height, width, 3].
 
         Raises:
-            ImageDataError: One of them is too large or cannot be read.
+            ImageDataError: There is none, or one of them is too large or cannot be read; the text says which.
         """
+        if not files:
+            raise ImageDataError(expected="at least one image", got="none", fix="Send one.")
         pixels = []
-        for file in files:
+        for number, file in enumerate(files, start=1):
+            name = f"image {number} of {len(files)}"
             if len(file) > self.max_image_bytes:
                 raise ImageDataError(
                     expected=f"an image file of at most {self.max_image_bytes:,} bytes",
-                    got=f"{len(file):,}",
+                    got=f"{len(file):,} in {name}",
                     fix="Send a smaller file.",
                 )
-            pixels.append(to_pixels(decode_image(file, max_pixels=self.max_pixels), self.preprocess))
+            image = decode_image(file, max_pixels=self.max_pixels, name=name)
+            pixels.append(to_pixels(image, self.preprocess))
         return np.stack(pixels)
 
 
@@ -154,6 +159,12 @@ class AlarmCounter:
         for index, number in zip(loud.tolist(), times.tolist(), strict=True):
             if index in self.alarms:
                 self.alarms[index].increment(number)
+
+
+def _failed(error: Any) -> Any:
+    import triton_python_backend_utils as pb
+
+    return pb.InferenceResponse(output_tensors=[], error=error)
 
 
 def _parameters(args: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Which configuration of a repository a server can run here, with how many instances and threads.
 
-A repository says how many instances and threads the machine it was exported on had. Where this machine
-differs, a view of the repository is laid out whose links lead to the hashed files and whose configurations
-have the numbers of this machine; nothing else differs.
+A view of the repository is served: a folder with a plain name whose links lead to the hashed files, because
+Triton's python backend puts the path into the command line of a shell. A repository says how many instances
+and threads the machine it was exported on had; where this machine differs, the configurations of the view
+have its numbers. Nothing else differs.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
 
 
 def lay_out(repository: Repository, placement: Placement, folder: Path) -> Path:
-    """The folder to name as `--model-repository`: the repository itself, or a view of it in `folder`."""
-    if not placement.configs:
-        return repository.path.absolute()
+    """The folder to name as `--model-repository`: a view of the repository in `folder`."""
     for model in repository.manifest["models"]:
         (folder / model).mkdir(parents=True)
         for entry in sorted((repository.path / model).iterdir()):

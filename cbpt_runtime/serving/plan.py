@@ -8,6 +8,7 @@ from pathlib import Path
 from cbpt_runtime.export.manifest import Repository, read_repository
 from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
 from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.placement import Placement, place
 from cbpt_runtime.serving.servers import TritonServer, find_server
 
@@ -30,12 +31,17 @@ class Plan:
     placement: Placement
     region_bytes: int
 
-    def command(self, *, repository: Path, backends: Path) -> Command:
-        """The command line."""
+    def command(self, *, repository: Path, backends: Path, endpoint: Endpoint | None = None) -> Command:
+        """The command line; without an endpoint Triton's own HTTP listens on the public ports, unguarded."""
+        config = self.config
         return make_command(
             self.server,
-            self.config,
+            config,
             self.placement,
+            endpoint=endpoint
+            or Endpoint(
+                address=str(config.address), http_port=config.http_port, metrics_port=config.metrics_port
+            ),
             repository=repository,
             backends=backends,
             region_bytes=self.region_bytes,

@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.serving.leftovers import is_plain
 
 VARIABLE = "TRITONSERVER"
 NGC = Path("/opt/tritonserver/bin/tritonserver")
-RELEASE = "a current official release (nvcr.io/nvidia/tritonserver, 25.08 or later; see SECURITY.md)"
+# The oldest Triton that may be opened to a network, and the release of its image. From 2.65 on its HTTP front
+# end limits what a compressed body becomes, from 2.69 on it also gives back the memory of one it refused.
+OLDEST_VERSION, OLDEST_RELEASE = "2.69", "26.05"
+RELEASE = f"an official release (nvcr.io/nvidia/tritonserver, {OLDEST_RELEASE} or later; see SECURITY.md)"
 _INSTALL = (
     "Run inside an official Triton image, name the program with --tritonserver, or install the test server "
     "with `pip install 'cbpt-runtime[server]'` (Python 3.11 or 3.12)."
@@ -49,11 +53,10 @@ class TritonServer:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether it is older than 2.59 (June 2025), hence without any fix of Triton's public CVE record.
-
-        `--http-max-input-size` came with 2.59; the server of nvidia-pytriton 0.7 is 2.51.
-        """
-        return "--http-max-input-size" not in self.flags
+        """Whether it is older than `OLDEST_VERSION`, or does not say how old it is."""
+        found = re.match(r"(\d+)\.(\d+)", self.version or "")
+        oldest = tuple(map(int, OLDEST_VERSION.split(".")))
+        return found is None or (int(found[1]), int(found[2])) < oldest
 
     def environment(self) -> dict[str, str]:
         """The environment the program needs: this process's own, and for the wheel its libraries."""
@@ -72,13 +75,17 @@ class TritonServer:
         """The folder to name as `--backend-directory`.
 
         The wheel keeps the python backend and one stub per Python version apart; they are linked together in
-        `folder`. Other installations have their own.
+        `folder`. Other installations have their own; it is linked when the name of its place is not plain.
 
         Raises:
             ServingError: The wheel has no stub for the Python that runs.
         """
         if self.wheel is None:
-            return self.executable.parent.parent / "backends"
+            own = self.executable.parent.parent / "backends"
+            if is_plain(own):
+                return own
+            folder.symlink_to(own)
+            return folder
         number = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = self.wheel / "python_backend_stubs" / number / "triton_python_backend_stub"
         if not stub.is_file():
@@ -150,7 +157,7 @@ def _examine(executable: Path, origin: str) -> TritonServer:
             for file in root.glob("backends/*/libtriton_*.so")
             if file.name == f"libtriton_{file.parent.name}.so"
         ),
-        version=version.read_text(encoding="ascii").strip() if version.is_file() else None,
+        version=version.read_text(encoding="ascii", errors="replace").strip() if version.is_file() else None,
         wheel=wheel,
     )
     return TritonServer(

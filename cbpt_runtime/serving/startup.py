@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.errors import OutputError, ServingError
-from cbpt_runtime.serving.config import ServeConfig
+from cbpt_runtime.serving.endpoint import Endpoint, private_endpoint
+from cbpt_runtime.serving.guard import Guard
 from cbpt_runtime.serving.placement import lay_out
 from cbpt_runtime.serving.plan import Plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
@@ -27,24 +28,29 @@ class ReadyServer:
 
     Attributes:
         process: The tritonserver.
+        endpoint: Where its own HTTP listens.
         version: As it says itself.
         selftest: The golden answers through the wire.
         stubs: Processes of its python backend.
     """
 
     process: ServerProcess
+    endpoint: Endpoint
     version: str
     selftest: SelfTest
     stubs: frozenset[int]
 
 
 def start_server(
-    plan: Plan, scratch: Path, tell: Callable[[str], None], is_wanted: Callable[[], bool]
+    plan: Plan, guard: Guard, scratch: Path, tell: Callable[[str], None], is_wanted: Callable[[], bool]
 ) -> ReadyServer:
     """Start a server and wait until it passed its self-test; on any failure nothing of it is left.
 
+    Its HTTP is new to everybody each time: the guard leads to it, from the self-test on.
+
     Args:
         plan: What to start.
+        guard: Listens on the ports of the plan.
         scratch: An empty or missing folder that outlives the server.
         tell: Called with warnings for people.
         is_wanted: Asked while it loads; when it says no the start is given up.
@@ -53,18 +59,21 @@ def start_server(
         OutputError: The log file cannot be opened.
         ServingError: It did not start, or answered wrongly; the text has the cause and the log.
     """
-    process = _launch(plan, scratch, tell)
+    endpoint = private_endpoint()
+    process = _launch(plan, endpoint, scratch, tell)
     try:
-        version = _wait_until_ready(plan, process, is_wanted)
+        version = _wait_until_ready(plan, endpoint, process, is_wanted)
+        guard.lead_to(endpoint)
         selftest = run_selftest(plan.repository, plan.config)
         if selftest.note is not None:
             tell(f"note: {selftest.note}")
         stubs = backend_processes(process)
     except BaseException:
+        guard.lead_to(None)
         process.kill()
         raise
     process.log.listen()
-    return ReadyServer(process=process, version=version, selftest=selftest, stubs=stubs)
+    return ReadyServer(process=process, endpoint=endpoint, version=version, selftest=selftest, stubs=stubs)
 
 
 def backend_processes(process: ServerProcess) -> frozenset[int]:
@@ -84,10 +93,11 @@ def startup_error(process: ServerProcess, what: str) -> ServingError:
     )
 
 
-def _launch(plan: Plan, scratch: Path, tell: Callable[[str], None]) -> ServerProcess:
+def _launch(plan: Plan, endpoint: Endpoint, scratch: Path, tell: Callable[[str], None]) -> ServerProcess:
     command = plan.command(
         repository=lay_out(plan.repository, plan.placement, scratch / "repository"),
         backends=plan.server.link_backends(scratch / "backends"),
+        endpoint=endpoint,
     )
     try:
         return ServerProcess(command, plan.server.environment(), log_file=plan.config.log_file, tell=tell)
@@ -99,10 +109,12 @@ def _launch(plan: Plan, scratch: Path, tell: Callable[[str], None]) -> ServerPro
         ) from error
 
 
-def _wait_until_ready(plan: Plan, process: ServerProcess, is_wanted: Callable[[], bool]) -> str:
+def _wait_until_ready(
+    plan: Plan, endpoint: Endpoint, process: ServerProcess, is_wanted: Callable[[], bool]
+) -> str:
     """Wait until every model is loaded and warmed up; the server's version."""
     deadline = time.monotonic() + plan.config.startup_timeout_s
-    while _get(plan.config, "/v2/health/ready") is None:
+    while _get(endpoint, "/v2/health/ready") is None:
         if process.exit_code is not None:
             raise startup_error(process, describe_exit(process.exit_code))
         if not is_wanted():
@@ -110,16 +122,16 @@ def _wait_until_ready(plan: Plan, process: ServerProcess, is_wanted: Callable[[]
         if time.monotonic() > deadline:
             raise startup_error(process, f"not ready after {plan.config.startup_timeout_s:g} s")
         time.sleep(_POLL_S)
-    body = _get(plan.config, "/v2") or b""
+    body = _get(endpoint, "/v2") or b""
     words = body.decode("utf-8", "replace").split('"version":"')
     return words[1].split('"')[0] if len(words) > 1 else "unknown"
 
 
-def _get(config: ServeConfig, path: str) -> bytes | None:
+def _get(endpoint: Endpoint, path: str) -> bytes | None:
     """The body of a successful answer; None for any other."""
-    connection = http.client.HTTPConnection(config.reachable_host, config.http_port, timeout=5)
+    connection = http.client.HTTPConnection(endpoint.address, endpoint.http_port, timeout=5)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=endpoint.headers)
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException):

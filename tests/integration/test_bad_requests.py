@@ -139,6 +139,46 @@ def test_an_animated_image_is_its_first_frame(server: RunningServer, classifier:
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-4)
 
 
+def avif_that_is_a_runtime_error() -> bytes:
+    """An AVIF with a changed byte, for which Pillow raises what is not an OSError."""
+    file = io.BytesIO()
+    Image.new("RGB", (24, 20), (200, 30, 40)).save(file, format="AVIF")
+    for at in range(len(file.getvalue())):
+        content = bytearray(file.getvalue())
+        content[at] ^= 255
+        try:
+            Image.open(io.BytesIO(content)).load()
+        except RuntimeError:
+            return bytes(content)
+        except Exception:  # of no interest here
+            continue
+    raise AssertionError("none found")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_an_image_that_breaks_its_decoder_spoils_no_other(server: RunningServer, drawn: Any) -> None:
+    bad = avif_that_is_a_runtime_error()
+
+    async def ask() -> list[Any]:
+        async with AsyncClient(server.config.grpc_url, timeout_s=60) as client:
+            files = [bad if number % 8 == 0 else drawn.files[number % 200] for number in range(276)]
+            room = asyncio.Semaphore(16)
+
+            async def one(file: bytes) -> Any:
+                async with room:
+                    return await client.predict_files([file])
+
+            return await asyncio.gather(*map(one, files), return_exceptions=True)
+
+    for number, found in enumerate(asyncio.run(ask())):
+        if number % 8 == 0:
+            assert isinstance(found, RequestError)
+            assert "image 1 of 1" in found.got
+        else:
+            expected = drawn.expected.probabilities[number % 200]
+            np.testing.assert_allclose(found.probabilities[0], expected, atol=1e-4)
+
+
 def test_endpoints_nobody_needs_are_closed(server: RunningServer) -> None:
     for path in ("/v2/systemsharedmemory/region/evil/register", "/v2/logging", "/v2/trace/setting"):
         status, _ = ask(server, path, b'{"key": "/evil", "offset": 0, "byte_size": 8}')

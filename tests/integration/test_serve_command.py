@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.serving import Client
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY
+from cbpt_runtime.serving.leftovers import SHARED_MEMORY, scratch_root
 from cbpt_runtime.serving.usage import group_members
 
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
@@ -77,6 +78,29 @@ def test_nothing_outlives_a_launcher_that_is_killed(repository: Path, tmp_path: 
         assert not list(SHARED_MEMORY.glob(f"cbpt_{process.pid}_*"))
 
 
+def test_a_path_that_a_shell_would_read_is_only_a_path(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's python backend puts the paths it is given into `bash -c`."""
+    inside = tmp_path / "inside"
+    odd = tmp_path / "x$(touch pwned)y `touch pwned` 'a\" b;touch pwned\n\té"
+    (odd / "tmp").mkdir(parents=True)
+    inside.mkdir()
+    copy = Path(shutil.copytree(repository, odd / "repository"))
+    monkeypatch.chdir(inside)
+    monkeypatch.setenv("TMPDIR", str(odd / "tmp"))
+    with started(copy, tmp_path, "--log-file", str(odd / "log.txt")) as (process, ready):
+        assert ready["selftest"]["images"] == 4
+        scratch = list(scratch_root().glob(f"cbpt-serve-{process.pid}-*"))
+        assert [stat.S_IMODE(folder.stat().st_mode) for folder in scratch] == [0o700]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert not any(folder.exists() for folder in scratch)
+    assert list(inside.iterdir()) == []
+    assert not list(tmp_path.rglob("pwned"))
+    assert (odd / "log.txt").stat().st_size > 0
+
+
 def test_a_tampered_repository_exits_2_and_names_the_file(repository: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(repository, tmp_path / "repository"))
     with (copy / "shapes" / "labels.txt").open("a") as file:
@@ -120,6 +144,16 @@ def test_the_command_can_be_printed_instead_while_another_server_has_the_ports(
     assert f"--http-port={taken_port}" in arguments
     assert arguments[0] == str(tritonserver.executable)
     assert "--model-control-mode=none" in arguments
+
+
+def test_a_command_with_a_path_that_a_shell_would_read_is_not_printed(
+    repository: Path, tritonserver: Any, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "x$(touch pwned)y"))
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), "--print-command"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Triton lets a shell read it" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--ui-port"])

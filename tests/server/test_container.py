@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cbpt_runtime.serving.servers import OLDEST_RELEASE
+
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server"
 LINES = [
@@ -41,6 +43,7 @@ def test_it_starts_from_an_official_release_with_the_fixes() -> None:
     release = re.search(r"^ARG TRITON_RELEASE=(\d\d)\.(\d\d)$", "\n".join(LINES), re.MULTILINE)
     assert release is not None
     assert (int(release[1]), int(release[2])) >= (26, 9)  # the first with every fix server/README.md names
+    assert f"{release[1]}.{release[2]}" >= OLDEST_RELEASE
     assert last("FROM") == "nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3"
 
 
@@ -89,7 +92,7 @@ def test_it_has_all_that_serving_imports_and_nothing_of_torch() -> None:
     program = """
 import sys
 import cbpt_runtime.cli.serve, cbpt_runtime.serving.launcher, cbpt_runtime.serving.client
-import cbpt_runtime.serving.model, cbpt_runtime.serving.ui, cbpt_runtime.cli.app
+import cbpt_runtime.serving.model, aiohttp.web, cbpt_runtime.serving.ui, cbpt_runtime.cli.app
 import tritonclient.grpc, tritonclient.grpc.aio, tritonclient.http, tritonclient.http.aio
 from importlib.metadata import packages_distributions
 homes = packages_distributions()

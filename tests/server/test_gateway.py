@@ -103,6 +103,30 @@ def test_lets_nothing_else_through(config: list[dict[str, Any]], path: str) -> N
     assert not arguments(block, "proxy_pass") + arguments(block, "grpc_pass")
 
 
+def test_a_compressed_body_gets_through_nowhere(config: list[dict[str, Any]]) -> None:
+    """1.5 MB of gzip may be 1.5 GB in Triton. A gRPC message has a header of its own that says so."""
+    ways = [d for d in walk(config) if d["directive"] in ("proxy_pass", "grpc_pass")]
+    places = [
+        d for d in walk(config) if d["directive"] == "location" and any(way in d["block"] for way in ways)
+    ]
+    assert len(places) == len(ways) == 4
+    for place in places:
+        refused = {
+            tuple(d["args"]) for d in place["block"] if d["directive"] == "if" and returns(d) == ["415"]
+        }
+        assert ("$http_content_encoding", "!=", "") in refused
+        if arguments(place["block"], "grpc_pass"):
+            assert ("$http_grpc_encoding", "!~", "^(identity)?$") in refused
+    assert ["Content-Encoding", ""] in arguments(config, "proxy_set_header")
+    assert ["Grpc-Encoding", ""] in arguments(config, "grpc_set_header")
+
+
+def returns(condition: dict[str, Any]) -> list[str]:
+    (only,) = condition["block"]
+    assert only["directive"] == "return"
+    return list(only["args"])
+
+
 def test_every_listener_speaks_tls_and_asks_for_a_password(config: list[dict[str, Any]]) -> None:
     assert arguments(config, "listen") == [["8443", "ssl"]]
     assert set(arguments(config, "ssl_protocols")[0]) == {"TLSv1.2", "TLSv1.3"}

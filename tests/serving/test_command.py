@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -15,8 +16,15 @@ from cbpt_runtime.export.manifest import Repository, read_repository
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import command, placement
-from cbpt_runtime.serving.command import check_exposure, make_command, region_bytes, shell_text
+from cbpt_runtime.serving.command import (
+    check_exposure,
+    make_command,
+    region_bytes,
+    require_plain,
+    shell_text,
+)
 from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.endpoint import Endpoint, private_endpoint
 from cbpt_runtime.serving.placement import lay_out, place
 from cbpt_runtime.serving.plan import make_plan
 from cbpt_runtime.serving.servers import TritonServer
@@ -49,13 +57,16 @@ FLAGS_2_68 = FLAGS_2_51 | {"--http-max-input-size", "--grpc-max-response-pool-si
 
 
 def server(
-    flags: frozenset[str] = FLAGS_2_68, backends: tuple[str, ...] = ("python", "onnxruntime")
+    flags: frozenset[str] = FLAGS_2_68,
+    backends: tuple[str, ...] = ("python", "onnxruntime"),
+    version: str | None = "2.69.0",
 ) -> TritonServer:
     return TritonServer(
         executable=Path("/opt/tritonserver/bin/tritonserver"),
         origin="the official image",
         flags=flags,
         backends=frozenset(backends),
+        version=version,
     )
 
 
@@ -71,12 +82,18 @@ def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "usable_cpus", lambda: 2)
 
 
-def arguments(repository: Repository, program: TritonServer, **settings: Any) -> list[str]:
+ENDPOINT = Endpoint(address="127.1.2.3", http_port=41000, metrics_port=42000, secret="s3cret")
+
+
+def arguments(
+    repository: Repository, program: TritonServer, endpoint: Endpoint = ENDPOINT, **settings: Any
+) -> list[str]:
     config = ServeConfig(**settings)
     made = make_command(
         program,
         config,
         place(repository, program, config),
+        endpoint=endpoint,
         repository=Path("/models"),
         backends=Path("/opt/tritonserver/backends"),
         region_bytes=2**20,
@@ -87,9 +104,14 @@ def arguments(repository: Repository, program: TritonServer, **settings: Any) ->
 def test_the_command_is_hardened(repository: Repository) -> None:
     found = arguments(repository, server())
     for flag in (
-        "--http-address=127.0.0.1",
+        "--http-address=127.1.2.3",
+        "--http-port=41000",
         "--grpc-address=127.0.0.1",
-        "--metrics-address=127.0.0.1",
+        "--grpc-port=8001",
+        "--metrics-address=127.1.2.3",
+        "--metrics-port=42000",
+        "--http-restricted-api=health,metadata,inference,model-config,model-repository,statistics"
+        ":cbpt-guard=s3cret",
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         "--strict-readiness=true",
@@ -103,6 +125,23 @@ def test_the_command_is_hardened(repository: Repository) -> None:
     assert not any(flag.startswith("--model-config-name") for flag in found)
 
 
+def test_tritons_own_http_listens_on_the_loopback_wherever_the_service_does(repository: Repository) -> None:
+    found = arguments(repository, server(), host="0.0.0.0")
+    assert {flag for flag in found if "-address=" in flag} == {
+        "--http-address=127.1.2.3", "--metrics-address=127.1.2.3", "--grpc-address=0.0.0.0",
+    }  # fmt: skip
+
+
+def test_a_private_endpoint_is_another_one_each_time() -> None:
+    made = [private_endpoint() for _ in range(20)]
+    assert len({endpoint.address for endpoint in made}) > 15
+    assert len({endpoint.secret for endpoint in made}) == 20
+    for endpoint in made:
+        assert endpoint.address.startswith("127.")
+        assert endpoint.http_port != endpoint.metrics_port
+        assert endpoint.secret not in repr(endpoint)
+
+
 def test_an_old_server_gets_no_flag_it_does_not_know(repository: Repository) -> None:
     found = arguments(repository, server(FLAGS_2_51, ("python",)))
     assert {flag.partition("=")[0] for flag in found[1:]} <= FLAGS_2_51
@@ -111,7 +150,7 @@ def test_an_old_server_gets_no_flag_it_does_not_know(repository: Repository) -> 
 
 def test_the_closed_endpoints_have_a_new_secret_each_time(repository: Repository) -> None:
     first, second = (
-        [flag for flag in arguments(repository, server()) if "restricted" in flag] for _ in range(2)
+        [flag for flag in arguments(repository, server()) if "cbpt-closed" in flag] for _ in range(2)
     )
     assert all("shared-memory,trace,logging:" in flag for flag in first)
     assert not set(first) & set(second)
@@ -143,14 +182,38 @@ def test_other_numbers_than_the_repositorys_are_served_from_a_view_of_it(
     assert (folder / "shapes_classifier" / "labels.txt").is_file()
 
 
-def test_the_repositorys_own_numbers_need_no_view(
+def test_the_repositorys_own_numbers_are_served_from_a_view_too(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cbpt_runtime.cpus import usable_cpus
 
     monkeypatch.setattr(placement, "usable_cpus", usable_cpus)
     chosen = place(repository, server(), ServeConfig())
-    assert lay_out(repository, chosen, tmp_path / "view") == repository.path.absolute()
+    assert not chosen.configs
+    view = lay_out(repository, chosen, tmp_path / "view")
+    assert {path.name for path in view.iterdir()} == set(repository.manifest["models"])
+    for model in repository.manifest["models"]:
+        config = (repository.path / model / "config.pbtxt").read_text()
+        assert (view / model / "config.pbtxt").read_text() == config
+        assert (view / model / "1").resolve() == repository.path.resolve() / model / "1"
+
+
+@pytest.mark.parametrize("character", [*" $`'\"\n;&|<>()*?~#!\\", "é"])
+def test_a_path_a_shell_would_read_is_not_printed_as_a_command(character: str) -> None:
+    require_plain(Path("/srv/models-1.0/clip_a"))
+    with pytest.raises(ConfigError, match="letters, digits"):
+        require_plain(Path(f"/srv/a{character}b/models"))
+
+
+@pytest.mark.parametrize("name", ["x$(id)", "a b", "../x", "", "-x", 7])
+def test_a_model_whose_name_a_shell_would_read_is_refused(
+    name: object, repository: Repository, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(repository.path, tmp_path / "copy"))
+    for change in ({"name": name}, {"models": [*repository.manifest["models"], name]}):
+        (copy / "manifest.json").write_text(json.dumps(repository.manifest | change))
+        with pytest.raises(RepositoryError, match="the name of a model that is none"):
+            read_repository(copy)
 
 
 def test_a_server_without_a_backend_that_is_needed_is_explained(repository: Repository) -> None:
@@ -160,13 +223,14 @@ def test_a_server_without_a_backend_that_is_needed_is_explained(repository: Repo
         place(repository, server(backends=("python",)), ServeConfig(profile="tensorrt"))
 
 
-def test_only_a_current_server_may_be_opened_to_a_network() -> None:
-    config = ServeConfig(host="0.0.0.0")
-    check_exposure(server(), config)
-    with pytest.raises(ConfigError, match="published security fix"):
-        check_exposure(server(FLAGS_2_51), config)
+@pytest.mark.parametrize("version", ["2.51.0", "2.68.0", "2.9.0", "1.70.0", "nonsense", None])
+def test_only_a_current_server_may_be_opened_to_a_network(version: str | None) -> None:
+    for current in ("2.69.0", "2.73.0dev", "2.100.0", "3.0.0"):
+        check_exposure(server(version=current), ServeConfig(host="0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"a Triton older than 2\.69: it lacks published security fixes"):
+        check_exposure(server(version=version), ServeConfig(host="0.0.0.0"))
     for host in ("127.0.0.1", "localhost", "127.3.2.1"):
-        check_exposure(server(FLAGS_2_51), ServeConfig(host=host))
+        check_exposure(server(version=version), ServeConfig(host=host))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +240,7 @@ def test_only_a_current_server_may_be_opened_to_a_network() -> None:
         ({"http_port": 8001}, "one port twice"),
         ({"host": "example.org"}, "an IPv4 address, or localhost"),
         ({"host": "::1"}, "an IPv4 address, or localhost"),
+        ({"host_names": frozenset({"a.org", "b.org:80"})}, r"allowed host = 'b\.org:80'"),
         ({"profile": "gpu"}, "profile = 'gpu'"),
         ({"instances": 0}, "instances = 0"),
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s = nan"),

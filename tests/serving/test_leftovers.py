@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.serving import leftovers
 
 
@@ -62,3 +63,19 @@ def test_what_belongs_to_others_stays(place: Path, dead: int, monkeypatch: pytes
 
 def test_every_server_has_a_region_of_its_own() -> None:
     assert leftovers.region_prefix() != leftovers.region_prefix()
+
+
+@pytest.mark.parametrize("name", ["a b", "x$(id)y", "new\nline", "é", "plain"])
+def test_the_scratch_folder_has_a_name_no_shell_reads_otherwise(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, other = tmp_path / name, tmp_path / "other"
+    usual.mkdir()
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    monkeypatch.setattr(leftovers, "_OTHER_FOLDERS", (tmp_path / "missing", other))
+    assert leftovers.scratch_root() == (usual if name == "plain" else other)
+    monkeypatch.setattr(leftovers, "_OTHER_FOLDERS", ())
+    if name != "plain":
+        with pytest.raises(ConfigError, match="Set TMPDIR"):
+            leftovers.scratch_root()

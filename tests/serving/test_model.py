@@ -35,7 +35,7 @@ class Tensor:
 @dataclass
 class TritonError:
     message: str
-    code: str
+    code: str = "internal"
     INVALID_ARG = "invalid"
 
 
@@ -109,6 +109,37 @@ def test_a_bad_image_fails_its_own_request_only(file: bytes, named: str, decoder
     assert named in bad.error.message
     assert good.error is None
     assert also_good["images"].shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, UserWarning, MemoryError])
+def test_whatever_a_decoder_raises_fails_its_own_request_and_names_the_image(
+    kind: type[Exception], decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Image.open
+
+    def open_or_fail(file: BytesIO, **options: Any) -> Image.Image:
+        if file.getvalue() == b"worse than junk":
+            raise kind("no such thing")
+        return real(file, **options)
+
+    monkeypatch.setattr(Image, "open", open_or_fail)
+    file = png((9, 9, 9))
+    good, bad, also_good = decoder.execute(
+        [request([file]), request([file, b"worse than junk", file]), request([file])]
+    )
+    assert bad.error is not None
+    assert bad.error.code == TritonError.INVALID_ARG
+    assert "image 2 of 3" in bad.error.message
+    assert good.error is None is also_good.error
+
+
+def test_a_request_that_cannot_be_read_at_all_fails_alone(decoder: Decoder) -> None:
+    good, none, broken = decoder.execute([request([png((9, 9, 9))]), request([]), {}])
+    assert good.error is None
+    assert none.error is not None
+    assert "at least one image" in none.error.message
+    assert broken.error is not None
+    assert broken.error.message == "KeyError: 'image'"
 
 
 def test_the_classifier_runs_all_requests_together_and_splits_the_answers(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def install(tmp_path: Path) -> Callable[..., Path]:
             (root / "backends" / backend).mkdir(parents=True)
             (root / "backends" / backend / f"libtriton_{backend}.so").touch()
         (root / "backends" / "empty").mkdir(parents=True)
-        (root / "TRITON_VERSION").write_text("2.66.0\n")
+        (root / "TRITON_VERSION").write_text("2.70.0\n")
         return program
 
     return make
@@ -55,12 +56,25 @@ def test_a_program_or_its_folder_is_asked_for_flags_and_backends(install: Callab
         assert server.executable == program
         assert server.flags == set(NEW)
         assert server.backends == {"python", "onnxruntime"}
-        assert server.version == "2.66.0"
+        assert server.version == "2.70.0"
         assert not server.is_outdated
 
 
-def test_an_old_server_is_known_by_the_flag_it_lacks(install: Callable[..., Path]) -> None:
-    assert find_server(install(flags=OLD)).is_outdated
+def test_an_old_server_is_known_by_the_version_beside_it(install: Callable[..., Path]) -> None:
+    program = install()
+    for version, is_outdated in (("2.68.0\n", True), ("2.69.0\n", False), ("é", True)):
+        (program.parent.parent / "TRITON_VERSION").write_text(version)
+        assert find_server(program).is_outdated is is_outdated
+    (program.parent.parent / "TRITON_VERSION").unlink()
+    assert find_server(program).is_outdated
+
+
+def test_the_oldest_version_is_the_same_number_in_all_documents() -> None:
+    root = Path(__file__).parents[2]
+    named = f"{servers.OLDEST_VERSION} ({servers.OLDEST_RELEASE})"
+    for file in ("SECURITY.md", "server/README.md"):
+        text = (root / file).read_text(encoding="utf-8")
+        assert re.findall(r"at least (\d\.\d\d \(\d\d\.\d\d\))", text) == [named], file
 
 
 def test_places_are_searched_in_the_documented_order(
@@ -98,3 +112,13 @@ def test_a_program_that_does_not_run_says_why(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(ServingError, match=r"libb64\.so"):
         find_server(program)
+
+
+def test_backends_in_a_place_with_an_odd_name_are_reached_by_a_plain_one(
+    install: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain, odd = find_server(install("plain")), find_server(install("o dd$(id)"))
+    assert plain.link_backends(tmp_path / "a") == tmp_path / "plain" / "backends"
+    linked = odd.link_backends(tmp_path / "b")
+    assert linked == tmp_path / "b"
+    assert (linked / "python" / "libtriton_python.so").is_file()

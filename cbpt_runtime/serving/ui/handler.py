@@ -6,7 +6,6 @@ Requests that another web page sends, or that arrive under another host name (DN
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import re
 import socket
@@ -16,13 +15,14 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+
+from cbpt_runtime.serving.admission import HEADER_LENGTH as _HEADER_LENGTH
+from cbpt_runtime.serving.admission import Names, refuse_caller
 
 MAX_ANSWER_BYTES = 16_000_000
 MAX_CONNECTIONS = 32
 CLIENT_TIMEOUT_S = 30.0
 _DRAIN_S = 2.0
-_HEADER_LENGTH = "Inference-Header-Content-Length"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -133,15 +133,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_welcome(self) -> bool:
         """Whether the request was sent to this machine by name, and not by somebody else's page."""
-        host = self.headers.get("Host", "")
-        origin = self.headers.get("Origin")
-        is_ours = is_loopback_name(urlsplit(f"//{host}").hostname or "")
-        if is_ours and (origin is None or origin == f"http://{host}"):
-            return True
-        self._refuse(
-            HTTPStatus.FORBIDDEN, "expected a request from this server's own page, by a loopback name."
-        )
-        return False
+        given = {name: self.headers[name] for name in ("Host", "Origin") if name in self.headers}
+        refusal = refuse_caller(given, Names())
+        if refusal is not None:
+            self._refuse(refusal.status, refusal.text)
+        return refusal is None
 
     def _forward(self, method: str, body: bytes | None) -> None:
         settings = self.server.settings
@@ -208,11 +204,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing is logged: what people look at is theirs."""
-
-
-def is_loopback_name(host: str) -> bool:
-    """Whether a host name means this machine and nothing else."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -11,7 +11,8 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from cbpt_runtime.errors import ConfigError, WorkError
-from cbpt_runtime.serving.ui.handler import Server, Settings, is_loopback_name
+from cbpt_runtime.serving.admission import is_loopback_name
+from cbpt_runtime.serving.ui.handler import Server, Settings
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_ENVELOPE_BYTES = 65_536  # the JSON around the image
