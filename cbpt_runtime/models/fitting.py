@@ -74,7 +74,7 @@ def key_problems(
         if keys:
             yield f"{len(keys)} weights {kind}: {first_few(keys)}"
     trained = trained_image_size(tensors, expected, image_size)
-    if trained is not None:
+    if trained is not None and len(misshaped) == 1 and not missing:
         yield (
             f"the weights are for images of {trained} pixels, the configuration says {image_size[0]}:"
             f" set image_size to {trained} in it (--model config.json takes a copy)"

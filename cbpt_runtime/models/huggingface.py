@@ -19,7 +19,7 @@ HF_CONFIG_NAME = "config.json"
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
 _NATIVE_VOCABULARY = 49408
 # What transformers takes for keys a configuration leaves out.
-_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
         "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
         "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu",
@@ -31,7 +31,7 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-6,
     },
 }  # fmt: skip
-_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu",
@@ -84,8 +84,8 @@ def hugging_face_settings(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]
     if kind not in _MODEL_TYPES:
         raise _config_error(f"model_type out of {', '.join(_MODEL_TYPES)}", f"{kind!r:.80}")
     family = "clip" if kind == "clip" else "siglip"
-    text = _section(content, "text_config", _TEXT_DEFAULTS[family])
-    vision = _section(content, "vision_config", _VISION_DEFAULTS[family])
+    text = _section(content, "text_config", TEXT_DEFAULTS[family])
+    vision = _section(content, "vision_config", VISION_DEFAULTS[family])
     notes: tuple[str, ...] = ()
     if kind == "siglip2":  # any shape of image up to a number of patches; here the square one
         side = math.isqrt(vision["num_patches"])

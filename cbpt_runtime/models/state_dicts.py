@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cbpt_runtime.models.pickle_values import Inert, OtherKey, PickleFormatError, TensorReference
 
@@ -59,7 +59,7 @@ def find_state_dicts(content: object) -> list[StateDict]:
     Raises:
         PickleFormatError: A saved model of more parts than any has.
     """
-    found = [state for state in _candidates(content, "", set(), depth=2) if state.tensors]
+    found = [state for state in _candidates(content, "", {}, depth=2) if state.tensors]
     largest = max((len(state.tensors) for state in found), default=0)
 
     def likelihood(state: StateDict) -> tuple[bool, bool, int, int]:
@@ -92,20 +92,22 @@ def kind_of_stranger(content: object, skipped: tuple[str, ...]) -> str | None:
     return None
 
 
-def _candidates(value: object, name: str, seen: set[int], *, depth: int) -> Iterator[StateDict]:
-    if id(value) in seen:  # a file may share one mapping a million times
+def _candidates(value: object, name: str, seen: dict[int, StateDict], *, depth: int) -> Iterator[StateDict]:
+    if id(value) in seen:  # a file may share one mapping a million times: it is looked at once
+        yield replace(seen[id(value)], name=name)
         return
-    seen.add(id(value))
-    if isinstance(value, Inert) and not value.entries:
-        tensors = _module_tensors(value)
-        yield StateDict(name=name, tensors=tensors, is_module=True)
     entries = mapping_of(value)
-    if entries is None:
+    if entries is not None:
+        tensors = {key: entry for key, entry in entries.items() if _is_named_tensor(key, entry)}
+        others = tuple(_text(key) for key in entries if key not in tensors)
+        state = StateDict(name=name, tensors=tensors, others=others)  # type: ignore[arg-type]
+    elif isinstance(value, Inert):
+        state = StateDict(name=name, tensors=_module_tensors(value), is_module=True)
+    else:
         return
-    tensors = {key: entry for key, entry in entries.items() if _is_named_tensor(key, entry)}  # type: ignore[misc]
-    others = tuple(_text(key) for key in entries if key not in tensors)
-    yield StateDict(name=name, tensors=tensors, others=others)
-    for key, entry in entries.items():
+    seen[id(value)] = state
+    yield state
+    for key, entry in (entries or {}).items():
         if depth and isinstance(key, str) and not _NOT_WEIGHTS.search(key.lower()):
             yield from _candidates(entry, f"{name}.{key}".lstrip("."), seen, depth=depth - 1)
 
