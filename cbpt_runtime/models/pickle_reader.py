@@ -36,6 +36,7 @@ from cbpt_runtime.models.pickle_values import (
 
 # A large training checkpoint with its optimizer has some hundred thousand.
 MAX_OPCODES = 2_000_000
+_MAX_NAME = 300
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+Storage)")
 
@@ -147,12 +148,12 @@ class PickleReader:
         module, name = self._pop_many(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise PickleFormatError("a name that is not text")
-        self._stack.append(Global(qualified(module, name)))
+        self._stack.append(_global(module, name))
 
     def _instantiate(self, made: object, *arguments: object) -> None:
         """An object made without its constructor, as pickle does it for most classes."""
         if not isinstance(made, Global):
-            raise ForbiddenCallError(_describe(made))
+            raise _not_callable(made)
         if not is_inert_class(made.name):
             raise ForbiddenCallError(made.name)
         self._stack.append({} if made.name in MAPPINGS else self._placeholder(made.name, arguments))
@@ -163,7 +164,7 @@ class PickleReader:
 
     def _call(self, function: object, arguments: object) -> object:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise ForbiddenCallError(_describe(function))
+            raise _not_callable(function)
         name = function.name
         if name in MAPPINGS:
             return self._mapping(arguments)
@@ -174,7 +175,7 @@ class PickleReader:
         if name == "builtins.getattr" and len(arguments) == 2:  # how Python 3.11 stores enumerations
             return _attribute(*arguments)
         if name in ("operator.getitem", "_operator.getitem") and isinstance(arguments[0], Global):
-            return self._placeholder(arguments[0].name, ())  # list[int] and the like
+            name, arguments = arguments[0].name, ()  # list[int] and the like
         if not is_inert_call(name, arguments):
             raise ForbiddenCallError(name)
         return self._placeholder(name, arguments)
@@ -189,7 +190,7 @@ class PickleReader:
 
     def _reconstructed(self, function: str, arguments: tuple[object, ...]) -> object:
         base = arguments[1] if len(arguments) > 1 and function.endswith("_reconstructor") else None
-        if isinstance(base, Global) and not base.name.startswith("builtins."):
+        if isinstance(base, Global) and base.name not in MAPPINGS and not is_inert_call(base.name, ()):
             raise ForbiddenCallError(base.name)  # its constructor would be called
         self._instantiate(arguments[0], *arguments[1:])
         return self._pop()
@@ -265,7 +266,7 @@ def _tensor(function: str, name: str, arguments: tuple[object, ...]) -> object |
         if not isinstance(inner, Global) or not isinstance(given, tuple):
             return None
         if OTHER_TENSORS.fullmatch(inner.name):
-            return TensorReference(None, kind=_describe(kind))
+            return TensorReference(None, kind=getattr(kind, "name", function))
         inner_function = inner.name.rpartition(".")[2]
         is_plain = inner.name.startswith("torch._utils.") and "_from_type" not in inner_function
         return _tensor(inner_function, inner.name, given) if is_plain else None
@@ -273,17 +274,22 @@ def _tensor(function: str, name: str, arguments: tuple[object, ...]) -> object |
 
 
 def _attribute(holder: object, attribute: object) -> Global:
-    if (
-        not isinstance(holder, Global)
-        or not isinstance(attribute, str)
-        or not _IDENTIFIER.fullmatch(attribute)
-    ):
+    is_named = isinstance(attribute, str) and bool(_IDENTIFIER.fullmatch(attribute))
+    if not isinstance(holder, Global) or not is_named:
         raise ForbiddenCallError("builtins.getattr")
-    return Global(f"{holder.name}.{attribute}")
+    return _global(holder.name, str(attribute))
 
 
-def _describe(value: object) -> str:
-    return value.name if isinstance(value, Global | Inert) else f"a {type(value).__name__} as a function"
+def _global(module: str, name: str) -> Global:
+    if len(module) + len(name) > _MAX_NAME:
+        raise PickleFormatError(f"a name of more than {_MAX_NAME} characters")
+    return Global(qualified(module, name))
+
+
+def _not_callable(value: object) -> Exception:
+    if isinstance(value, Global | Inert):
+        return ForbiddenCallError(value.name)
+    return PickleFormatError(f"a call of a {type(value).__name__}")
 
 
 def _dictionary(reader: PickleReader, _: object) -> None:
@@ -296,7 +302,7 @@ def _instance(reader: PickleReader, argument: object) -> None:
     """INST: the class in the argument, called with what lies above the mark."""
     module, _, name = str(argument).partition(" ")
     arguments = tuple(reader._pop_mark())
-    reader._stack.append(reader._call(Global(qualified(module, name)), arguments))
+    reader._stack.append(reader._call(_global(module, name), arguments))
 
 
 def _object(reader: PickleReader, _: object) -> None:
@@ -307,7 +313,7 @@ def _object(reader: PickleReader, _: object) -> None:
 
 def _named(reader: PickleReader, argument: object) -> None:
     module, _, name = str(argument).partition(" ")
-    reader._stack.append(Global(qualified(module, name)))
+    reader._stack.append(_global(module, name))
 
 
 def _reduce(reader: PickleReader, _: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from cbpt_runtime.models.pickle_values import Inert, OtherKey, PickleFormatError, TensorReference
 
@@ -18,6 +19,7 @@ _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|shadow)([._]|$)")
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|^amp$|^rng|random|^loss|callback|queue|loop|hook")
 _OPTIMIZER_KEYS = {"param_groups", "state"}
 _DISTRIBUTED = ("ShardedTensor", "DTensor")
+_MAX_NAME = 500
 _MAX_ATTRIBUTES = 1_000_000
 # Fewer tensors than one in so many of the largest set are not a model beside it.
 _HANDFUL = 4
@@ -81,7 +83,7 @@ def kind_of_stranger(content: object, skipped: tuple[str, ...]) -> str | None:
     entries = mapping_of(content)
     if entries is None:
         return None
-    names = {key for key in entries if isinstance(key, str)}
+    names = {key for key in entries if _is_name(key)}
     kinds = " ".join(
         (*skipped, *(value.kind for value in entries.values() if isinstance(value, TensorReference)))
     )
@@ -108,12 +110,16 @@ def _candidates(value: object, name: str, seen: dict[int, StateDict], *, depth: 
     seen[id(value)] = state
     yield state
     for key, entry in (entries or {}).items():
-        if depth and isinstance(key, str) and not _NOT_WEIGHTS.search(key.lower()):
+        if depth and _is_name(key) and not _NOT_WEIGHTS.search(key.lower()):
             yield from _candidates(entry, f"{name}.{key}".lstrip("."), seen, depth=depth - 1)
 
 
 def _is_named_tensor(key: object, entry: object) -> bool:
-    return isinstance(key, str) and isinstance(entry, TensorReference)
+    return _is_name(key) and isinstance(entry, TensorReference)
+
+
+def _is_name(key: object) -> TypeGuard[str]:
+    return isinstance(key, str) and len(key) <= _MAX_NAME
 
 
 def _text(key: object) -> str:
@@ -152,9 +158,11 @@ def _module_tensors(root: Inert) -> dict[str, TensorReference]:
         hidden = {name for name in kept_out if isinstance(name, str)} if isinstance(kept_out, list) else set()
         parts = []
         for name, value in (attributes if "_modules" in state else state).items():
-            if isinstance(value, TensorReference) and isinstance(name, str) and name not in hidden:
+            if not _is_name(name) or len(prefix) > _MAX_NAME:
+                continue
+            if isinstance(value, TensorReference) and name not in hidden:
                 tensors[f"{prefix}{name}"] = value
-            elif isinstance(value, Inert) and isinstance(name, str):
+            elif isinstance(value, Inert):
                 parts.append((f"{prefix}{name}.", value))
         waiting.extend(reversed(parts))
     return tensors

@@ -6,6 +6,7 @@ whose code is never looked at), and the older sequence of pickles with the numbe
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 import zipfile
@@ -127,6 +128,10 @@ def open_archive(path: Path) -> TorchFile:
         raise
     except _ARCHIVE_FAILURES as error:
         raise PickleFormatError(str(error) or type(error).__name__) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an offset before the beginning of the file
+            raise PickleFormatError("entries outside the file") from error
+        raise
     prefix = f"{root}data/"
     storages = {
         name.removeprefix(prefix): extent for name, extent in extents.items() if name.startswith(prefix)

@@ -240,7 +240,8 @@ def _described(content: object) -> str:
     if isinstance(content, dict | list) and not content:
         return "nothing"
     if isinstance(content, dict):
-        return f"nothing but {first_few([key for key in content if isinstance(key, str)])}, without tensors"
+        names = first_few([key for key in content if isinstance(key, str)])
+        return f"no tensors, but {names}" if names else "no tensors under any name"
     if isinstance(content, Inert):
         return content.name
     return "Tensor" if isinstance(content, TensorReference) else type(content).__name__

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -87,3 +88,20 @@ def test_the_command_line_inspects_the_weights_a_name_chooses(
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["inspect", f"{folder}#emma"])
     assert "got model, ema" in " ".join(capsys.readouterr().err.split())
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reference", sorted(set(re.findall(r"`(tests/\S+::\w+)`", PAGE))))
+def test_the_page_of_layouts_names_tests_that_exist(reference: str) -> None:
+    path, name = reference.split("::")
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_every_row_of_the_page_of_layouts_names_its_test() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("|") and "---" not in line]
+    headings = [line for line in rows if line.endswith("| test |")]
+    assert all("`tests/" in line for line in rows if line not in headings)
+    assert len(headings) == 4

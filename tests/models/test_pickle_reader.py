@@ -171,7 +171,6 @@ CRAFTED = {
     "enumeration with a command": (b"cx\nY\n(S'rm -rf x'\ntR.", "x.Y"),
     "settings loader": (b"comegaconf\nload\n(S'x'\ntR.", "omegaconf.load"),
     "type guesser": (b"ctyping\nget_type_hints\n(S'x'\ntR.", "typing.get_type_hints"),
-    "a number as a function": (b"I1\n)R.", "a int as a function"),
 }
 
 
@@ -224,6 +223,12 @@ def test_keys_made_to_be_slow_are_never_hashed(data: bytes) -> None:
         (b"t.", "pop from empty list"),
         (b"h\x07.", "7"),
         (b"I1\nI2\na.", "no list"),
+        (b"I1\n)R.", "a call of a int"),
+        (b"c" + b"x" * 400 + b"\ny\n.", "a name of more than 300 characters"),
+        (
+            b"c__builtin__\ngetattr\np0\n0cx\nY\n" + b"p1\n0g0\ng1\nS'abcd'\n\x86R" * 100 + b".",
+            "300 characters",
+        ),
         (b"](I1\nu.", "no mapping"),
         (b"\x80\x04K\x01K\x02\x93.", "a name that is not text"),
         (b"N", "exhausted before seeing STOP"),

@@ -127,7 +127,7 @@ class ShardedTensor:
             {"layer.lora_A.weight": torch.ones(2, 2), "layer.lora_B.weight": torch.ones(2, 2)},
             r"adapter \(LoRA\)",
         ),
-        ({"epoch": 3, "name": "run"}, "nothing but epoch, name, without tensors"),
+        ({"epoch": 3, "name": "run"}, "no tensors, but epoch, name"),
         (ShardedTensor(), "ShardedTensor"),
     ],
 )
@@ -148,8 +148,15 @@ def test_an_adapter_as_safetensors_is_named_too(tmp_path: Path) -> None:
 def test_one_mapping_under_many_names_is_looked_at_once(tmp_path: Path) -> None:
     shared = {f"name {index}": index for index in range(20_000)}
     path = saved({f"copy {index}": shared for index in range(20_000)}, tmp_path)
-    with pytest.raises(CheckpointError, match="without tensors"):
+    with pytest.raises(CheckpointError, match="no tensors, but copy 0"):
         read_weights(path)
+
+
+def test_one_long_name_under_many_names_is_not_read_over_and_over(tmp_path: Path) -> None:
+    name = "x" * 4_000_000
+    content = {f"part {index}": {name: {}} for index in range(20_000)}
+    with pytest.raises(CheckpointError, match="no tensors, but part 0"):
+        read_weights(saved(content, tmp_path))
 
 
 def test_a_model_of_parts_shared_over_and_over_is_refused(tmp_path: Path) -> None:

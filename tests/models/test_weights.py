@@ -288,7 +288,7 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         ({}, "got nothing"),
         ([torch.ones(1)], "got list"),
         (torch.ones(1), "got Tensor"),
-        ({"state_dict": {}}, "nothing"),
+        ({"state_dict": {}}, "no tensors, but state_dict"),
     ],
 )
 def test_torch_files_without_named_tensors_are_refused(tmp_path: Path, content: object, got: str) -> None:
