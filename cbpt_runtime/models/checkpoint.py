@@ -45,6 +45,7 @@ class Checkpoint:
             values.
         notes: What was adapted while reading.
         folder: Where further files of the model lie (a local tokenizer), if anywhere.
+        weights_name: Which of several sets of weights in the file these are, where one was asked for.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Checkpoint:
     anomalies: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    weights_name: str | None = None
 
 
 def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> Checkpoint:
@@ -102,6 +104,7 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
         anomalies=(*key_problems(tensors, expected, preprocess.image_size), *value_problems(tensors)),
         notes=(*located.notes, *weights.notes, *activation_notes, *notes),
         folder=located.folder,
+        weights_name=located.weights_name,
     )
 
 
@@ -147,7 +150,7 @@ def _adapted(tensors: dict[str, Tensor], skeleton: nn.Module) -> tuple[dict[str,
     if "positional_embedding" in tensors and not hasattr(skeleton, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)
     tensors, removed = without_prefixes(tensors, skeleton.state_dict())
-    notes.extend(f"prefix {prefix} removed from {count} names" for prefix, count in removed.items())
+    notes.extend(f"prefix {prefix:.80} removed from {count} names" for prefix, count in removed.items())
     for mask in ("attn_mask", "text.attn_mask"):
         tensors.pop(mask, None)  # computed; whole models saved as objects or programs hold it
     tensors.pop("text.transformer.embeddings.position_ids", None)  # written by transformers before 4.31

@@ -330,8 +330,8 @@ def _tuple_of(count: int) -> _Handler:
 
 def _memo(act: Callable[[PickleReader, int], None]) -> _Handler:
     def handle(reader: PickleReader, argument: object) -> None:
-        if not isinstance(argument, int):
-            raise PickleFormatError("a place that is no number")
+        if not isinstance(argument, int) or not 0 <= argument < 2**32:
+            raise PickleFormatError("a place that is no number of a place")
         act(reader, argument)
 
     return handle

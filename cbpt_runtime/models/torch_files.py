@@ -61,6 +61,7 @@ class TorchFile:
         self._extents = extents
         self._budget = self._left = path.stat().st_size
         self._storages: dict[str, Tensor] = {}
+        self._held = 0
 
     def read(self, reference: TensorReference) -> Tensor:
         """The tensor, on the CPU, in memory of its own.
@@ -96,8 +97,8 @@ class TorchFile:
             start, size_bytes = self._extents.get(key, (0, -1))
             if size_bytes < 0 or start + size_bytes > self._budget:
                 raise PickleFormatError(f"the numbers of storage {key:.40} are missing")
-            held = sum(len(numbers) for numbers in self._storages.values())
-            if held + size_bytes > self._budget:
+            self._held += size_bytes
+            if self._held > self._budget:
                 raise PickleFormatError("storages that lie over each other")
             numbers = torch.empty(size_bytes, dtype=torch.uint8)
             with self.path.open("rb") as stream:

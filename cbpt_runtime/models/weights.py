@@ -33,8 +33,9 @@ _WRAPPER_PREFIXES = (
     "clip_model.",
     "net.",
 )
+_MAX_WRAPPERS = 8
 _NAMED_AT_MOST = 5
-_NAME_LENGTH = 60
+_NAME_LENGTH = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +229,10 @@ def _selection_notes(file: TorchFile, found: list[StateDict], chosen: StateDict)
 def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Removes wrappers that all names share; the second value is what was removed."""
     removed = ""
-    while tensors and (
-        shared := [prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in tensors)]
-    ):
+    for _ in range(_MAX_WRAPPERS):
+        shared = [prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in tensors)]
+        if not tensors or not shared:
+            break
         tensors = {name.removeprefix(shared[0]): value for name, value in tensors.items()}
         removed += shared[0]
     return tensors, removed

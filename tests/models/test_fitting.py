@@ -14,6 +14,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.fitting import trained_image_size, without_prefixes
+from cbpt_runtime.models.weights import read_weights
 
 pytestmark = pytest.mark.usefixtures("no_network")
 WEIGHTS = "open_clip_model.safetensors"
@@ -87,6 +88,12 @@ def test_any_prefix_of_all_names_goes_and_is_noted(
     checkpoint = read_checkpoint(rename(tiny_checkpoint_folder, tmp_path, lambda name: prefix + name))
     assert checkpoint.anomalies == ()
     assert any(f"prefix {prefix} removed" in note for note in checkpoint.notes)
+
+
+def test_a_name_of_wrappers_without_end_is_cut_a_few_times(tmp_path: Path) -> None:
+    save_file({"net." * 1_000_000 + "weight": torch.ones(1)}, tmp_path / "weights.safetensors")
+    weights = read_weights(tmp_path / "weights.safetensors")
+    assert weights.notes == ("prefix net.net.net.net.net.net.net.net. removed from every name",)
 
 
 def other_size(folder: Path, to: Path, image_size: int) -> Path:

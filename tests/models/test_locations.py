@@ -31,7 +31,7 @@ def test_a_name_behind_the_path_chooses_among_sets_of_weights(folder: Path) -> N
     plain = read_checkpoint(folder)
     for source in (f"{folder}#state_dict_ema", f"{folder / 'epoch_1.pt'}#state_dict_ema"):
         checkpoint = read_checkpoint(source)
-        assert checkpoint.source == source
+        assert (checkpoint.source, checkpoint.weights_name) == (source, "state_dict_ema")
         assert checkpoint.anomalies == ()
         assert torch.equal(checkpoint.state_dict["visual.proj"], plain.state_dict["visual.proj"] + 1)
 

@@ -222,6 +222,7 @@ def test_keys_made_to_be_slow_are_never_hashed(data: bytes) -> None:
         (b"0.", "a value is missing"),
         (b"t.", "pop from empty list"),
         (b"h\x07.", "7"),
+        (b"Np2305843009213693951\n.", "no number of a place"),
         (b"I1\nI2\na.", "no list"),
         (b"I1\n)R.", "a call of a int"),
         (b"c" + b"x" * 400 + b"\ny\n.", "a name of more than 300 characters"),
