@@ -152,10 +152,11 @@ def _module_tensors(root: Inert) -> dict[str, TensorReference]:
             **_section(state, "_modules"),
         }
         kept_out = state.get("_non_persistent_buffers_set")
-        seen += len(attributes) + len(state)
+        hidden_names = kept_out if isinstance(kept_out, list) else []
+        seen += len(attributes) + len(state) + len(hidden_names)
         if seen > _MAX_ATTRIBUTES:  # parts may be shared, and a few can stand for any number
             raise PickleFormatError(f"a model of more than {_MAX_ATTRIBUTES:,} parts")
-        hidden = {name for name in kept_out if isinstance(name, str)} if isinstance(kept_out, list) else set()
+        hidden = {name for name in hidden_names if isinstance(name, str)}
         parts = []
         for name, value in (attributes if "_modules" in state else state).items():
             if not _is_name(name) or len(prefix) > _MAX_NAME:
