@@ -198,7 +198,7 @@ def _fingerprint(
     defense: DefenseConfig | None,
 ) -> str:
     """SHA-256 over everything the stages depend on."""
-    parts = {
+    parts: dict[str, Any] = {
         "checkpoint": suspect.sha256,
         "model": suspect.model_config,
         "preprocess": suspect.preprocess.to_dict(),
@@ -207,6 +207,8 @@ def _fingerprint(
         "config": config.to_dict(),
         "version": version("cbpt-runtime"),
     }
+    if suspect.weights_name is not None:
+        parts["weights"] = suspect.weights_name
     if defense is not None:
         parts["defense"] = {"method": defense.method, **defense.to_dict()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -18,7 +18,8 @@ def command(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="Suspect checkpoint: open_clip folder, .safetensors, .pt/.bin, pretrained tag or hf-hub: id."
+            help="Suspect checkpoint: open_clip or transformers folder, .safetensors, .pt/.bin"
+            " (FILE#NAME for one of several sets of weights), pretrained tag or hf-hub: id."
         ),
     ],
     classes: Annotated[Path, typer.Option(help="Class names: one per line, or JSON with templates.")],

@@ -48,7 +48,9 @@ def build_model(config: Mapping[str, Any], *, device: str = "cpu", folder: Path 
     text_model = config["text_cfg"].get("hf_model_name")
     if text_model is not None:
         arguments["text_cfg"]["hf_model_name"] = str(_local_text_model(text_model, folder))
-    return _build(lambda: model_class(**arguments), device)
+    model = _build(lambda: model_class(**arguments), device)
+    _with_activation(model.visual, config["vision_cfg"])
+    return model
 
 
 def load_model(
@@ -76,7 +78,8 @@ def load_image_tower(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
     def build(device: str) -> nn.Module:
         vision, quick_gelu = deepcopy(config["vision_cfg"]), config.get("quick_gelu", False)
-        return _build(lambda: _build_vision_tower(config["embed_dim"], vision, quick_gelu), device)
+        tower = _build(lambda: _build_vision_tower(config["embed_dim"], vision, quick_gelu), device)
+        return _with_activation(tower, vision)
 
     tower = _load(build, tensors)
     return PromptedTower(tower, prompts) if prompts else tower
@@ -89,6 +92,17 @@ def _build(build: Callable[[], nn.Module], device: str) -> nn.Module:
     except _BUILD_FAILURES as error:
         reason = f"{type(error).__name__}: {str(error) or 'no details'}"
         raise config_error("a configuration open_clip can build a model from", f"{reason:.300}") from error
+
+
+def _with_activation(tower: Any, vision: Mapping[str, Any]) -> nn.Module:
+    """Gives a timm tower the GELU its settings ask for, as open_clip does for its own towers only."""
+    approximate = (vision.get("act_kwargs") or {}).get("approximate")
+    if approximate is not None and vision.get("timm_model_name"):
+        for part in tower.modules():
+            if isinstance(part, nn.GELU):
+                part.approximate = approximate
+    module: nn.Module = tower
+    return module
 
 
 def _load(build: Callable[[str], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:

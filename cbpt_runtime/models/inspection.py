@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cbpt_runtime.models.checkpoint import locate, read_checkpoint, value_problems
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.config import is_custom_text
-from cbpt_runtime.models.weights import file_digest, read_state_dict
+from cbpt_runtime.models.fitting import value_problems
+from cbpt_runtime.models.locations import locate
+from cbpt_runtime.models.weights import files_digest, read_weights
 
 _DEFAULTS = {"context_length": 77, "vocab_size": 49408}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
@@ -37,19 +39,27 @@ def inspect_checkpoint(source: str | Path, model: str | Path | None = None) -> d
     """
     located = locate(source, model=model)
     if located.settings is None:
-        tensors, file_format = read_state_dict(located.weights)
+        weights = read_weights(*located.weights, name=located.weights_name)
+        if weights.is_openai:
+            return _describe(read_checkpoint(source))
         return {
             "source": located.source,
-            "format": file_format,
-            "sha256": file_digest(located.weights),
-            "size_bytes": located.weights.stat().st_size,
+            "format": weights.format,
+            "sha256": files_digest(located.weights),
+            "size_bytes": sum(path.stat().st_size for path in located.weights),
             **_describe_config(None),
             "preprocess": None,
-            **_describe_tensors(tensors),
-            "anomalies": list(value_problems(tensors)),
-            "notes": ["the architecture is unknown: name it with --model to compare the weights with it"],
+            **_describe_tensors(weights.tensors),
+            "anomalies": list(value_problems(weights.tensors)),
+            "notes": [
+                *weights.notes,
+                "the architecture is unknown: name it with --model to compare the weights with it",
+            ],
         }
-    checkpoint = read_checkpoint(source, model=model)
+    return _describe(read_checkpoint(source, model=model))
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "source": checkpoint.source,
         "format": checkpoint.format,

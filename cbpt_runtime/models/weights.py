@@ -1,44 +1,59 @@
 """The one place where a file nobody can vouch for is opened; nothing in it is ever executed.
 
-safetensors holds no code. Pickles go through torch's weights-only unpickler, which knows tensors and plain
-containers and refuses everything else. TorchScript archives are programs and are refused before they are
-opened.
+safetensors holds no code. Everything torch writes goes through a reader of our own, which takes tensors and
+makes inert placeholders of the rest; a pickle that calls anything but data is refused by that name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickletools
-import re
 import struct
-import warnings
-import zipfile
-from io import BytesIO
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cbpt_runtime.errors import CheckpointError
+from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleFormatError, TensorReference
+from cbpt_runtime.models.state_dicts import UNUSUAL, StateDict, find_state_dicts, kind_of_stranger
+from cbpt_runtime.models.torch_files import NotDenseError, TorchFile, open_archive, open_sequence
 
 # Entries of OpenAI's original archives that are settings, not weights.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
-# What DistributedDataParallel and torch.compile put in front of every name.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-# torch.save before 1.6 wrote a magic number, a protocol version and system facts before the content.
-_LEGACY_PICKLES = 4
-# What the pickle of an ordinary state dict names.
-_HARMLESS_GLOBALS = (
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    "torch.device",
+# What parallel training, compilers and training frameworks put in front of every name.
+_WRAPPER_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "model.",
+    "clip.",
+    "clip_model.",
+    "net.",
 )
+_MAX_WRAPPERS = 8
+_NAMED_AT_MOST = 5
+_NAME_LENGTH = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Named tensors and what is known about the file they came from.
+
+    Attributes:
+        tensors: On the CPU, in the dtype of the file.
+        format: 'safetensors', 'torch', 'training-checkpoint', 'torch-module' (a whole model saved as an
+            object) or 'torchscript'.
+        notes: What was adapted or left out.
+        is_openai: Whether the file has the marks of the weights OpenAI published.
+    """
+
+    tensors: dict[str, Tensor]
+    format: str
+    notes: tuple[str, ...] = ()
+    is_openai: bool = False
 
 
 def file_digest(path: Path) -> str:
@@ -54,37 +69,63 @@ def file_digest(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Reads named tensors from a safetensors file, a state dict or a training checkpoint.
+def files_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 of a file; of several, of the lines `digest  name` that sha256sum writes for them."""
+    if len(paths) == 1:
+        return file_digest(paths[0])
+    lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
-    The content decides, not the suffix. Prefixes of parallel training are removed; tensors keep their dtype.
 
-    Returns:
-        The tensors on the CPU, and the format: 'safetensors', 'torch' or 'training-checkpoint'.
+def read_weights(*paths: Path, name: str | None = None) -> Weights:
+    """Reads named tensors from a safetensors file or anything `torch.save` and `torch.jit.save` wrote.
+
+    The content decides, not the suffix. Prefixes of training frameworks are removed; tensors keep their
+    dtype.
+
+    Args:
+        paths: The file, or its shards.
+        name: Which of several sets of weights to take, such as 'ema'; the likeliest by default.
 
     Raises:
-        CheckpointError: Missing, empty, damaged, in no known format, or a file that wants to run code.
+        CheckpointError: Missing, empty, damaged, in no known format, without weights, or a file that wants to
+            run code.
     """
+    parts = [_read_file(path, name) for path in paths]
+    tensors = {key: value for part in parts for key, value in part.tensors.items()}
+    if len(tensors) != sum(len(part.tensors) for part in parts):
+        raise _damaged(paths[0], "shards that hold weights of the same name")
+    if any("lora_" in key for key in tensors):
+        raise _no_weights(paths[0], "an adapter (LoRA), which only changes another model's weights")
+    tensors, prefix = _strip_wrappers(tensors)
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    if prefix:
+        notes += (f"prefix {prefix} removed from every name",)
+    return replace(parts[0], tensors=tensors, notes=notes)
+
+
+def _read_file(path: Path, name: str | None) -> Weights:
     try:
         with path.open("rb") as stream:
             head = stream.read(16)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if _is_safetensors(head):
-        tensors, kind = _read_safetensors(path), "safetensors"
-    elif head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        content = _read_pickle(path, is_archive=head[:2] == b"PK")
-        tensors, kind = _named_tensors(content, path)
-    else:
-        if (wanted := _wanted_global(path, is_archive=False)) is not None:
-            raise _wants_code(path, wanted)
+    if not _is_safetensors(head):
+        return _read_torch(path, head, name)
+    if name is not None:
         raise CheckpointError(
-            expected=f"weights as safetensors or a torch state dict in {path}",
-            got="an empty file" if not head else "another format, or a damaged file",
-            fix="Check that the download is complete and is the weights file itself.",
+            expected=f"one set of weights in {path}, as safetensors files have",
+            got=f"the wish for #{name:.60}",
+            fix=f"Leave #{name:.60} out.",
         )
-    _check_dense(tensors, path)
-    return _strip_wrappers(tensors), kind
+    return Weights(tensors=_read_safetensors(path), format="safetensors")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """At most five names, and how many more there are."""
+    more = len(names) - _NAMED_AT_MOST
+    listed = ", ".join(name[:_NAME_LENGTH] for name in names[:_NAMED_AT_MOST])
+    return listed + (f" and {more} more" if more > 0 else "")
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -103,118 +144,117 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_pickle(path: Path, *, is_archive: bool) -> object:
-    if is_archive:
-        _check_archive(path)
+def _read_torch(path: Path, head: bytes, name: str | None) -> Weights:
+    is_archive = head[:4] == b"PK\x03\x04"
     try:
-        with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about pickle protocols
-            # A stream, because for a path torch lets the suffix choose the format.
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a crafted pickle can make the unpickler raise anything
-        wanted = _wanted_global(path, is_archive=is_archive)
-        if wanted is not None:
-            raise _wants_code(path, wanted) from error
-        raise _damaged(path, f"{type(error).__name__}: {_last_line(error)}") from error
-
-
-def _wanted_global(path: Path, *, is_archive: bool) -> str | None:
-    """The first name beyond plain tensors that a pickle would import; the pickle is read, not run."""
-    try:
-        if is_archive:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                return _scan_globals(BytesIO(archive.read(name)))
-        with path.open("rb") as stream:
-            found = None
-            for _ in range(_LEGACY_PICKLES):
-                found = found or _scan_globals(stream)
-            return found
-    except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile):
-        return None
-
-
-def _scan_globals(stream: IO[bytes]) -> str | None:
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
-            name = str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-            name = ".".join(strings[-2:])
-        else:
-            if isinstance(argument, str):
-                strings.append(argument)
-            continue
-        if name not in _HARMLESS_GLOBALS and not re.fullmatch(r"torch\.\w+(Storage|\d+)", name):
-            return name
-    return None
-
-
-def _check_archive(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        file = open_archive(path) if is_archive else open_sequence(path)
+        found = find_state_dicts(file.content)
+        chosen = _chosen(found, file, name)
+        tensors = {key: _read(file, key, chosen) for key in chosen.tensors if key not in _SETTINGS}
+    except ForbiddenCallError as error:
+        raise _wants_code(path, error.name) from error
+    except PickleFormatError as error:
+        if not is_archive and head[:1] != b"\x80":
+            raise _other_format(path, head) from error
         raise _damaged(path, str(error)) from error
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not tensors:
+        raise _no_weights(path, "nothing")
+    return Weights(
+        tensors=tensors,
+        format=_format(file, chosen),
+        notes=_selection_notes(file, found, chosen),
+        is_openai=len(set(_SETTINGS) & {*chosen.tensors, *chosen.others}) > 1,
+    )
+
+
+def _chosen(found: list[StateDict], file: TorchFile, name: str | None) -> StateDict:
+    if name is not None:
+        for state in found:
+            if state.name == name:
+                return state
         raise CheckpointError(
-            expected=f"weights in {path}",
-            got="a TorchScript archive, which is a program",
-            fix="It was refused and nothing in it was run. Ask the publisher for safetensors.",
+            expected=f"weights called {name:.60} in {file.path}",
+            got=first_few([state.name for state in found if state.name]) or "only weights without a name",
+            fix="Choose one of them, or leave the #name out.",
         )
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _damaged(path, "compressed entries, which torch.save never writes")
-
-
-def _named_tensors(content: object, path: Path) -> tuple[dict[str, Tensor], str]:
-    kind = "torch"
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content, kind = content["state_dict"], "training-checkpoint"
-    if not isinstance(content, dict) or not content:
+    if not found:
+        raise _no_weights(file.path, kind_of_stranger(file.content, file.skipped) or _described(file.content))
+    plain = [state for state in found if state.name and not state.is_averaged]
+    if found[0] in plain and found[0].rank == UNUSUAL and len(plain) > 1:
         raise CheckpointError(
-            expected=f"a state dict (names to tensors) in {path}",
-            got="nothing" if content == {} else type(content).__name__,
-            fix="Save model.state_dict(), best as safetensors.",
+            expected=f"one set of weights in {file.path}",
+            got=f"several: {first_few([state.name for state in found])}",
+            fix=f"Name one behind the path: {file.path.name}#{found[0].name}",
         )
-    tensors = {name: value for name, value in content.items() if name not in _SETTINGS}
-    strangers = [str(name) for name, value in tensors.items() if not _is_named_tensor(name, value)]
-    if strangers:
-        raise CheckpointError(
-            expected=f"a state dict (names to tensors) in {path}",
-            got=f"other values under {', '.join(strangers[:5])}",
-            fix="Save model.state_dict() alone, or under the key 'state_dict'.",
-        )
-    return tensors, kind
+    return found[0]
 
 
-def _is_named_tensor(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
+def _read(file: TorchFile, key: str, state: StateDict) -> Tensor:
+    try:
+        return file.read(state.tensors[key])
+    except NotDenseError as error:
+        kind = f" ({error!s:.80})" if str(error) else ""
+        raise _damaged(file.path, f"{key:.80} is not a dense tensor of real numbers{kind}") from error
 
 
-def _check_dense(tensors: dict[str, Tensor], path: Path) -> None:
-    """Refuses tensors that claim more elements than the file stored: reading them would exhaust memory."""
-    for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
-        if not dense or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise _damaged(path, f"{name} is not a dense tensor of real numbers")
+def _format(file: TorchFile, chosen: StateDict) -> str:
+    if file.is_program:
+        return "torchscript"
+    if chosen.is_module:
+        return "torch-module"
+    return "training-checkpoint" if chosen.name else "torch"
 
 
-def _strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for _ in range(len(_WRAPPER_PREFIXES)):
-        for prefix in _WRAPPER_PREFIXES:
-            if all(name.startswith(prefix) for name in tensors):
-                tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+def _selection_notes(file: TorchFile, found: list[StateDict], chosen: StateDict) -> tuple[str, ...]:
+    notes = []
+    if file.is_program:
+        notes.append("a TorchScript program: only its weights were read, its code was not looked at")
+    elif chosen.is_module:
+        notes.append("a model saved as an object: only its weights were read")
+    if chosen.name:
+        notes.append(f"weights read from {chosen.name}")
+    averages = [state.name for state in found if state.is_averaged and state is not chosen]
+    if averages:
+        notes.append(f"averaged weights are there too: name them as {file.path.name}#{averages[0]}")
+    others = [name for name in chosen.others if name not in _SETTINGS]
+    if others:
+        notes.append(f"left out, because they are no tensors: {first_few(others)}")
+    if file.skipped and not (file.is_program or chosen.is_module):
+        notes.append(f"left out, and nothing of them run: objects of {first_few(file.skipped)}")
+    return tuple(notes)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [
-        line for line in str(error).splitlines() if line.strip() and not line.startswith("Check the doc")
-    ]
-    return (lines or ["no details"])[-1].strip()[:200]
+def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Removes wrappers that all names share; the second value is what was removed."""
+    removed = ""
+    for _ in range(_MAX_WRAPPERS):
+        shared = [prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in tensors)]
+        if not tensors or not shared:
+            break
+        tensors = {name.removeprefix(shared[0]): value for name, value in tensors.items()}
+        removed += shared[0]
+    return tensors, removed
+
+
+def _described(content: object) -> str:
+    if isinstance(content, dict | list) and not content:
+        return "nothing"
+    if isinstance(content, dict):
+        names = first_few([key for key in content if isinstance(key, str)])
+        return f"no tensors, but {names}" if names else "no tensors under any name"
+    if isinstance(content, Inert):
+        return content.name
+    return "Tensor" if isinstance(content, TensorReference) else type(content).__name__
+
+
+def _no_weights(path: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        expected=f"a state dict (names to tensors) in {path}",
+        got=got,
+        fix="Save model.state_dict() of the whole model, best as safetensors.",
+    )
 
 
 def _wants_code(path: Path, wanted: str) -> CheckpointError:
@@ -225,10 +265,18 @@ def _wants_code(path: Path, wanted: str) -> CheckpointError:
     )
 
 
+def _other_format(path: Path, head: bytes) -> CheckpointError:
+    return CheckpointError(
+        expected=f"weights as safetensors or a torch state dict in {path}",
+        got="an empty file" if not head else "another format, or a damaged file",
+        fix="Check that the download is complete and is the weights file itself.",
+    )
+
+
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         expected=f"a whole torch state dict in {path}",
-        got=f"a damaged one ({reason})",
+        got=f"a damaged one ({reason:.300})",
         fix="Download or copy the file again and compare its SHA-256 with the publisher's.",
     )
 
