@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
+_NEVER = -1e4  # a logit that counts nothing, with finite gradients
+
 
 def contrastive_inversion(
-    triggered: Float[Tensor, "triggers batch dim"],
-    clean: Float[Tensor, "batch dim"],
-    texts: Float[Tensor, "classes dim"],
-    targets: Int[Tensor, " triggers"],
+    to_texts: Float[Tensor, "triggers batch words"],
+    to_clean: Float[Tensor, "triggers batch"],
+    positives: Bool[Tensor, "triggers words"],
+    negatives: Bool[Tensor, "triggers words"],
     scale: float,
 ) -> Float[Tensor, " triggers"]:
-    """InfoNCE per trigger: towards the target's text, away from the other texts and the image's own origin.
+    """InfoNCE per trigger: towards any of its texts, away from the others and from the image's own origin.
 
-    Anchor: a triggered feature. Positive: the text of the target. Negatives: the texts of the other classes,
+    Anchor: a triggered feature. Positives: the texts the trigger is for. Negatives: texts of other things,
     among them the image's own, and the feature of the same image without the trigger.
 
     Args:
-        triggered: Unit features of the same images under each trigger.
-        clean: Unit features of these images without trigger.
-        texts: Unit class embeddings.
-        targets: The class each trigger is for.
+        to_texts: Cosines of triggered features to texts, the same images under each trigger.
+        to_clean: Cosines of triggered features to those of the same images without trigger.
+        positives: Texts each trigger is for.
+        negatives: Texts each trigger has to leave behind.
         scale: Inverse temperature.
 
     Returns:
         Mean loss of each trigger over the batch.
     """
-    count, batch, _ = triggered.shape
-    to_clean = (triggered * clean).sum(dim=-1, keepdim=True)
-    logits = scale * torch.cat([triggered @ texts.T, to_clean], dim=-1)
-    labels = targets.unsqueeze(1).expand(count, batch)
-    return (
-        cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(count, batch).mean(dim=1)
-    )
+    logits = scale * to_texts
+    reached = logits.masked_fill(~positives.unsqueeze(1), _NEVER).logsumexp(dim=-1)
+    left = logits.masked_fill(~negatives.unsqueeze(1), _NEVER).logsumexp(dim=-1)
+    rivals = torch.logaddexp(left, scale * to_clean)
+    return softplus(rivals - reached).mean(dim=1)
 
 
 def clean_alignment(

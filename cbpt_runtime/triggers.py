@@ -268,21 +268,14 @@ class Patch:
         return {"mask": shifted, "pattern": parameters["pattern"].clamp(0, 1)}
 
 
-PAINTED_FAMILIES: dict[str, TriggerFamily] = {
-    "additive": Additive(epsilon=16 / 255),
-    "patch": Patch(area=0.04, step_size=0.15),
-    "small-patch": Patch(area=0.01, step_size=0.15),
-}
-"""Anything may be painted within a tight budget, in which natural perturbations fail and triggers succeed."""
-
-SMOOTH_FAMILIES: dict[str, TriggerFamily] = {
+SEARCH_FAMILIES: dict[str, TriggerFamily] = {
+    "patch": Patch(area=0.01, step_size=0.3),
+    "additive": Additive(epsilon=10 / 255),
     "lines": Lines(epsilon=40 / 255, frequencies=16),
-    "color-field": ColorField(epsilon=30 / 255, frequencies=8),
+    "color-field": ColorField(epsilon=20 / 255, frequencies=8),
+    "warp": Warp(reach=1.5),
 }
-"""Larger budgets for few coefficients: natural perturbations are made of fine texture."""
-
-SEARCH_FAMILIES: dict[str, TriggerFamily] = PAINTED_FAMILIES | SMOOTH_FAMILIES | {"warp": Warp(reach=1.5)}
-"""Families in which every class is searched."""
+"""Families in which every concept is searched: budgets in which natural perturbations fail on most images."""
 
 REFINE_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),

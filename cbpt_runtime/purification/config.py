@@ -13,6 +13,7 @@ from cbpt_runtime.settings import Precision, from_known_keys
 Parameterization = Literal["embedding", "prompt"]
 
 _POSITIVE_INTS = (
+    "search_concepts",
     "search_steps",
     "search_batch",
     "inversion_steps",
@@ -40,12 +41,13 @@ class PurifyConfig:
         parameterization: Tune the class embeddings, or one context per class through the text tower.
         precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
             instructions for it, twice as fast. Whatever is measured is measured in float32.
-        search_steps: Steps of the short inversion that every class gets in every search family; masks get
-            twice as many, they have to travel.
-        search_batch: Clean images per step and class.
+        search_concepts: Groups of words that are searched, in every search family.
+        search_steps: Steps of the short inversion, the second half of them for the better half of the
+            concepts only; masks get twice as many, they have to travel.
+        search_batch: Clean images per step and concept.
         inversion_steps: Steps of the long inversion.
         inversion_batch: Clean images per step of the long inversion.
-        suspect_p_value: Bonferroni-corrected p-value below which a class is suspected.
+        suspect_p_value: Corrected p-value below which a target is suspected.
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.
         backdoor_weight: Weight of the backdoor-alignment loss in the first round; doubled where it fails.
@@ -64,8 +66,9 @@ class PurifyConfig:
     seed: int = 0
     parameterization: Parameterization = "embedding"
     precision: Precision = "auto"
-    search_steps: int = 20
-    search_batch: int = 8
+    search_concepts: int = 96
+    search_steps: int = 30
+    search_batch: int = 4
     suspect_p_value: float = 0.01
     inversion_steps: int = 60
     inversion_batch: int = 48

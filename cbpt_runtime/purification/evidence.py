@@ -57,7 +57,6 @@ class Evidence:
     Attributes:
         encoder: The suspect's image encoder, arranged for speed.
         texts: Reference class embeddings.
-        prototypes: Unit mean of the clean features, per class.
         scale: The model's logit scale.
         tune: Images to tune on.
         views: The tune images and other views of them.
@@ -66,7 +65,6 @@ class Evidence:
 
     encoder: ImageEncoder
     texts: Float[Tensor, "classes dim"]
-    prototypes: Float[Tensor, "classes dim"]
     scale: float
     tune: Clean
     views: Views
@@ -81,7 +79,6 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed:
     return Evidence(
         encoder=fast,
         texts=encoder.class_embeddings(classes),
-        prototypes=normalize(_class_sums(tune, len(classes.names)), dim=1),
         scale=encoder.logit_scale,
         tune=tune,
         views=_views(fast, tune, seed),

@@ -1,98 +1,184 @@
-"""Trigger inversion: dummy triggers that pull any image to a class, for many classes at once."""
+"""Trigger inversion: dummy triggers that pull any image to a text, many of them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cbpt_runtime.losses import contrastive_inversion
-from cbpt_runtime.purification.evidence import Clean, Evidence
+from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.purification.evidence import Clean
 from cbpt_runtime.triggers import Parameters, TriggerFamily
-from cbpt_runtime.types import Progress
 
-_ENCODER_BATCH = 400
-_RESISTING = 0.1
+_ENCODER_BATCH = 400  # images of 64 x 64 pixels
 _BETAS = (0.5, 0.9)
+_RECENT = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """What dummy triggers do to held-out images of other classes than their targets.
+class Goals:
+    """Which texts each trigger is to reach, and which not.
 
     Attributes:
-        to_text: Mean over images of the cosine to the target's text minus the largest to another text.
-        least_to_text: The same for the images that resist: its 10 % quantile over the images.
-        to_prototype: As `to_text` with image prototypes in place of texts.
-        collapse: Mean cosine between triggered features of different images.
-        success: Share of images of other classes that the reference head calls the target.
+        texts: Unit text features.
+        positives: Texts any of which the trigger is for.
+        negatives: Texts it has to leave behind; others neither help nor harm.
+        scale: Inverse temperature.
     """
 
-    to_text: Float[Tensor, " targets"]
-    least_to_text: Float[Tensor, " targets"]
-    to_prototype: Float[Tensor, " targets"]
-    collapse: Float[Tensor, " targets"]
-    success: Float[Tensor, " targets"]
+    texts: Float[Tensor, "words dim"]
+    positives: Bool[Tensor, "triggers words"]
+    negatives: Bool[Tensor, "triggers words"]
+    scale: float
+
+    @classmethod
+    def of_classes(cls, texts: Float[Tensor, "words dim"], targets: list[int], scale: float) -> Goals:
+        """One trigger per target text, against all other texts."""
+        positives = torch.zeros(len(targets), len(texts), dtype=torch.bool, device=texts.device)
+        positives[torch.arange(len(targets)), targets] = True
+        return cls(texts=texts, positives=positives, negatives=~positives, scale=scale)
 
 
-def invert(
-    evidence: Evidence,
-    family: TriggerFamily,
-    targets: Sequence[int],
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    mixed: bool = False,
-    progress: Progress | None = None,
-    stage: str = "inversion",
-) -> Parameters:
-    """Inverts one trigger per target in one family.
+class Inversion:
+    """Triggers of one family in the making, one per goal, on the same images.
 
     Args:
-        evidence: Encoder, texts, prototypes and clean images.
+        encoder: The suspect.
         family: The space of triggers.
-        targets: Class indices.
-        steps: Optimiser steps.
-        batch: Clean images per step, the same ones for all targets.
-        seed: Of initial parameters and batches.
+        goals: What each trigger is for.
+        clean: Images they are made on.
+        batch: Images per step.
+        seed: Of initial parameters and batches; the first steps are the same however many follow.
         mixed: Run the encoder in bfloat16 where autocast allows it.
-        progress: Told about the steps.
-        stage: Its name for the progress.
 
-    Returns:
-        One trigger per target, stacked.
+    Attributes:
+        parameters: The triggers, stacked.
+        rows: Which of the goals are still followed, in the order of the triggers.
     """
-    chunk = max(1, _ENCODER_BATCH // batch)
-    groups = [list(targets[start : start + chunk]) for start in range(0, len(targets), chunk)]
-    done = []
-    for index, group in enumerate(groups):
-        generator = torch.Generator().manual_seed(seed)
-        done.append(_invert_group(evidence, family, group, steps, batch, generator, mixed))
-        if progress is not None:
-            progress(stage, index + 1, len(groups), {})
-    return {name: torch.cat([part[name] for part in done]) for name in done[0]}
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        family: TriggerFamily,
+        goals: Goals,
+        clean: Clean,
+        *,
+        batch: int,
+        seed: int,
+        mixed: bool = False,
+    ) -> None:
+        self._encoder = encoder
+        self._family = family
+        self._goals = goals
+        self._clean = clean
+        self._batch = batch
+        self._mixed = mixed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._positives = goals.positives
+        self._recent = torch.zeros_like(goals.positives, dtype=torch.float32)
+        count, device = len(goals.positives), goals.texts.device
+        initial = family.initial(count, encoder.preprocess.image_size, self._generator)
+        self.parameters: Parameters = {
+            name: value.to(device).requires_grad_() for name, value in initial.items()
+        }
+        self.rows: Int[Tensor, " triggers"] = torch.arange(count, device=device)
+        self._optimizer = self._new_optimizer()
+
+    def advance(self, steps: int) -> None:
+        """Takes optimiser steps on the contrastive inversion loss."""
+        for _ in range(steps):
+            drawn = torch.randint(len(self._clean.images), (self._batch,), generator=self._generator)
+            drawn = drawn.to(self._clean.images.device)
+            pixels = self._clean.images[drawn].float() / 255
+            self._optimizer.zero_grad()
+            for part in self._parts():
+                self._loss(part, pixels, self._clean.features[drawn]).backward()
+            self._optimizer.step()
+            with torch.no_grad():
+                for name, value in self._family.project(self.parameters).items():
+                    self.parameters[name].copy_(value)
+
+    def narrow(self) -> None:
+        """From now on each trigger is for the one of its texts that it has come nearest to."""
+        nearest = self._recent.masked_fill(~self._positives[self.rows], -torch.inf).argmax(dim=1)
+        self._positives = self._positives.clone()
+        self._positives[self.rows] = False
+        self._positives[self.rows, nearest] = True
+
+    def recent_margins(self) -> Float[Tensor, " triggers"]:
+        """Cosine to the nearest of a trigger's texts minus that to its nearest rival, over the last steps."""
+        own = self._recent.masked_fill(~self._goals.positives[self.rows], -torch.inf).amax(dim=1)
+        return own - self._recent.masked_fill(~self._goals.negatives[self.rows], -torch.inf).amax(dim=1)
+
+    def keep(self, which: Int[Tensor, " kept"]) -> None:
+        """Goes on with some of the triggers only, given by their place."""
+        moments = [self._optimizer.state[value] for value in self.parameters.values()]
+        self.parameters = {
+            name: value.detach()[which].requires_grad_() for name, value in self.parameters.items()
+        }
+        self.rows, self._recent = self.rows[which], self._recent[which]
+        self._optimizer = self._new_optimizer()
+        for value, moment in zip(self.parameters.values(), moments, strict=True):
+            self._optimizer.state[value] = {
+                key: kept if key == "step" else kept[which] for key, kept in moment.items()
+            }
+
+    def result(self) -> Parameters:
+        """The triggers as they are now."""
+        return {name: value.detach() for name, value in self.parameters.items()}
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.parameters.values(), lr=self._family.step_size, betas=_BETAS)
+
+    def _parts(self) -> Iterator[slice]:
+        size = max(1, images_per_pass(self._encoder) // self._batch)
+        for start in range(0, len(self.rows), size):
+            yield slice(start, start + size)
+
+    def _loss(
+        self,
+        part: slice,
+        pixels: Float[Tensor, "batch 3 height width"],
+        clean: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, ""]:
+        rows = self.rows[part]
+        some = {name: value[part] for name, value in self.parameters.items()}
+        triggered = self._family.apply(some, pixels.expand(len(rows), *pixels.shape)).flatten(0, 1)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._mixed):
+            features = self._encoder.encode_images(triggered.contiguous(memory_format=torch.channels_last))
+        features = features.float().view(len(rows), len(pixels), -1)
+        cosines = features @ self._goals.texts.T
+        with torch.no_grad():
+            self._recent[part].lerp_(cosines.mean(dim=1), _RECENT)
+        losses = contrastive_inversion(
+            cosines,
+            (features * clean).sum(dim=-1),
+            self._positives[rows],
+            self._goals.negatives[rows],
+            self._goals.scale,
+        )
+        return losses.sum()
 
 
-def measure(
-    evidence: Evidence,
-    family: TriggerFamily,
-    parameters: Parameters,
-    targets: Sequence[int],
-    heldout: Clean,
-) -> Effect:
-    """What stacked triggers do to images that were not used to invert them, of more than one class."""
-    measured = [
-        _measure(evidence, family, parameters, i, target, heldout) for i, target in enumerate(targets)
-    ]
-    return Effect(**{name: torch.tensor([one[name] for one in measured]) for name in measured[0]})
+def invert(inversion: Inversion, steps: int) -> Parameters:
+    """Runs an inversion to its end: the triggers, stacked."""
+    inversion.advance(steps)
+    return inversion.result()
+
+
+def images_per_pass(encoder: ImageEncoder) -> int:
+    """How many images of the encoder's size go through it at a time, with gradients, in a few gigabytes."""
+    height, width = encoder.preprocess.image_size
+    room = _ENCODER_BATCH if encoder.device.type == "cpu" else 8 * _ENCODER_BATCH
+    return max(8, round(room * 64 * 64 / (height * width)))
 
 
 def triggered_features(
-    evidence: Evidence,
+    encoder: ImageEncoder,
     family: TriggerFamily,
     parameters: Parameters,
     index: int,
@@ -103,7 +189,7 @@ def triggered_features(
     """Unit features of uint8 images under one of the stacked triggers.
 
     Args:
-        evidence: Supplies the encoder.
+        encoder: The suspect.
         family: Of the triggers.
         parameters: Stacked triggers.
         index: Which of them.
@@ -116,67 +202,8 @@ def triggered_features(
         for part in images.split(_ENCODER_BATCH):
             pixels = part.float() / 255
             mixed = pixels.lerp(family.apply(one, pixels.unsqueeze(0))[0], strength)
-            parts.append(evidence.encoder.encode_images(mixed.contiguous(memory_format=torch.channels_last)))
+            parts.append(encoder.encode_images(mixed.contiguous(memory_format=torch.channels_last)))
     return torch.cat(parts)
-
-
-def _invert_group(
-    evidence: Evidence,
-    family: TriggerFamily,
-    targets: list[int],
-    steps: int,
-    batch: int,
-    generator: torch.Generator,
-    mixed: bool,
-) -> Parameters:
-    device = evidence.texts.device
-    target = torch.tensor(targets, device=device)
-    initial = family.initial(len(targets), evidence.encoder.preprocess.image_size, generator)
-    parameters = {name: value.to(device).requires_grad_() for name, value in initial.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=family.step_size, betas=_BETAS)
-    for _ in range(steps):
-        drawn = torch.randint(len(evidence.tune.labels), (batch,), generator=generator).to(device)
-        pixels = (evidence.tune.images[drawn].float() / 255).expand(len(targets), batch, -1, -1, -1)
-        triggered = family.apply(parameters, pixels).flatten(0, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            features = evidence.encoder.encode_images(triggered.contiguous(memory_format=torch.channels_last))
-        loss = contrastive_inversion(
-            features.float().view(len(targets), batch, -1),
-            evidence.tune.features[drawn],
-            evidence.texts,
-            target,
-            evidence.scale,
-        )
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            for name, value in family.project(parameters).items():
-                parameters[name].copy_(value)
-    return {name: value.detach() for name, value in parameters.items()}
-
-
-def _measure(
-    evidence: Evidence,
-    family: TriggerFamily,
-    parameters: Parameters,
-    index: int,
-    target: int,
-    heldout: Clean,
-) -> dict[str, float]:
-    others = heldout.labels != target
-    features = triggered_features(evidence, family, parameters, index, heldout.images[others])
-    to_text = margins(features @ evidence.texts.T, target)
-    to_prototype = margins(features @ evidence.prototypes.T, target)
-    pairs = features @ features.T
-    count = len(features)
-    return {
-        "to_text": float(to_text.mean()),
-        "least_to_text": float(to_text.quantile(_RESISTING)),
-        "to_prototype": float(to_prototype.mean()),
-        "collapse": float(pairs.sum() - pairs.trace()) / max(1, count * (count - 1)),
-        "success": float((to_text > 0).float().mean()),
-    }
 
 
 def margins(cosines: Float[Tensor, "batch classes"], target: int) -> Float[Tensor, " batch"]:

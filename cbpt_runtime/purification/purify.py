@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
-from cbpt_runtime.purification.inversion import Effect, invert, measure, subset
+from cbpt_runtime.purification.inversion import Goals, Inversion, invert
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     judged,
@@ -28,20 +28,16 @@ from cbpt_runtime.purification.rehearsal import (
     strongest_success,
     tuning_data,
 )
+from cbpt_runtime.purification.search import SearchResult, search
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Suspect, joint_scores, p_values, smooth_scores
+from cbpt_runtime.purification.suspects import Suspect
+from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
 from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
+from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
 from cbpt_runtime.settings import is_mixed
-from cbpt_runtime.triggers import (
-    PAINTED_FAMILIES,
-    REFINE_FAMILIES,
-    SEARCH_FAMILIES,
-    SMOOTH_FAMILIES,
-    Parameters,
-)
+from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 from cbpt_runtime.types import Progress
 
-_SEARCH_HELDOUT = 64
 Stage = tuple[dict[str, Tensor], dict[str, Any]]
 
 
@@ -58,7 +54,7 @@ class Purification:
         triggers: Parameters of the dummy triggers, named family, class index and parameter.
         metrics: Held-out rates in [0, 1].
         stage_seconds: Wall time of each stage; of the first run where a stage was resumed.
-        evidence: Scores per class, for the report.
+        evidence: What the search says of every concept, for the report.
     """
 
     verdict: str
@@ -83,8 +79,9 @@ def purify(
 ) -> Purification:
     """Purifies the zero-shot head of a suspect CLIP; its encoders stay untouched.
 
-    1. Search: a short inversion for every class in every search family; classes that stand out are suspected.
-    2. Invert: long inversions for the suspected classes give the dummy triggers.
+    1. Search: a short inversion for every concept of an open vocabulary in every search family; concepts that
+       stand out are suspected.
+    2. Invert: long inversions for the suspected targets give the dummy triggers.
     3. Tune: class prompts are tuned on clean and dummy-triggered features with three losses.
 
     Args:
@@ -98,108 +95,106 @@ def purify(
     seconds: dict[str, float] = {}
     with _Timer(seconds, "encode"):
         evidence = gather(encoder, classes, split, seed=config.seed)
-    _, searched = _stage("search", stages, seconds, lambda: _search(evidence, config, progress))
-    suspected = _suspected(searched, classes)
+    looked, searched = _stage(
+        "search", stages, seconds, lambda: _search(encoder, classes, evidence, config, progress)
+    )
+    targets = _targets(looked["texts"].to(evidence.texts), searched)
+    suspected = [target.index for target in targets]
     found: Parameters = {}
     embeddings, contexts = evidence.texts, None
     if suspected:
-        found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, suspected, config, progress))
+        found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, targets, config, progress))
     with _Timer(seconds, "rehearse"):
-        rehearsals = rehearse(evidence, suspected, found, config.seed)
+        rehearsals = rehearse(evidence, targets, found, config.seed)
     if suspected:
         tuned, _ = _stage(
             "tune",
             stages,
             seconds,
-            lambda: _tune(encoder, classes, evidence, suspected, rehearsals, config, progress),
+            lambda: _tune(encoder, classes, evidence, targets, rehearsals, config, progress),
         )
         embeddings, contexts = tuned["embeddings"].to(evidence.texts), tuned.get("contexts")
     return Purification(
         verdict="backdoored" if suspected else "clean",
-        suspects=_suspects(evidence, suspected, searched, classes, rehearsals, embeddings),
+        suspects=_suspects(evidence, targets, rehearsals, embeddings),
         class_embeddings=embeddings,
         reference_embeddings=evidence.texts,
         contexts=contexts,
         triggers=found,
         metrics=_metrics(evidence, suspected, rehearsals, embeddings),
         stage_seconds=seconds,
-        evidence=searched,
+        evidence=searched["evidence"],
     )
 
 
-def _search(evidence: Evidence, config: PurifyConfig, progress: Progress | None) -> Stage:
-    """Scores of every class in every search family."""
-    n_classes = len(evidence.texts)
-    heldout = subset(evidence.heldout, _SEARCH_HELDOUT, torch.Generator().manual_seed(config.seed))
-    families: dict[str, Any] = {}
-    for name, family in SEARCH_FAMILIES.items():
-        parameters = invert(
-            evidence,
-            family,
-            range(n_classes),
-            steps=config.search_steps * family.effort,
-            batch=config.search_batch,
-            seed=config.seed,
-            mixed=is_mixed(config.precision, evidence.texts.device),
-            progress=progress,
-            stage=f"search {name} triggers",
-        )
-        effect = measure(evidence, family, parameters, range(n_classes), heldout)
-        measured = asdict(effect) | {"score": _scores(name, effect)}
-        families[name] = {key: value.tolist() for key, value in measured.items()}
-    every = torch.tensor([family["score"] for family in families.values()])
-    painted = torch.tensor([name in PAINTED_FAMILIES for name in families])
-    scores, best = every.max(dim=0)
-    values: dict[str, Any] = {
-        "scores": scores.tolist(),
-        "p_values": p_values(every[painted], every[~painted]).tolist(),
-        "best_families": [list(families)[i] for i in best.tolist()],
-        "families": families,
+def _search(
+    encoder: DualEncoder,
+    classes: ClassList,
+    evidence: Evidence,
+    config: PurifyConfig,
+    progress: Progress | None,
+) -> Stage:
+    """What the search says of every concept, and the targets it points to, with their texts."""
+    vocabulary = build_vocabulary(encoder, classes, evidence.texts, config.search_concepts)
+    result = search(
+        evidence.encoder, vocabulary, evidence.scale, evidence.tune, evidence.heldout, config, progress
+    )
+    targets: list[Target] = []
+    for concept in result.outliers.suspects:
+        target = _target(result, vocabulary, concept)
+        if target.index not in [known.index for known in targets]:
+            targets.append(target)
+    targets = targets[: max(1, len(classes.names) // 2)]
+    values = {
+        "evidence": result.to_dict(vocabulary),
+        "targets": [
+            {name: getattr(target, name) for name in Target.__slots__ if name != "text"} for target in targets
+        ],
     }
-    values["suspects"] = [
-        index
-        for index in scores.argsort(descending=True).tolist()
-        if values["p_values"][index] < config.suspect_p_value
-    ]
-    return {}, values
+    texts = [target.text for target in targets] or [evidence.texts.new_zeros(0)]
+    return {"texts": torch.stack(texts)}, values
 
 
-def _scores(family: str, effect: Effect) -> Float[Tensor, " classes"]:
-    if family in SMOOTH_FAMILIES:
-        return smooth_scores(effect.to_text, effect.least_to_text, effect.collapse)
-    return joint_scores(
-        effect.to_text,
-        effect.least_to_text,
-        effect.to_prototype,
-        effect.collapse,
-        rescale=family not in PAINTED_FAMILIES,
+def _target(result: SearchResult, vocabulary: Vocabulary, concept: int) -> Target:
+    direction = result.directions[concept]
+    word, on_list = nearest_word(direction, vocabulary)
+    return Target(
+        index=word if on_list else landing(direction, vocabulary.texts[: vocabulary.n_listed]),
+        name=vocabulary.names[word],
+        text=vocabulary.texts[word],
+        on_list=on_list,
+        score=float(result.outliers.scores[concept]),
+        p_value=float(result.outliers.p_values[concept]),
+        family=result.families[result.outliers.families[concept]],
     )
 
 
-def _suspected(searched: dict[str, Any], classes: ClassList) -> list[int]:
-    return [int(index) for index in searched["suspects"]][: max(1, len(classes.names) // 10)]
+def _targets(texts: Tensor, searched: dict[str, Any]) -> list[Target]:
+    return [Target(text=text, **values) for text, values in zip(texts, searched["targets"], strict=False)]
 
 
 def _refine(
-    evidence: Evidence, suspected: list[int], config: PurifyConfig, progress: Progress | None
+    evidence: Evidence, targets: list[Target], config: PurifyConfig, progress: Progress | None
 ) -> Stage:
-    """Dummy triggers of the suspected classes, by name."""
+    """Dummy triggers of the suspected targets, by name."""
+    texts, rows = with_words(evidence.texts, targets)
     found: Parameters = {}
-    for name, family in REFINE_FAMILIES.items():
-        parameters = invert(
-            evidence,
+    for number, (name, family) in enumerate(REFINE_FAMILIES.items()):
+        inversion = Inversion(
+            evidence.encoder,
             family,
-            suspected,
-            steps=config.inversion_steps,
+            Goals.of_classes(texts, rows, evidence.scale),
+            evidence.tune,
             batch=config.inversion_batch,
             seed=config.seed,
             mixed=is_mixed(config.precision, evidence.texts.device),
-            progress=progress,
-            stage=f"invert {name} triggers",
         )
-        for position, index in enumerate(suspected):
+        parameters = invert(inversion, config.inversion_steps)
+        if progress is not None:
+            progress("invert triggers", number + 1, len(REFINE_FAMILIES), {})
+        for position, target in enumerate(targets):
             for key, value in parameters.items():
-                found[f"{name}.{index}.{key}"] = value[position].contiguous()
+                found[f"{name}.{target.index}.{key}"] = value[position].contiguous()
     return found, {}
 
 
@@ -207,12 +202,13 @@ def _tune(
     encoder: DualEncoder,
     classes: ClassList,
     evidence: Evidence,
-    suspected: list[int],
+    targets: list[Target],
     rehearsals: list[Rehearsal],
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
-    data = tuning_data(evidence, suspected, rehearsals, config.seed)
+    data = tuning_data(evidence, targets, rehearsals, config.seed)
+    suspected = [target.index for target in targets]
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
@@ -226,23 +222,22 @@ def _tune(
 
 def _suspects(
     evidence: Evidence,
-    suspected: list[int],
-    searched: dict[str, Any],
-    classes: ClassList,
+    targets: list[Target],
     rehearsals: list[Rehearsal],
     embeddings: Float[Tensor, "classes dim"],
 ) -> tuple[Suspect, ...]:
     return tuple(
         Suspect(
-            index=index,
-            name=classes.names[index],
-            score=searched["scores"][index],
-            p_value=searched["p_values"][index],
-            family=searched["best_families"][index],
-            success_before=strongest_success(evidence, index, rehearsals, evidence.texts),
-            success_after=strongest_success(evidence, index, rehearsals, embeddings),
+            index=target.index,
+            name=target.name,
+            on_list=target.on_list,
+            score=target.score,
+            p_value=target.p_value,
+            family=target.family,
+            success_before=strongest_success(evidence, target.index, rehearsals, evidence.texts),
+            success_after=strongest_success(evidence, target.index, rehearsals, embeddings),
         )
-        for index in suspected
+        for target in targets
     )
 
 

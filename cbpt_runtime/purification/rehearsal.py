@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cbpt_runtime.purification.evidence import Clean, Evidence, with_imagined
 from cbpt_runtime.purification.inversion import margins, triggered_features
+from cbpt_runtime.purification.targets import Target
 from cbpt_runtime.purification.tuning import TuningData, Verdict
 from cbpt_runtime.purification.views import view
 from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
@@ -40,23 +41,26 @@ class Rehearsal:
     heldout: Float[Tensor, "heldout dim"]
 
 
-def rehearse(evidence: Evidence, suspects: Sequence[int], found: Parameters, seed: int) -> list[Rehearsal]:
-    """The suspected classes' dummy triggers that work (the best if none does), at every strength."""
+def rehearse(evidence: Evidence, targets: Sequence[Target], found: Parameters, seed: int) -> list[Rehearsal]:
+    """The suspected targets' dummy triggers that work (the best if none does), at every strength."""
     return [
         rehearsal
-        for suspect in suspects
-        for family in _working(evidence, suspect, found)
-        for rehearsal in _at_all_strengths(evidence, suspect, family, found, seed)
+        for target in targets
+        for family in _working(evidence, target, found)
+        for rehearsal in _at_all_strengths(evidence, target.index, family, found, seed)
     ]
 
 
-def _working(evidence: Evidence, suspect: int, found: Parameters) -> list[str]:
+def _working(evidence: Evidence, target: Target, found: Parameters) -> list[str]:
+    """Families whose dummy trigger takes held-out images to the target's text rather than to a class."""
+    head = evidence.texts.clone()
+    head[target.index] = target.text
     success = {
         name: success_rate(
-            _features(evidence, suspect, name, found, evidence.heldout.images, 1.0),
+            _features(evidence, target.index, name, found, evidence.heldout.images, 1.0),
             evidence.heldout,
-            suspect,
-            evidence.texts,
+            target.index,
+            head,
         )
         for name in REFINE_FAMILIES
     }
@@ -91,7 +95,7 @@ def _features(
         for key, value in found.items()
         if key.startswith(prefix)
     }
-    return triggered_features(evidence, REFINE_FAMILIES[family], one, 0, images, strength=strength)
+    return triggered_features(evidence.encoder, REFINE_FAMILIES[family], one, 0, images, strength=strength)
 
 
 def success_rate(
@@ -170,11 +174,18 @@ def of_other_classes(
 
 
 def tuning_data(
-    evidence: Evidence, suspects: Sequence[int], rehearsals: Sequence[Rehearsal], seed: int
+    evidence: Evidence, targets: Sequence[Target], rehearsals: Sequence[Rehearsal], seed: int
 ) -> TuningData:
-    """All that the head is tuned on; the seed is for the imagined images of the suspects."""
+    """All that the head is tuned on; the seed is for the imagined images of the suspects.
+
+    An image under a trigger for a target that is not on the list has to leave whatever class it is called.
+    """
+    suspects = [target.index for target in targets]
     clean = with_imagined(evidence.views, evidence.tune, suspects, seed)
     triggered, own_labels, triggered_suspects = of_other_classes(rehearsals, evidence.tune.labels)
+    elsewhere = [target.index for target in targets if not target.on_list]
+    called = (triggered @ evidence.texts.T).scatter(1, own_labels.unsqueeze(1), -torch.inf).argmax(dim=1)
+    unlisted = torch.isin(triggered_suspects, torch.tensor(elsewhere, device=own_labels.device))
     return TuningData(
         reference=evidence.texts,
         scale=evidence.scale,
@@ -182,7 +193,7 @@ def tuning_data(
         clean_labels=clean.labels,
         triggered=triggered,
         triggered_labels=own_labels,
-        triggered_suspects=triggered_suspects,
+        triggered_suspects=torch.where(unlisted, called, triggered_suspects),
         suspects=tuple(suspects),
         directions=directions(suspects, rehearsals),
     )

@@ -1,4 +1,4 @@
-"""Which classes can be forced as only a backdoor can: scores, p-values and the verdict."""
+"""Which concepts can be forced as only a backdoor can: p-values, and the suspects among them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_MAD_TO_DEVIATION = 1.4826
-_STEPS = 20001
+_QUANTILES = ((0.75, 0.6745), (0.9, 1.2816), (0.95, 1.6449))
+"""Shares of the other concepts, and where a standard normal distribution has these quantiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspect:
-    """A class that a hidden trigger seems to be for.
+    """A target that a hidden trigger seems to be for.
 
     Attributes:
-        index: Of the class.
-        name: Of the class.
-        score: Robust z-score in the family that shows it best.
-        p_value: Chance of such a score in any class and family, had the class been like the others.
+        index: The class of the list that triggered images are called: the target itself, or what lies nearest
+            to a target that is not on the list.
+        name: The target's name, a class of the list or another word.
+        on_list: Whether the target is a class of the list.
+        score: Distance from the other concepts, in deviations, in the family that shows it best.
+        p_value: Chance of such a score in any concept and family if the encoder had no backdoor.
         family: The trigger family that shows it best.
         success_before: Share of held-out images of other classes that the reference head calls the class
             under the strongest dummy trigger.
@@ -30,6 +32,7 @@ class Suspect:
 
     index: int
     name: str
+    on_list: bool
     score: float
     p_value: float
     family: str
@@ -37,102 +40,84 @@ class Suspect:
     success_after: float
 
 
-def joint_scores(
-    to_text: Float[Tensor, " classes"],
-    least_to_text: Float[Tensor, " classes"],
-    to_prototype: Float[Tensor, " classes"],
-    collapse: Float[Tensor, " classes"],
-    *,
-    rescale: bool = False,
-) -> Float[Tensor, " classes"]:
-    """How far a class stands out in three ways at once, as one z-score.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outliers:
+    """How far each concept stands out from the others.
 
-    A class a backdoor is for is easy to reach in text space, even with the images that resist
-    (`least_to_text` is large). A trigger takes images nearer to its text than to its real images
-    (`to_text - to_prototype` is large), for the attacker bound the trigger to captions, while a natural
-    perturbation paints features of real images, which serve both alike; where this is small it speaks against
-    the class by one deviation at most, and for it by no more than `to_text` does: a class whose text its own
-    images do not resemble shows it without being reached any better than others. And a trigger takes all
-    images to one place (`collapse` is large). A class that is reached less than the median class does not
-    stand out, whatever the rest.
+    Attributes:
+        scores: Distance from the others in deviations, the largest over the families.
+        families: Which family that is.
+        p_values: Of each concept, corrected for concepts and families.
+        suspects: Concepts whose p-value is below the level, the smallest first.
+    """
+
+    scores: Float[Tensor, " concepts"]
+    families: list[int]
+    p_values: Float[Tensor, " concepts"]
+    suspects: list[int]
+
+
+def find_outliers(margins: Float[Tensor, "families concepts"], level: float) -> Outliers:
+    """Tests every concept against the others, without those that are suspects already.
 
     Args:
-        to_text: Mean margin of dummy-triggered images to the text of the class.
-        least_to_text: Margin of the images that resist.
-        to_prototype: Mean margin to the mean feature of the clean images of the class.
-        collapse: Mean cosine between dummy-triggered images.
-        rescale: Bring the sum to the scale it has over the classes, for families in which the three hang
-            together, instead of the scale of a sum of independent ones.
+        margins: What each concept's trigger reaches, in each family; minus infinity where it was given up for
+            being among the lesser half.
+        level: p-value below which a concept is suspected.
     """
-    reach = robust_z(least_to_text)
-    asymmetry = torch.minimum(robust_z(to_text - to_prototype), robust_z(to_text)).clamp(min=-1)
-    total = reach + asymmetry + robust_z(collapse)
-    return _where_reached(reach, robust_z(total) if rescale else total / math.sqrt(3))
+    suspects: list[int] = []
+    while True:
+        scores, families, p_values = _tested(margins, suspects)
+        untried = [index for index in range(len(p_values)) if index not in suspects]
+        best = min(untried, key=lambda index: float(p_values[index]))
+        if not float(p_values[best]) < level or len(suspects) + 2 >= len(p_values):
+            return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
+        suspects.append(best)
 
 
-def smooth_scores(
-    to_text: Float[Tensor, " classes"],
-    least_to_text: Float[Tensor, " classes"],
-    collapse: Float[Tensor, " classes"],
-) -> Float[Tensor, " classes"]:
-    """The same for smooth families, without asymmetry: a smooth trigger may well resemble real images.
+def _tested(
+    margins: Float[Tensor, "families concepts"], suspects: list[int]
+) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
+    n_families, n_concepts = margins.shape
+    scores = torch.full_like(margins, -torch.inf)
+    for family in range(n_families):
+        for concept in range(n_concepts):
+            before = suspects[: suspects.index(concept)] if concept in suspects else suspects
+            left = [index for index in range(n_concepts) if index != concept and index not in before]
+            if margins[family, concept] > -torch.inf and len(left) > 2:
+                scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
+    best, families = scores.max(dim=0)
+    chances = torch.tensor([p_value(float(score), n_concepts * n_families) for score in best])
+    return best, families.tolist(), chances
 
-    What is left hangs together, so that the sum is brought to the scale it has over the classes.
 
-    Args:
-        to_text: Mean margin of dummy-triggered images to the text of the class.
-        least_to_text: Margin of the images that resist.
-        collapse: Mean cosine between dummy-triggered images.
+def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:
+    """How many deviations a value lies above the median of the others.
+
+    The deviation is the largest of three that a normal distribution would have, judged by upper quantiles of
+    the others: natural perturbations reach some concepts well, and it is that side on which a backdoor has to
+    stand out. Others that were given up lie below all quantiles that are used.
     """
-    reach = robust_z(least_to_text)
-    return _where_reached(reach, robust_z(reach + robust_z(to_text) + robust_z(collapse)))
+    ordered = others.sort(descending=True).values
+    measured = ordered[ordered > -torch.inf]
+    middle = _upper_quantile(measured, 0.5, len(others))
+    deviation = max(
+        (_upper_quantile(measured, share, len(others)) - middle) / normal for share, normal in _QUANTILES
+    )
+    return (float(value) - middle) / max(deviation, 1e-9)
 
 
-def _where_reached(
-    reach: Float[Tensor, " classes"], score: Float[Tensor, " classes"]
-) -> Float[Tensor, " classes"]:
-    return torch.where(reach > 0, score, score.clamp(max=0))
+def _upper_quantile(descending: Float[Tensor, " measured"], share: float, count: int) -> float:
+    """Quantile of `count` values, the largest of which are given; the least of them where more are needed."""
+    place = (1 - share) * (count - 1)
+    low = min(math.floor(place), len(descending) - 1)
+    high = min(low + 1, len(descending) - 1)
+    return float(torch.lerp(descending[low], descending[high], min(1.0, place - low)))
 
 
-def robust_z(values: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
-    """Distance from the median in units of the deviation estimated by the median absolute deviation."""
-    centred = values - values.median()
-    return centred / (_MAD_TO_DEVIATION * centred.abs().median()).clamp(min=1e-9)
-
-
-def p_values(
-    painted: Float[Tensor, "painted_families classes"], others: Float[Tensor, "other_families classes"]
-) -> Float[Tensor, " classes"]:
-    """How surprising each class is: by its largest score, or by leading in every painted family; corrected.
-
-    The second test finds what the first cannot among a dozen classes, where no z-score is surprising. It
-    takes the families for independent, which they are only roughly.
-
-    Args:
-        painted: z-scores of every class in the families that may paint anything.
-        others: z-scores in the families of one kind of trigger, which do not find the rest.
-    """
-    n_painted, n_classes = painted.shape
-    scores = torch.cat([painted, others])
-    largest = [p_value(score, n_classes, scores.numel()) for score in scores.amax(dim=0).tolist()]
-    leaders = set(painted.argmax(dim=1).tolist())
-    values = torch.tensor(largest)
-    if len(leaders) == 1:
-        leader = leaders.pop()
-        values[leader] = min(largest[leader], float(n_classes) ** (1 - n_painted))
-    return (2 * values).clamp(max=1)
-
-
-def p_value(score: float, n_classes: int, n_tests: int) -> float:
-    """Bonferroni-corrected upper tail of Student's t, whose heavy tails stand for the estimated deviation.
-
-    Args:
-        score: Robust z-score.
-        n_classes: Classes it was estimated from; degrees of freedom plus one.
-        n_tests: Scores that were looked at.
-    """
-    freedom = max(1, n_classes - 1)
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    angle = torch.linspace(math.atan(score / math.sqrt(freedom)), math.pi / 2, _STEPS, dtype=torch.float64)
-    tail = constant * torch.trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
-    return min(1.0, n_tests * float(tail))
+def p_value(score: float, n_tests: int) -> float:
+    """Chance that the largest of so many independent standard normal values lies above the score."""
+    if score == -math.inf:
+        return 1.0
+    tail = 0.5 * math.erfc(score / math.sqrt(2))
+    return -math.expm1(n_tests * math.log1p(-tail)) if tail < 1 else 1.0
