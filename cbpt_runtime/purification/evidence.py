@@ -36,6 +36,11 @@ class Clean:
     labels: Int[Tensor, " batch"]
     features: Float[Tensor, "batch dim"]
 
+    def part(self, which: Tensor) -> Clean:
+        """Some of the images, by mask or place."""
+        which = which.to(self.labels.device)
+        return Clean(images=self.images[which], labels=self.labels[which], features=self.features[which])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
@@ -74,8 +79,10 @@ class Evidence:
 def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0) -> Evidence:
     """Computes reference embeddings and the features of all clean images; the seed is for their views."""
     fast = arranged_for_speed(encoder.image_encoder)
-    tune = _clean(fast, split.tune_images, split.tune_labels)
-    heldout = _clean(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
+    tune = clean_images(fast, split.tune_images, split.tune_labels)
+    heldout = (
+        clean_images(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
+    )
     return Evidence(
         encoder=fast,
         texts=encoder.class_embeddings(classes),
@@ -163,7 +170,8 @@ def _views(encoder: ImageEncoder, clean: Clean, seed: int) -> Views:
     return Views(features=torch.cat(features), labels=clean.labels.repeat(1 + N_VIEWS))
 
 
-def _clean(encoder: ImageEncoder, images: object, labels: object) -> Clean:
+def clean_images(encoder: ImageEncoder, images: object, labels: object) -> Clean:
+    """Images with their features; uint8 of shape [batch, height, width, 3], as an array."""
     pixels = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().to(encoder.device)
     with torch.no_grad():
         parts = [encoder.encode_images(part.float() / 255) for part in pixels.split(_BATCH)]

@@ -211,10 +211,3 @@ def margins(cosines: Float[Tensor, "batch classes"], target: int) -> Float[Tenso
     others = cosines.clone()
     others[:, target] = -torch.inf
     return cosines[:, target] - others.amax(dim=1)
-
-
-def subset(clean: Clean, count: int, generator: torch.Generator) -> Clean:
-    """A random part of the images, at most `count`."""
-    order: Int[Tensor, " batch"] = torch.randperm(len(clean.labels), generator=generator)[:count]
-    order = order.to(clean.labels.device)
-    return Clean(images=clean.images[order], labels=clean.labels[order], features=clean.features[order])

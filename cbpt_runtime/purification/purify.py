@@ -28,7 +28,7 @@ from cbpt_runtime.purification.rehearsal import (
     strongest_success,
     tuning_data,
 )
-from cbpt_runtime.purification.search import SearchResult, search
+from cbpt_runtime.purification.search import SearchResult, Subject, search
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.suspects import Suspect
 from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
@@ -136,9 +136,14 @@ def _search(
 ) -> Stage:
     """What the search says of every concept, and the targets it points to, with their texts."""
     vocabulary = build_vocabulary(encoder, classes, evidence.texts, config.search_concepts)
-    result = search(
-        evidence.encoder, vocabulary, evidence.scale, evidence.tune, evidence.heldout, config, progress
+    subject = Subject(
+        encoder=evidence.encoder,
+        vocabulary=vocabulary,
+        scale=evidence.scale,
+        clean=evidence.tune,
+        heldout=evidence.heldout,
     )
+    result = search(subject, config, progress)
     targets: list[Target] = []
     for concept in result.outliers.suspects:
         target = _target(result, vocabulary, concept)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import ImageEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Clean
-from cbpt_runtime.purification.inversion import Goals, Inversion, subset, triggered_features
+from cbpt_runtime.purification.inversion import Goals, Inversion, triggered_features
 from cbpt_runtime.purification.suspects import Outliers, find_outliers
 from cbpt_runtime.purification.vocabulary import Vocabulary
 from cbpt_runtime.settings import is_mixed
@@ -26,6 +26,36 @@ from cbpt_runtime.types import Progress
 
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
+
+_BEFORE_HALVING = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """An encoder, and what is asked of it.
+
+    Attributes:
+        encoder: The image tower.
+        vocabulary: Words and concepts.
+        scale: The model's logit scale.
+        clean: Images that triggers are made on; their labels are not looked at.
+        heldout: Images that they are measured on.
+    """
+
+    encoder: ImageEncoder
+    vocabulary: Vocabulary
+    scale: float
+    clean: Clean
+    heldout: Clean
+
+    def goals(self) -> Goals:
+        """Every concept against all words that are not near one of its own."""
+        return Goals(
+            texts=self.vocabulary.texts,
+            positives=self.vocabulary.members(),
+            negatives=self.vocabulary.rivals(),
+            scale=self.scale,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,87 +104,89 @@ class SearchResult:
                 "success": float(self.success[concept]),
             }
             for concept in order
+            if self.outliers.scores[concept] > -torch.inf
         ]
         return {"p_value": rows[0]["p_value"], "concepts": rows, "words": len(vocabulary.names)}
 
 
 def search(
-    encoder: ImageEncoder,
-    vocabulary: Vocabulary,
-    scale: float,
-    clean: Clean,
-    heldout: Clean,
+    suspect: Subject,
     config: PurifyConfig,
     progress: Progress | None = None,
+    *,
+    reference: Subject | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
     Args:
-        encoder: The suspect.
-        vocabulary: Words and concepts.
-        scale: The model's logit scale.
-        clean: Images that triggers are made on; their labels are not looked at.
-        heldout: Images that they are measured on.
+        suspect: The encoder under suspicion.
         config: Steps, batch, seed, precision and level.
         progress: Told how far the work is.
+        reference: A trusted encoder, asked for the same concepts on the same images. What counts is then how
+            much more the suspect can be forced: natural perturbations work on both.
     """
-    measured = subset(heldout, MEASURED_IMAGES, torch.Generator().manual_seed(config.seed))
-    goals = Goals(
-        texts=vocabulary.texts,
-        positives=vocabulary.members(),
-        negatives=vocabulary.rivals(),
-        scale=scale,
-    )
-    reached = []
-    for number, (_, family) in enumerate(SEARCH_FAMILIES.items()):
-        reached.append(_reach(encoder, family, goals, clean, measured, config))
+    order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
+    measured = order[:MEASURED_IMAGES]
+    goals, trusted = suspect.goals(), None if reference is None else reference.goals()
+    reached, margins = [], []
+    for number, family in enumerate(SEARCH_FAMILIES.values()):
+        inversion = _inverted(suspect, family, goals, config)
+        reached.append(_measure(suspect, family, inversion, goals, measured))
+        margins.append(reached[-1].margins)
+        if reference is not None and trusted is not None:
+            same = _inverted(reference, family, trusted, config, rows=inversion.rows)
+            known = _measure(reference, family, same, trusted, measured).margins
+            margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    outliers = find_outliers(torch.stack([one.margins for one in reached]).cpu(), config.suspect_p_value)
-    return _result(vocabulary, outliers, reached)
+    outliers = find_outliers(torch.stack(margins), config.suspect_p_value)
+    return _result(suspect.vocabulary, outliers, reached)
 
 
-def _reach(
-    encoder: ImageEncoder,
+def _inverted(
+    subject: Subject,
     family: TriggerFamily,
     goals: Goals,
-    clean: Clean,
-    measured: Clean,
     config: PurifyConfig,
-) -> Reached:
-    """Half of the steps for all concepts, the rest for the better half, each then for its nearest word."""
+    rows: Int[Tensor, " kept"] | None = None,
+) -> Inversion:
+    """Most of the steps for all concepts, the rest for the better half, each then for its nearest word."""
     steps = config.search_steps * family.effort
+    first = max(1, round(_BEFORE_HALVING * steps))
     inversion = Inversion(
-        encoder,
+        subject.encoder,
         family,
         goals,
-        clean,
+        subject.clean,
         batch=config.search_batch,
         seed=config.seed,
         mixed=is_mixed(config.precision, goals.texts.device),
     )
-    inversion.advance(steps - steps // 2)
+    inversion.advance(first)
     inversion.narrow()
-    order = inversion.recent_margins().argsort(descending=True, stable=True)
-    inversion.keep(order[: len(order) - len(order) // 2])
-    inversion.advance(steps // 2)
-    return _measure(encoder, family, inversion, goals, measured)
+    if rows is None:
+        order = inversion.recent_margins().argsort(descending=True, stable=True)
+        rows = order[: len(order) - len(order) // 2]
+    inversion.keep(rows)
+    inversion.advance(steps - first)
+    return inversion
 
 
 def _measure(
-    encoder: ImageEncoder, family: TriggerFamily, inversion: Inversion, goals: Goals, measured: Clean
+    subject: Subject, family: TriggerFamily, inversion: Inversion, goals: Goals, which: Int[Tensor, " images"]
 ) -> Reached:
+    heldout = subject.heldout.part(which)
     count, dim = len(goals.positives), goals.texts.shape[1]
     margins = torch.full((count,), -torch.inf)
     success = torch.zeros(count)
     directions = torch.zeros(count, dim, device=goals.texts.device)
-    shown = (measured.features @ goals.texts.T).argmax(dim=1)
+    shown = (heldout.features @ goals.texts.T).argmax(dim=1)
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
         own = goals.positives[concept]
         others = ~own[shown]
-        images = measured.images[others] if bool(others.any()) else measured.images
-        features = triggered_features(encoder, family, parameters, place, images)
+        images = heldout.images[others] if bool(others.any()) else heldout.images
+        features = triggered_features(subject.encoder, family, parameters, place, images)
         cosines = features @ goals.texts.T
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
         rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)

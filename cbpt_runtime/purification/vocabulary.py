@@ -60,6 +60,8 @@ def build_vocabulary(
     classes: ClassList | None,
     listed: Float[Tensor, "classes dim"] | None,
     n_concepts: int,
+    *,
+    like: Vocabulary | None = None,
 ) -> Vocabulary:
     """The user's classes and open_clip's ImageNet names, in the words of the user's templates.
 
@@ -68,6 +70,7 @@ def build_vocabulary(
         classes: The user's classes; None for a search without a class list.
         listed: Their embeddings.
         n_concepts: Most concepts to make.
+        like: Take the concepts of this one, of the same words in another encoder.
     """
     names: tuple[str, ...] = ()
     templates = default_templates()
@@ -83,7 +86,7 @@ def build_vocabulary(
     return Vocabulary(
         names=names + background,
         texts=texts,
-        concepts=group(texts.cpu(), n_concepts).to(texts.device),
+        concepts=group(texts.cpu(), n_concepts).to(texts.device) if like is None else like.concepts,
         n_listed=len(names),
     )
 

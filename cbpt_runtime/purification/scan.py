@@ -1,0 +1,200 @@
+"""The verdict alone: a suspect checkpoint and a folder of any images, no class list and no labels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cbpt_runtime.errors import CheckpointError, ImageDataError
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
+from cbpt_runtime.models.data import ClassList, read_class_list, read_images
+from cbpt_runtime.models.image_folder import find_image_files
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
+from cbpt_runtime.purification.search import Subject, search
+from cbpt_runtime.purification.targets import nearest_word
+from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
+from cbpt_runtime.types import Progress
+
+MOST_IMAGES = 512
+LEAST_IMAGES = 16
+_HELDOUT_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanSuspect:
+    """A target that a hidden trigger seems to be for.
+
+    Attributes:
+        name: The word that lies nearest to where triggered images go.
+        on_list: Whether it is one of the classes given; None if none were.
+        p_value: Corrected for all concepts and families.
+        score: Distance from the other concepts, in deviations.
+        family: The trigger family that shows it best.
+        success: Share of held-out images that a short dummy trigger takes there.
+    """
+
+    name: str
+    on_list: bool | None
+    p_value: float
+    score: float
+    family: str
+    success: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What a scan found.
+
+    Attributes:
+        checkpoint: Where it came from.
+        sha256: Of the checkpoint's weights.
+        verdict: 'backdoored' or 'clean'.
+        p_value: The smallest of all concepts, corrected.
+        suspects: The most suspicious first; empty when clean.
+        images: Images looked at.
+        evidence: What the search says of every concept.
+        notes: Remarks for the user.
+        config: Every number of the search.
+        stage_seconds: Wall time.
+    """
+
+    checkpoint: str
+    sha256: str
+    verdict: str
+    p_value: float
+    suspects: tuple[ScanSuspect, ...]
+    images: int
+    evidence: dict[str, Any]
+    notes: tuple[str, ...]
+    config: PurifyConfig
+    stage_seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def scan(
+    checkpoint: str | Path,
+    images: str | Path,
+    *,
+    model: str | Path | None = None,
+    classes: str | Path | ClassList | None = None,
+    reference: str | Path | None = None,
+    config: PurifyConfig | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Scan:
+    """Says whether a CLIP checkpoint carries a backdoor, and for which word.
+
+    Args:
+        checkpoint: The suspect, in any form that `purify_checkpoint` takes.
+        images: A folder of any images, nested or not; 64 or more are better than a few.
+        model: An open_clip architecture or a config file, for checkpoints that do not say.
+        classes: Class names that a target is looked for among, beside a thousand other words.
+        reference: A trusted checkpoint with the same preprocessing; what both can be forced to counts less.
+        config: Numbers of the search; its seed draws the images.
+        device: 'auto', 'cpu' or 'cuda'.
+        progress: Told how far the work is.
+
+    Raises:
+        InputError: Something given is wrong.
+    """
+    config = PurifyConfig() if config is None else config
+    start = time.perf_counter()
+    place = str(resolve_device(device))
+    listed = classes if isinstance(classes, ClassList) or classes is None else read_class_list(classes)
+    suspect = read_checkpoint(checkpoint, model=model)
+    trusted = None if reference is None else _read_reference(reference, suspect)
+    pixels, notes = _draw_images(Path(images), suspect, config.seed)
+    encoder = load_dual_encoder(suspect, device=place)
+    vocabulary = _vocabulary(encoder, listed, config)
+    subject = _subject(encoder, vocabulary, pixels)
+    other = None
+    if trusted is not None:
+        relative = load_dual_encoder(trusted, device=place)
+        other = _subject(relative, _vocabulary(relative, listed, config, like=vocabulary), pixels)
+    loaded = time.perf_counter()
+    found = search(subject, config, progress, reference=other)
+    suspects = []
+    for concept in found.outliers.suspects:
+        word, on_list = nearest_word(found.directions[concept], vocabulary)
+        suspects.append(
+            ScanSuspect(
+                name=vocabulary.names[word],
+                on_list=None if listed is None else on_list,
+                p_value=float(found.outliers.p_values[concept]),
+                score=float(found.outliers.scores[concept]),
+                family=found.families[found.outliers.families[concept]],
+                success=float(found.success[concept]),
+            )
+        )
+    evidence = found.to_dict(vocabulary)
+    return Scan(
+        checkpoint=str(suspect.source),
+        sha256=suspect.sha256,
+        verdict="backdoored" if suspects else "clean",
+        p_value=evidence["p_value"],
+        suspects=tuple(suspects),
+        images=len(pixels),
+        evidence=evidence,
+        notes=(*suspect.notes, *notes),
+        config=config,
+        stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
+    )
+
+
+def _vocabulary(
+    encoder: DualEncoder, listed: ClassList | None, config: PurifyConfig, like: Vocabulary | None = None
+) -> Vocabulary:
+    texts = None if listed is None else encoder.class_embeddings(listed)
+    return build_vocabulary(encoder, listed, texts, config.search_concepts, like=like)
+
+
+def _subject(
+    encoder: DualEncoder, vocabulary: Vocabulary, pixels: UInt8[np.ndarray, "batch height width 3"]
+) -> Subject:
+    fast = arranged_for_speed(encoder.image_encoder)
+    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
+    heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
+    return Subject(
+        encoder=fast,
+        vocabulary=vocabulary,
+        scale=encoder.logit_scale,
+        clean=clean.part(~heldout),
+        heldout=clean.part(heldout),
+    )
+
+
+def _draw_images(
+    folder: Path, suspect: Checkpoint, seed: int
+) -> tuple[UInt8[np.ndarray, "batch height width 3"], list[str]]:
+    files = find_image_files(folder, recursive=True)
+    order = np.random.default_rng(seed).permutation(len(files))[:MOST_IMAGES]
+    if len(order) < LEAST_IMAGES:
+        raise ImageDataError(
+            expected=f"{LEAST_IMAGES} images or more in {folder}",
+            got=str(len(order)),
+            fix="Any photographs will do; 64 or more are better.",
+        )
+    notes = [] if len(files) <= MOST_IMAGES else [f"{MOST_IMAGES} of {len(files)} images were drawn"]
+    return read_images([files[index] for index in order], suspect.preprocess), notes
+
+
+def _read_reference(reference: str | Path, suspect: Checkpoint) -> Checkpoint:
+    trusted = read_checkpoint(reference)
+    if trusted.preprocess != suspect.preprocess:
+        raise CheckpointError(
+            expected=f"a reference with the suspect's preprocessing, {suspect.preprocess.to_dict()}",
+            got=str(trusted.preprocess.to_dict()),
+            fix="Name the public model that the suspect was fine-tuned from, or leave --reference away.",
+        )
+    return trusted
