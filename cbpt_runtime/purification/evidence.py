@@ -57,7 +57,7 @@ class Evidence:
     Attributes:
         encoder: The suspect's image encoder, arranged for speed.
         texts: Reference class embeddings.
-        prototypes: Unit mean of the clean features, per class.
+        prototypes: Unit mean of the clean features, per class; see `prototypes`.
         scale: The model's logit scale.
         tune: Images to tune on.
         views: The tune images and other views of them.
@@ -78,15 +78,32 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed:
     fast = arranged_for_speed(encoder.image_encoder)
     tune = _clean(fast, split.tune_images, split.tune_labels)
     heldout = _clean(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
+    texts = encoder.class_embeddings(classes)
     return Evidence(
         encoder=fast,
-        texts=encoder.class_embeddings(classes),
-        prototypes=normalize(_class_sums(tune, len(classes.names)), dim=1),
+        texts=texts,
+        prototypes=prototypes(tune, texts),
         scale=encoder.logit_scale,
         tune=tune,
         views=_views(fast, tune, seed),
         heldout=heldout,
     )
+
+
+def prototypes(clean: Clean, texts: Float[Tensor, "classes dim"]) -> Float[Tensor, "classes dim"]:
+    """Unit mean of the clean features of each class.
+
+    Of a class without images: the mean of the other classes' prototypes, moved as its text differs from
+    theirs. Images and texts lie apart, so that the text itself would be far from every image.
+
+    Args:
+        clean: The images.
+        texts: Class embeddings.
+    """
+    present = torch.isin(torch.arange(len(texts), device=texts.device), clean.labels)
+    means = normalize(_class_sums(clean, len(texts)), dim=1)
+    moved = means[present].mean(dim=0) + texts - texts[present].mean(dim=0)
+    return torch.where(present.unsqueeze(1), means, normalize(moved, dim=1))
 
 
 def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) -> Views:
@@ -99,7 +116,7 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
     Args:
         views: What to add to.
         tune: The images themselves.
-        classes: Class indices that get imagined features.
+        classes: Class indices that get imagined features; those without images get none.
         seed: Of the draw.
     """
     counts = tune.labels.bincount()
@@ -108,6 +125,8 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
     generator = torch.Generator().manual_seed(seed)
     features, labels = [views.features], [views.labels]
     for index in classes:
+        if index >= len(counts) or not counts[index]:
+            continue
         drawn = torch.randint(len(deviations), (_IMAGINED,), generator=generator)
         features.append(normalize(means[index] + _SPREAD * deviations[drawn.to(deviations.device)], dim=1))
         labels.append(torch.full((_IMAGINED,), index, device=tune.labels.device))
