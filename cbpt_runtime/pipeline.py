@@ -23,9 +23,11 @@ from cbpt_runtime.bundle import (
 from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
 from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.labelling import images_to_draw, label_images
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, read_class_list
+from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.stages import StageStore
@@ -69,7 +71,8 @@ def purify_checkpoint(
     Args:
         checkpoint: Path of the suspect checkpoint, an open_clip pretrained tag, or an ``hf-hub:`` id.
         classes: A class list, or a file with one name per line or JSON.
-        images: A few clean images, one folder per class.
+        images: A few clean images, one folder per class; or images without folders, of which those are used
+            that the suspect's own zero-shot head is sure of.
         output: The bundle folder to make.
         model: An open_clip architecture or a config file, for checkpoints that do not say.
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
@@ -103,9 +106,7 @@ def purify_checkpoint(
     tell("read checkpoint", 0, 1, {})
     suspect = read_checkpoint(checkpoint, model=model)
     tell("read checkpoint", 1, 1, {})
-    split = draw_clean_split(Path(images), class_list, suspect.preprocess, shots=shots, seed=seed)
-    tell("read images", 1, 1, {})
-    encoder = load_dual_encoder(suspect, device=str(place))
+    encoder, split = _encoder_and_split(suspect, Path(images), class_list, shots, seed, str(place), tell)
 
     partial = output.with_name(output.name + ".partial")
     if not resume:
@@ -133,6 +134,29 @@ def purify_checkpoint(
     )
     shutil.rmtree(partial, ignore_errors=True)
     return bundle
+
+
+def _encoder_and_split(
+    suspect: Checkpoint,
+    images: Path,
+    classes: ClassList,
+    shots: int,
+    seed: int,
+    device: str,
+    tell: Progress,
+) -> tuple[DualEncoder, CleanSplit]:
+    """The suspect's frozen model and the clean images, which it has to label where nobody has."""
+    if not is_flat(images):
+        split = draw_clean_split(images, classes, suspect.preprocess, shots=shots, seed=seed)
+        tell("read images", 1, 1, {})
+        return load_dual_encoder(suspect, device=device), split
+    count = images_to_draw(len(classes.names), shots=shots)
+    drawn = draw_images(images, suspect.preprocess, count=count, seed=seed)
+    tell("read images", 1, 1, {})
+    encoder = load_dual_encoder(suspect, device=device)
+    split = label_images(drawn, encoder, classes, shots=shots, seed=seed)
+    tell("label images", 1, 1, {})
+    return encoder, split
 
 
 def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -> str:
@@ -290,6 +314,7 @@ def _content(
             "tune_images": len(split.tune_images),
             "heldout_images": len(split.heldout_images),
             "split_digest": split.digest,
+            "labelled_by": split.labelled_by,
             "notes": [*suspect.notes, *split.notes],
         },
         suspects=tuple(asdict(found) for found in result.suspects),

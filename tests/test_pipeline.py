@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime import pipeline
+from cbpt_runtime import labelling, pipeline
 from cbpt_runtime.bundle import HEAD, REPORT, read_bundle
-from cbpt_runtime.errors import ClassListError, ConfigError, OutputError, PurificationError
+from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError, OutputError, PurificationError
 from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.models.image_folder import UnlabelledImages
 from cbpt_runtime.pipeline import purify_checkpoint, read_config
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification
@@ -88,6 +90,28 @@ def purify_tiny(
         return purify_checkpoint(**(inputs | changes))
 
     return call
+
+
+@pytest.fixture
+def flat(tiny_image_folder: Path, tmp_path: Path) -> Path:
+    """The images of the tiny image folder without their class folders, and a file that is none."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for index, path in enumerate(sorted(tiny_image_folder.glob("*/*.png"))):
+        shutil.copy(path, folder / f"{index:02}")
+    (folder / "list.csv").write_text("x")
+    return folder
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that is sure of what it sees, which that of a random model is not."""
+
+    def seen(drawn: UnlabelledImages, *_: object) -> np.ndarray:
+        brightness = drawn.images.mean(axis=(1, 2)).astype(np.float32)
+        return brightness**4 / (brightness**4).sum(axis=1, keepdims=True)
+
+    monkeypatch.setattr(labelling, "reference_probabilities", seen)
 
 
 def names_beside(output: Path) -> list[str]:
@@ -246,3 +270,55 @@ def test_a_bad_configuration_file_is_refused(tmp_path: Path, text: str, message:
 def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json"):
         read_config(tmp_path / "none.json")
+
+
+def test_images_without_folders_get_the_classes_the_suspect_is_sure_of(
+    fake: FakePurify, purify_tiny: Callable, flat: Path, colours: None
+) -> None:
+    method = purify_tiny(images=flat).manifest["method"]
+    split = fake.calls[0]["split"]
+    assert split.tune_images.mean(axis=(1, 2)).argmax(axis=1).tolist() == split.tune_labels.tolist()
+    assert (method["labelled_by"], method["tune_images"], method["heldout_images"]) == ("suspect", 12, 24)
+    assert method["split_digest"] == split.digest
+    assert "left out 1 files that are no images: list.csv" in method["notes"]
+    assert any(note.startswith("of 36 images 36 were looked at, 36 are used, 0") for note in method["notes"])
+    assert (
+        "images used per class, fewest first: red_square 12, green disc 12, Blue Stripes 12"
+        in method["notes"]
+    )
+
+
+def test_the_report_says_that_nobody_labelled_the_images(
+    fake: FakePurify, purify_tiny: Callable, flat: Path, tiny_image_folder: Path, colours: None
+) -> None:
+    page = (purify_tiny(images=flat).path / REPORT).read_text()
+    assert (
+        "labelled by the checkpoint&#39;s own zero-shot head" in page
+        or "labelled by the checkpoint's" in page
+    )
+    assert "36 were looked at" in page
+    assert "clean accuracy, held out" not in page
+    labelled = purify_tiny(force=True)
+    assert labelled.manifest["method"]["labelled_by"] == "folders"
+    assert "clean accuracy, held out" in (labelled.path / REPORT).read_text()
+
+
+def test_a_run_on_unlabelled_images_resumes_and_notices_another_image(
+    fake: FakePurify, purify_tiny: Callable, flat: Path, colours: None
+) -> None:
+    fake.error = KeyboardInterrupt()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            purify_tiny(images=flat, resume=True)
+    (flat / "00").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        purify_tiny(images=flat, resume=True)
+    assert [call["resumed"] for call in fake.calls] == [False, True, False]
+
+
+def test_a_folder_of_both_images_and_folders_is_refused(
+    fake: FakePurify, purify_tiny: Callable, flat: Path
+) -> None:
+    (flat / "red_square").mkdir()
+    with pytest.raises(ImageDataError, match="both: red_square beside the image 00"):
+        purify_tiny(images=flat)

@@ -23,7 +23,7 @@ def command(
         ),
     ],
     classes: Annotated[Path, typer.Option(help="Class names: one per line, or JSON with templates.")],
-    images: Annotated[Path, typer.Option(help="A few clean images, one folder per class.")],
+    images: Annotated[Path, typer.Option(help="A few clean images: one folder per class, or no folders.")],
     output: Annotated[Path, typer.Option(help="Bundle folder to make.")],
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
@@ -128,10 +128,12 @@ def print_result(bundle: Bundle) -> None:
     print_table(("stage", "seconds"), [(s, f"{t:.1f}") for s, t in bundle.manifest["stage_seconds"].items()])
     before, after = metrics.get("heldout_ca_before"), metrics.get("heldout_ca_after")
     meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
+    is_labelled = bundle.manifest["method"].get("labelled_by") != "suspect"
+    accuracy = "held-out clean accuracy" if is_labelled else "agreement with the suspect's labels"
     print_pairs(
         {
             "verdict": bundle.verdict + meaning,
-            "held-out clean accuracy": f"{percent(before)} → {percent(after)}",
+            accuracy: f"{percent(before)} → {percent(after)}",
             "bundle": bundle.path,
             "report": bundle.path / "report.html",
         }

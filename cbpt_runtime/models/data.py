@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -23,6 +23,8 @@ _IMAGE_SUFFIXES = (
 )  # fmt: skip
 _NAMED_AT_MOST = 10
 _READERS = 4
+HELDOUT_SHOTS = 8
+"""Images per class a split holds out, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +43,11 @@ class ClassList:
     templates: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
-        _require(len(self.names) >= 2, "two or more classes", _first_few(list(self.names)) or "an empty list")
+        _require(len(self.names) >= 2, "two or more classes", first_few(list(self.names)) or "an empty list")
         _require(all(name.strip() for name in self.names), "a name for every class", "an empty name")
         counts = Counter(map(_key, self.names))
         equal = [name for name in self.names if counts[_key(name)] > 1]
-        _require(not equal, "every class name once (case, '_' and ' ' make no difference)", _first_few(equal))
+        _require(not equal, "every class name once (case, '_' and ' ' make no difference)", first_few(equal))
         _require(
             len(self.templates) == len(self.names),
             f"templates for {len(self.names)} classes",
@@ -56,7 +58,7 @@ class ClassList:
             for name, own in zip(self.names, self.templates, strict=True)
             if not own or not all(template.strip() for template in own)
         ]
-        _require(not bare, "one or more non-empty templates for every class", f"none for {_first_few(bare)}")
+        _require(not bare, "one or more non-empty templates for every class", f"none for {first_few(bare)}")
 
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Per class its templates with the name put in, '_' in names read as a space."""
@@ -77,6 +79,7 @@ class CleanSplit:
         heldout_labels: As `tune_labels`.
         digest: SHA-256 over the paths (relative to the folder) and bytes of the drawn files.
         notes: Remarks for the user, such as classes with fewer images than asked for.
+        labelled_by: Where the labels come from: class folders, or the suspect's own zero-shot head.
     """
 
     tune_images: UInt8[np.ndarray, "tune height width 3"]
@@ -85,6 +88,7 @@ class CleanSplit:
     heldout_labels: Int[np.ndarray, " heldout"]
     digest: str
     notes: tuple[str, ...] = ()
+    labelled_by: Literal["folders", "suspect"] = "folders"
 
 
 def spoken(name: str) -> str:
@@ -121,7 +125,7 @@ def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None)
         raise _list_error(f"UTF-8 text in {path}", str(error)) from error
     shared = default_templates() if templates is None else tuple(templates)
     without = [template for template in shared if "{}" not in template]
-    _require(not without, "'{}' for the class name in every template", _first_few(without))
+    _require(not without, "'{}' for the class name in every template", first_few(without))
     if path.suffix.lower() == ".json":
         entries = _json_entries(content, path)
     else:
@@ -164,7 +168,7 @@ def find_class_folders(
         problems["without images"] = [
             name for name, own in zip(names, files, strict=True) if not own and _key(name) in folders
         ]
-    found_problems = [f"{kind}: {_first_few(which)}" for kind, which in problems.items() if which]
+    found_problems = [f"{kind}: {first_few(which)}" for kind, which in problems.items() if which]
     if not found_problems and not any(files):
         found_problems = ["no images at all"]
     if found_problems:
@@ -191,7 +195,7 @@ def draw_clean_split(
     preprocess: Preprocess,
     *,
     shots: int = 16,
-    heldout_shots: int = 8,
+    heldout_shots: int = HELDOUT_SHOTS,
     seed: int = 0,
 ) -> CleanSplit:
     """Draws clean images per class: some to tune on and, from the rest, some held out for selection.
@@ -203,27 +207,24 @@ def draw_clean_split(
         ConfigError: `shots` below 1 or `heldout_shots` or `seed` below 0.
         ImageDataError: As `find_class_folders` and `read_images`.
     """
-    for name, value, least in (("shots", shots, 1), ("heldout_shots", heldout_shots, 0), ("seed", seed, 0)):
-        if value < least:
-            raise ConfigError(expected=f"{name} of at least {least}", got=str(value), fix=f"Raise --{name}.")
+    check_draw(shots, heldout_shots, seed)
     names = classes.names if isinstance(classes, ClassList) else tuple(classes)
     tune: list[tuple[Path, int]] = []
     heldout: list[tuple[Path, int]] = []
     short: list[str] = []
     for label, files in enumerate(find_class_folders(root, names)):
         order = np.random.default_rng([seed, label]).permutation(len(files))
-        n_tune = min(shots, max(1, len(files) - min(1, heldout_shots)))
-        drawn = [(files[index], label) for index in order[: n_tune + heldout_shots]]
-        tune += drawn[:n_tune]
-        heldout += drawn[n_tune:]
-        if len(drawn) < shots + heldout_shots:
+        first, then = parts_of_class(order, shots, heldout_shots)
+        tune += [(files[index], label) for index in first]
+        heldout += [(files[index], label) for index in then]
+        if len(first) + len(then) < shots + heldout_shots:
             short.append(f"{names[label]} ({len(files)})")
     images, digests = _load([path for path, _ in tune + heldout], preprocess)
     notes = []
     if short:
         wanted = f"{shots} + {heldout_shots} held out"
         notes.append(
-            f"fewer than {wanted} images in {len(short)} of {len(names)} classes: {_first_few(short)}"
+            f"fewer than {wanted} images in {len(short)} of {len(names)} classes: {first_few(short)}"
         )
     if shared := set(digests[: len(tune)]) & set(digests[len(tune) :]):
         notes.append(
@@ -238,6 +239,72 @@ def draw_clean_split(
         digest=_split_digest(root, [path for path, _ in tune + heldout], digests, len(tune)),
         notes=tuple(notes),
     )
+
+
+def check_draw(shots: int, heldout_shots: int, seed: int) -> None:
+    """Refuses numbers no images can be drawn by.
+
+    Raises:
+        ConfigError: `shots` below 1 or `heldout_shots` or `seed` below 0.
+    """
+    for name, value, least in (("shots", shots, 1), ("heldout_shots", heldout_shots, 0), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(expected=f"{name} of at least {least}", got=str(value), fix=f"Raise --{name}.")
+
+
+def parts_of_class(
+    order: Int[np.ndarray, " images"], shots: int, heldout_shots: int
+) -> tuple[Int[np.ndarray, " tune"], Int[np.ndarray, " heldout"]]:
+    """The images of one class to tune on and those to hold out: one of them at least where there are two."""
+    n_tune = min(shots, max(1, len(order) - min(1, heldout_shots)))
+    return order[:n_tune], order[n_tune : n_tune + heldout_shots]
+
+
+def visible_entries(folder: Path, expected: str) -> list[Path]:
+    """What is in a folder and not hidden, by name.
+
+    Raises:
+        ImageDataError: It cannot be listed; the text says what was expected there.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ImageDataError(
+            expected=f"{expected} at {folder}",
+            got=(error.strerror or type(error).__name__).lower(),
+            fix="Check the path and its mode.",
+        ) from error
+
+
+def read_files(
+    paths: Sequence[Path], preprocess: Preprocess
+) -> list[tuple[UInt8[np.ndarray, "height width 3"], str] | str]:
+    """Pixels and SHA-256 of each file, or why it is of no use; each file is read once."""
+
+    def read_one(path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], str] | str:
+        try:
+            content = path.read_bytes()
+            return to_pixels(decode_image(content), preprocess), hashlib.sha256(content).hexdigest()
+        except OSError as error:
+            return (error.strerror or type(error).__name__).lower()
+        except ImageDataError as error:
+            return error.got
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(read_one, paths))
+
+
+def stacked(
+    pixels: Sequence[UInt8[np.ndarray, "height width 3"]], preprocess: Preprocess
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Images of the model's size as one batch, which may be empty."""
+    return np.stack(pixels) if pixels else np.zeros((0, *preprocess.image_size, 3), dtype=np.uint8)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first ten of a list, and how many more there are."""
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _json_entries(content: str, path: Path) -> list[tuple[str, tuple[str, ...] | None]]:
@@ -277,55 +344,33 @@ def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
 
 def _folders_by_key(root: Path) -> dict[str, list[Path]]:
     folders = defaultdict(list)
-    for path in _entries(root):
+    for path in visible_entries(root, "a folder of class folders"):
         if path.is_dir():
             folders[_key(path.name)].append(path)
     return dict(folders)
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, by name."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise ImageDataError(
-            expected=f"a folder of class folders at {folder}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check the path and its mode.",
-        ) from error
+    entries = visible_entries(folder, "a folder of images")
+    return [path for path in entries if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()]
 
 
 def _load(
     paths: Sequence[Path], preprocess: Preprocess
 ) -> tuple[UInt8[np.ndarray, "batch height width 3"], list[str]]:
-    """Pixels and SHA-256 of each file, each file read once."""
-
-    def load_one(path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], str] | str:
-        try:
-            content = path.read_bytes()
-            return to_pixels(decode_image(content), preprocess), hashlib.sha256(content).hexdigest()
-        except OSError as error:
-            return f"{path} ({(error.strerror or type(error).__name__).lower()})"
-        except ImageDataError as error:
-            return f"{path} ({error.got})"
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        loaded = list(pool.map(load_one, paths))
-    unusable = [entry for entry in loaded if isinstance(entry, str)]
+    """Pixels and SHA-256 of each file, all of which have to be of use."""
+    read = read_files(paths, preprocess)
+    unusable = [
+        f"{path} ({entry})" for path, entry in zip(paths, read, strict=True) if isinstance(entry, str)
+    ]
     if unusable:
         raise ImageDataError(
             expected=f"{len(paths)} readable images",
-            got=f"{len(unusable)} that are not: {_first_few(unusable)}",
+            got=f"{len(unusable)} that are not: {first_few(unusable)}",
             fix="Replace or remove them.",
         )
-    good = [entry for entry in loaded if not isinstance(entry, str)]
-    pixels = [entry[0] for entry in good]
-    empty = np.zeros((0, *preprocess.image_size, 3), dtype=np.uint8)
-    return np.stack(pixels) if pixels else empty, [entry[1] for entry in good]
+    good = [entry for entry in read if not isinstance(entry, str)]
+    return stacked([entry[0] for entry in good], preprocess), [entry[1] for entry in good]
 
 
 def _split_digest(root: Path, paths: Sequence[Path], digests: Sequence[str], n_tune: int) -> str:
@@ -337,11 +382,6 @@ def _split_digest(root: Path, paths: Sequence[Path], digests: Sequence[str], n_t
 
 def _key(name: str) -> str:
     return unicodedata.normalize("NFC", spoken(name.replace("/", " "))).casefold()
-
-
-def _first_few(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _require(holds: bool, expected: str, got: str) -> None:

@@ -174,6 +174,23 @@ def decode_image(
         ) from error
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file begins like an image `decode_image` takes.
+
+    Its name does not matter and pixels are not read. A file that cannot be opened counts: reading it will
+    say why.
+    """
+    try:
+        with Image.open(path, formats=_formats()):
+            return True
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return True  # too large an image is one
+    except OSError as error:
+        return error.errno is not None
+    except Exception:  # decoders raise errors of every class
+        return False
+
+
 def to_pixels(image: Image.Image, preprocess: Preprocess) -> UInt8[np.ndarray, "height width 3"]:
     """Resizes and crops to the model's input size, byte for byte as open_clip's evaluation transform.
 

@@ -80,9 +80,9 @@ def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed:
     """Computes reference embeddings and the features of all clean images; the seed is for their views."""
     fast = arranged_for_speed(encoder.image_encoder)
     tune = clean_images(fast, split.tune_images, split.tune_labels)
-    heldout = (
-        clean_images(fast, split.heldout_images, split.heldout_labels) if len(split.heldout_labels) else tune
-    )
+    heldout = tune
+    if len(split.heldout_labels):
+        heldout = clean_images(fast, split.heldout_images, split.heldout_labels)
     return Evidence(
         encoder=fast,
         texts=encoder.class_embeddings(classes),
@@ -103,7 +103,7 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
     Args:
         views: What to add to.
         tune: The images themselves.
-        classes: Class indices that get imagined features.
+        classes: Class indices that get imagined features; those without images get none.
         seed: Of the draw.
     """
     counts = tune.labels.bincount()
@@ -112,6 +112,8 @@ def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) 
     generator = torch.Generator().manual_seed(seed)
     features, labels = [views.features], [views.labels]
     for index in classes:
+        if index >= len(counts) or not counts[index]:
+            continue
         drawn = torch.randint(len(deviations), (_IMAGINED,), generator=generator)
         features.append(normalize(means[index] + _SPREAD * deviations[drawn.to(deviations.device)], dim=1))
         labels.append(torch.full((_IMAGINED,), index, device=tune.labels.device))

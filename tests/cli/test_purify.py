@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cbpt_runtime import labelling
 from cbpt_runtime.bundle import HEAD, read_bundle
+from cbpt_runtime.models.image_folder import UnlabelledImages
 from cbpt_runtime.purification import purify as purification
 
 
@@ -84,3 +88,31 @@ def test_an_unknown_setting_lists_the_known_ones(
     assert done.code == 2
     assert "sede" in done.err
     assert "seed" in done.err
+
+
+def test_unlabelled_images_are_counted_on_stderr(
+    run: Callable,
+    arguments: list[object],
+    tiny_image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, path in enumerate(sorted(tiny_image_folder.glob("*/*.png"))):
+        shutil.copy(path, flat / f"{index}.png")
+    arguments[arguments.index(tiny_image_folder)] = flat
+    refused = run("purify", *arguments, "--output", tmp_path / "bundle")
+    assert (refused.code, refused.out) == (2, "")
+    assert "one folder per class" in refused.err
+
+    def two_classes(drawn: UnlabelledImages, *_: object) -> np.ndarray:
+        reds = drawn.images.mean(axis=(1, 2)).argmax(axis=1) == 0
+        return np.where(reds[:, None], np.float32([0.8, 0.1, 0.1]), np.float32([0.1, 0.8, 0.1]))
+
+    monkeypatch.setattr(labelling, "reference_probabilities", two_classes)
+    done = run("purify", *arguments, "--output", tmp_path / "bundle")
+    assert done.code == 0
+    assert "agreement with the suspect's labels" in done.out
+    assert "of 36 images 36 were looked at, 24 are used, 0 were left out as unsure" in done.err
+    assert "no images of 1 of 3 classes: Blue Stripes" in done.err

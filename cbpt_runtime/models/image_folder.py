@@ -1,0 +1,154 @@
+"""Folders of images nobody has labelled: telling them from class folders, and drawing images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.models.data import first_few, read_files, stacked, visible_entries
+from cbpt_runtime.models.preprocess import Preprocess, is_image
+
+_READERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlabelledImages:
+    """Images drawn out of a folder, in the order of the draw.
+
+    Attributes:
+        images: uint8 RGB at the model's input size.
+        files: Their paths relative to the folder, in POSIX form.
+        digests: SHA-256 of each file; no two are equal.
+        found: Images in the folder.
+        notes: Remarks for the user: what was left out.
+    """
+
+    images: UInt8[np.ndarray, "batch height width 3"]
+    files: tuple[str, ...]
+    digests: tuple[str, ...]
+    found: int
+    notes: tuple[str, ...] = ()
+
+
+def is_flat(root: Path) -> bool:
+    """Whether a folder holds images itself, and not folders with the images of a class each.
+
+    Hidden entries are ignored. What a file holds decides, not its name.
+
+    Raises:
+        ImageDataError: Both or neither, or no such folder.
+    """
+    entries = visible_entries(root, "a folder of images")
+    folders = [path for path in entries if path.is_dir()]
+    image = next((path for path in entries if path.is_file() and is_image(path)), None)
+    if (image is None) == bool(folders):
+        return image is not None
+    if image is None:
+        got = "files that are no images" if entries else "an empty folder"
+        fix = "Put images there."
+    else:
+        got = f"both: {first_few([path.name for path in folders])} beside the image {image.name}"
+        fix = "Move the images into the folders of their classes, or the folders elsewhere."
+    raise ImageDataError(
+        expected=f"one folder with images per class, or images and no folders, in {root}", got=got, fix=fix
+    )
+
+
+def find_image_files(root: Path, *, recursive: bool) -> list[Path]:
+    """Finds the images in a folder by what the files hold, not by their names.
+
+    Args:
+        root: The folder. Hidden entries are ignored.
+        recursive: Search the folders in it, too, however deep; a folder reached twice by links is read once.
+
+    Returns:
+        Their paths, sorted.
+
+    Raises:
+        ImageDataError: No such folder, or no image in it.
+    """
+    images = _images_among(_files(root, recursive))
+    if not images:
+        where = "or in the folders below it" if recursive else "itself, not in a folder below it"
+        raise ImageDataError(
+            expected=f"one or more images in {root} {where}", got="none", fix="Check the path."
+        )
+    return images
+
+
+def draw_images(root: Path, preprocess: Preprocess, *, count: int, seed: int = 0) -> UnlabelledImages:
+    """Draws images out of a flat folder; those that cannot be decoded, and copies, make room for others.
+
+    The draw depends on the seed and the names of the images only.
+
+    Args:
+        root: The folder; folders in it are not looked into.
+        preprocess: How images become the model's input.
+        count: At most how many to draw.
+        seed: Of the draw.
+
+    Raises:
+        ImageDataError: No such folder, no image in it, or none that can be decoded.
+    """
+    paths = find_image_files(root, recursive=False)
+    order = np.random.default_rng(seed).permutation(len(paths))
+    drawn: dict[str, tuple[Path, UInt8[np.ndarray, "height width 3"]]] = {}
+    unusable: list[str] = []
+    copies: list[str] = []
+    tried = 0
+    while len(drawn) < count and tried < len(paths):
+        batch = [paths[index] for index in order[tried : tried + count - len(drawn)]]
+        tried += len(batch)
+        for path, read in zip(batch, read_files(batch, preprocess), strict=True):
+            if isinstance(read, str):
+                unusable.append(f"{path.name} ({read})")
+            elif read[1] in drawn:
+                copies.append(path.name)
+            else:
+                drawn[read[1]] = (path, read[0])
+    if not drawn:
+        raise ImageDataError(
+            expected=f"one or more readable images in {root}",
+            got=f"{len(unusable)} that are not: {first_few(unusable)}",
+            fix="Replace or remove them.",
+        )
+    others = sorted({path.name for path in _files(root, recursive=False)} - {path.name for path in paths})
+    return UnlabelledImages(
+        images=stacked([pixels for _, pixels in drawn.values()], preprocess),
+        files=tuple(path.relative_to(root).as_posix() for path, _ in drawn.values()),
+        digests=tuple(drawn),
+        found=len(paths),
+        notes=_left_out(others, unusable, copies),
+    )
+
+
+def _left_out(others: Sequence[str], unusable: Sequence[str], copies: Sequence[str]) -> tuple[str, ...]:
+    kinds = (("no images", others), ("unreadable images", unusable), ("copies of other images", copies))
+    return tuple(
+        f"left out {len(names)} files that are {kind}: {first_few(names)}" for kind, names in kinds if names
+    )
+
+
+def _images_among(paths: Sequence[Path]) -> list[Path]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [path for path, found in zip(paths, pool.map(is_image, paths), strict=True) if found]
+
+
+def _files(root: Path, recursive: bool) -> list[Path]:
+    """The files of a folder that are not hidden, sorted."""
+    found: list[Path] = []
+    waiting, seen = [root], {root.resolve()}
+    while waiting:
+        for path in visible_entries(waiting.pop(), "a folder of images"):
+            if path.is_file():
+                found.append(path)
+            elif recursive and path.is_dir() and path.resolve() not in seen:
+                seen.add(path.resolve())
+                waiting.append(path)
+    return sorted(found)
