@@ -6,6 +6,7 @@ depend on how many words there are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from cbpt_runtime.types import Progress
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
-_BEFORE_HALVING = 0.5
+_FIRST_STEPS = 0.5
+_KEPT = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +152,9 @@ def _inverted(
     config: PurifyConfig,
     rows: Int[Tensor, " kept"] | None = None,
 ) -> Inversion:
-    """Most of the steps for all concepts, the rest for the better half, each then for its nearest word."""
+    """Half of the steps for all concepts, the rest for the better ones, each then for its nearest word."""
     steps = config.search_steps * family.effort
-    first = max(1, round(_BEFORE_HALVING * steps))
+    first = max(1, round(_FIRST_STEPS * steps))
     inversion = Inversion(
         subject.encoder,
         family,
@@ -166,7 +168,7 @@ def _inverted(
     inversion.narrow()
     if rows is None:
         order = inversion.recent_margins().argsort(descending=True, stable=True)
-        rows = order[: len(order) - len(order) // 2]
+        rows = order[: math.ceil(_KEPT * len(order))]
     inversion.keep(rows)
     inversion.advance(steps - first)
     return inversion

@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_QUANTILES = ((0.75, 0.6745), (0.9, 1.2816), (0.95, 1.6449))
-"""Shares of the other concepts, and where a standard normal distribution has these quantiles."""
+_QUARTILE = (0.75, 0.6745)
+_TAIL = ((0.9, 1.2816), (0.95, 1.6449))
+"""Quantiles of the others, and where a standard normal distribution has them."""
+
+_STEPS = 20001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,40 +87,53 @@ def _tested(
         for concept in range(n_concepts):
             before = suspects[: suspects.index(concept)] if concept in suspects else suspects
             left = [index for index in range(n_concepts) if index != concept and index not in before]
-            if margins[family, concept] > -torch.inf and len(left) > 2:
+            if margins[family, concept] > -torch.inf and len(left) > 3:
                 scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
     best, families = scores.max(dim=0)
-    chances = torch.tensor([p_value(float(score), n_concepts * n_families) for score in best])
+    chances = torch.tensor([p_value(float(score), n_concepts, n_families) for score in best])
     return best, families.tolist(), chances
 
 
 def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:
-    """How many deviations a value lies above the median of the others.
+    """How many deviations a value lies above the median of the others, judged by their upper quarter.
 
-    The deviation is the largest of three that a normal distribution would have, judged by upper quantiles of
-    the others: natural perturbations reach some concepts well, and it is that side on which a backdoor has to
-    stand out. Others that were given up lie below all quantiles that are used.
+    Natural perturbations reach some concepts well, and it is that side on which a backdoor has to stand out.
+    So centre and deviation are those of the normal distribution through the upper quartile of the others and
+    their 90 or 95 % quantile, whichever makes it wider. Others that were given up lie below the quartile.
     """
-    ordered = others.sort(descending=True).values
-    measured = ordered[ordered > -torch.inf]
-    middle = _upper_quantile(measured, 0.5, len(others))
+    descending = others.sort(descending=True).values
+    quartile = _upper_quantile(descending, _QUARTILE[0])
     deviation = max(
-        (_upper_quantile(measured, share, len(others)) - middle) / normal for share, normal in _QUANTILES
+        (_upper_quantile(descending, share) - quartile) / (normal - _QUARTILE[1]) for share, normal in _TAIL
     )
-    return (float(value) - middle) / max(deviation, 1e-9)
+    return _QUARTILE[1] + (float(value) - quartile) / max(deviation, 1e-9)
 
 
-def _upper_quantile(descending: Float[Tensor, " measured"], share: float, count: int) -> float:
-    """Quantile of `count` values, the largest of which are given; the least of them where more are needed."""
-    place = (1 - share) * (count - 1)
-    low = min(math.floor(place), len(descending) - 1)
+def _upper_quantile(descending: Float[Tensor, " others"], share: float) -> float:
+    place = (1 - share) * (len(descending) - 1)
+    low = math.floor(place)
     high = min(low + 1, len(descending) - 1)
-    return float(torch.lerp(descending[low], descending[high], min(1.0, place - low)))
+    return float(torch.lerp(descending[low], descending[high], place - low))
 
 
-def p_value(score: float, n_tests: int) -> float:
-    """Chance that the largest of so many independent standard normal values lies above the score."""
+def p_value(score: float, n_concepts: int, n_families: int) -> float:
+    """Chance that the largest of all scores lies so high.
+
+    Scores follow Student's t with as many degrees of freedom as there are values in the upper quarter that they
+    were judged by, less one; concepts and families are taken for independent.
+
+    Args:
+        score: Deviations above the median.
+        n_concepts: Concepts in each family.
+        n_families: Families.
+    """
     if score == -math.inf:
         return 1.0
-    tail = 0.5 * math.erfc(score / math.sqrt(2))
-    return -math.expm1(n_tests * math.log1p(-tail)) if tail < 1 else 1.0
+    tail = _student_tail(score, max(1, n_concepts // 4 - 1))
+    return -math.expm1(n_concepts * n_families * math.log1p(-min(tail, 1 - 1e-12)))
+
+
+def _student_tail(score: float, freedom: int) -> float:
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    angle = torch.linspace(math.atan(score / math.sqrt(freedom)), math.pi / 2, _STEPS, dtype=torch.float64)
+    return constant * float(torch.trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle))
