@@ -82,6 +82,7 @@ class SearchResult:
 
     Attributes:
         outliers: How each concept stands out, and which are suspected.
+        margins: What the outliers were found in.
         directions: Unit mean of the triggered features per concept, in the family that shows it best.
         success: Share of the images that this trigger takes to the concept.
         words: Index of the word that lies nearest to this direction, among the concept's own.
@@ -89,6 +90,7 @@ class SearchResult:
     """
 
     outliers: Outliers
+    margins: Float[Tensor, "families concepts"]
     directions: Float[Tensor, "concepts dim"]
     success: Float[Tensor, " concepts"]
     words: list[int]
@@ -141,8 +143,9 @@ def search(
             margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    outliers = find_outliers(torch.stack(margins), config.suspect_p_value)
-    return _result(suspect.vocabulary, outliers, reached)
+    stacked = torch.stack(margins)
+    outliers = find_outliers(stacked, config.suspect_p_value)
+    return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
 def _inverted(
@@ -198,13 +201,19 @@ def _measure(
     return Reached(margins=margins, success=success, directions=directions)
 
 
-def _result(vocabulary: Vocabulary, outliers: Outliers, reached: list[Reached]) -> SearchResult:
+def _result(
+    vocabulary: Vocabulary,
+    outliers: Outliers,
+    margins: Float[Tensor, "families concepts"],
+    reached: list[Reached],
+) -> SearchResult:
     concepts = range(vocabulary.n_concepts)
     best = [reached[outliers.families[concept]] for concept in concepts]
     directions = torch.stack([one.directions[concept] for concept, one in zip(concepts, best, strict=True)])
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
     return SearchResult(
         outliers=outliers,
+        margins=margins,
         directions=directions,
         success=torch.stack([one.success[concept] for concept, one in zip(concepts, best, strict=True)]),
         words=nearest.tolist(),
