@@ -270,6 +270,7 @@ class Patch:
 
 SEARCH_FAMILIES: dict[str, TriggerFamily] = {
     "patch": Patch(area=0.01, step_size=0.3),
+    "large-patch": Patch(area=0.03, step_size=0.3),
     "additive": Additive(epsilon=10 / 255),
     "lines": Lines(epsilon=40 / 255, frequencies=16),
     "color-field": ColorField(epsilon=20 / 255, frequencies=8),

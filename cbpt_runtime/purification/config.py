@@ -66,7 +66,7 @@ class PurifyConfig:
     seed: int = 0
     parameterization: Parameterization = "embedding"
     precision: Precision = "auto"
-    search_concepts: int = 96
+    search_concepts: int = 80
     search_steps: int = 30
     search_batch: int = 4
     suspect_p_value: float = 0.01

@@ -30,7 +30,6 @@ MEASURED_IMAGES = 64
 
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
-_ALIKE = 0.8  # cosine of two shifts from which on they are one; in clean models hardly any two come so near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +69,11 @@ class Reached:
             minus infinity where it was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
-        shifts: Where the mean feature moves, of unit length; zeros where it was given up.
     """
 
     margins: Float[Tensor, " concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
-    shifts: Float[Tensor, "concepts dim"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +144,8 @@ def search(
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins)
-    alike = torch.stack([(one.shifts @ one.shifts.T).cpu() >= _ALIKE for one in reached])
-    outliers = find_outliers(stacked, alike, config.suspect_p_value)
+    taken = torch.stack([one.margins for one in reached]) > 0
+    outliers = find_outliers(stacked, taken, config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
@@ -189,7 +186,6 @@ def _measure(
     margins = torch.full((count,), -torch.inf)
     success = torch.zeros(count)
     directions = torch.zeros(count, dim, device=goals.texts.device)
-    shifts = torch.zeros_like(directions)
     shown = (heldout.features @ goals.texts.T).argmax(dim=1)
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
@@ -203,8 +199,7 @@ def _measure(
         margins[concept] = (reached - rival).mean()
         success[concept] = (reached > rival).float().mean()
         directions[concept] = normalize(features.mean(dim=0), dim=0)
-        shifts[concept] = normalize(features.mean(dim=0) - heldout.features.mean(dim=0), dim=0)
-    return Reached(margins=margins, success=success, directions=directions, shifts=shifts)
+    return Reached(margins=margins, success=success, directions=directions)
 
 
 def _result(

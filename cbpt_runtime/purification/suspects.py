@@ -13,7 +13,8 @@ _QUARTILE = (0.75, 0.6745)
 _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 """Quantiles of the others, and where a standard normal distribution has them."""
 
-_STEPS = 20001
+_UNREACHED = 3.0
+"""Most that a concept scores which the trigger does not take most images to: not rare among so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +62,20 @@ class Outliers:
 
 
 def find_outliers(
-    margins: Float[Tensor, "families concepts"],
-    alike: Bool[Tensor, "families concepts concepts"],
-    level: float,
+    margins: Float[Tensor, "families concepts"], reached: Bool[Tensor, "families concepts"], level: float
 ) -> Outliers:
     """Tests every concept against the others, without those that are suspects already.
-
-    Triggers meant for other concepts that end up in the same place have found the same trigger; they are no
-    witnesses of what natural perturbations do.
 
     Args:
         margins: What each concept's trigger reaches, in each family; minus infinity where it was given up for
             being among the lesser half.
-        alike: Whose triggers, in each family, take images to the same place.
+        reached: Whose trigger takes the images to the concept, on average. A trigger that does not is no
+            backdoor, however far it stands out.
         level: p-value below which a concept is suspected.
     """
     suspects: list[int] = []
     while True:
-        scores, families, p_values = _tested(margins, alike, suspects)
+        scores, families, p_values = _tested(margins, reached, suspects)
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         if not float(p_values[best]) < level or len(suspects) + 2 >= len(p_values):
@@ -88,7 +85,7 @@ def find_outliers(
 
 def _tested(
     margins: Float[Tensor, "families concepts"],
-    alike: Bool[Tensor, "families concepts concepts"],
+    reached: Bool[Tensor, "families concepts"],
     suspects: list[int],
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
     n_families, n_concepts = margins.shape
@@ -96,12 +93,12 @@ def _tested(
     for family in range(n_families):
         for concept in range(n_concepts):
             before = suspects[: suspects.index(concept)] if concept in suspects else suspects
-            others = ~alike[family, concept]
-            others[[concept, *before]] = False
-            if margins[family, concept] > -torch.inf and int(others.sum()) > 3:
-                scores[family, concept] = deviations_above(margins[family, concept], margins[family, others])
+            left = [index for index in range(n_concepts) if index != concept and index not in before]
+            if margins[family, concept] > -torch.inf and len(left) > 3:
+                scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
+    scores = torch.where(reached, scores, scores.clamp(max=_UNREACHED))
     best, families = scores.max(dim=0)
-    chances = torch.tensor([p_value(float(score), n_concepts, n_families) for score in best])
+    chances = torch.tensor([p_value(float(score), n_concepts * n_families) for score in best])
     return best, families.tolist(), chances
 
 
@@ -127,24 +124,9 @@ def _upper_quantile(descending: Float[Tensor, " others"], share: float) -> float
     return float(torch.lerp(descending[low], descending[high], place - low))
 
 
-def p_value(score: float, n_concepts: int, n_families: int) -> float:
-    """Chance that the largest of all scores lies so high.
-
-    Scores follow Student's t with as many degrees of freedom as there are values in the upper quarter that
-    they were judged by, less one; concepts and families are taken for independent.
-
-    Args:
-        score: Deviations above the median.
-        n_concepts: Concepts in each family.
-        n_families: Families.
-    """
+def p_value(score: float, n_tests: int) -> float:
+    """Chance that the largest of so many independent standard normal values lies above the score."""
     if score == -math.inf:
         return 1.0
-    tail = _student_tail(score, max(1, n_concepts // 4 - 1))
-    return -math.expm1(n_concepts * n_families * math.log1p(-min(tail, 1 - 1e-12)))
-
-
-def _student_tail(score: float, freedom: int) -> float:
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    angle = torch.linspace(math.atan(score / math.sqrt(freedom)), math.pi / 2, _STEPS, dtype=torch.float64)
-    return constant * float(torch.trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle))
+    tail = 0.5 * math.erfc(score / math.sqrt(2))
+    return -math.expm1(n_tests * math.log1p(-min(tail, 1 - 1e-12)))

@@ -81,7 +81,11 @@ def build_vocabulary(
     taken = {spoken(name).casefold() for name in names}
     background = tuple(word for word in background_words() if word.casefold() not in taken)
     few = templates[:: max(1, -(-len(templates) // _TEMPLATES))]
-    parts.append(encoder.class_embeddings(ClassList(names=background, templates=(few,) * len(background))))
+    if len(background) > 1:
+        words = ClassList(names=background, templates=(few,) * len(background))
+        parts.append(encoder.class_embeddings(words))
+    else:  # all of them are on the list
+        background = ()
     texts = torch.cat(parts)
     return Vocabulary(
         names=names + background,
