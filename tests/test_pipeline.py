@@ -37,13 +37,20 @@ class FakePurify:
         split: CleanSplit,
         config: PurifyConfig,
         *,
+        reference: Any = None,
         progress: Any = None,
         stages: StageStore | None = None,
     ) -> Purification:
         assert stages is not None
         found = stages.load("inversion")
         self.calls.append(
-            {"config": config, "split": split, "classes": classes, "resumed": found is not None}
+            {
+                "config": config,
+                "split": split,
+                "classes": classes,
+                "reference": reference,
+                "resumed": found is not None,
+            }
         )
         stages.save("inversion", {"x": torch.ones(2)}, {})
         if self.error is not None:
