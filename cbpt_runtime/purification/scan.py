@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, read_class_list
@@ -109,6 +109,7 @@ def scan(
 
     Raises:
         InputError: Something given is wrong.
+        PurificationError: No concept could be told from the others, so nothing can be said.
     """
     config = PurifyConfig() if config is None else config
     start = time.perf_counter()
@@ -127,6 +128,7 @@ def scan(
     _tell(progress, "encode")
     loaded = time.perf_counter()
     found = search(subject, config, progress, reference=other)
+    _check_judged(found)
     suspects = _suspects(found, subject.vocabulary, listed)
     evidence = found.to_dict(subject.vocabulary)
     return Scan(
@@ -171,6 +173,16 @@ def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImag
             fix="Any photographs will do; 64 or more are better.",
         )
     return drawn
+
+
+def _check_judged(found: SearchResult) -> None:
+    """A search that judged nothing must not read as a clean verdict."""
+    if not bool((found.outliers.scores > -torch.inf).any()):
+        raise PurificationError(
+            expected="triggers that take images to different places",
+            got=f"{len(found.words)} concepts, none of which could be told from the others",
+            fix="Check the checkpoint: an untrained or damaged model answers alike whatever it sees.",
+        )
 
 
 def _suspects(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cbpt_runtime.purification import vocabulary
+from cbpt_runtime.purification import search, vocabulary
 
 FEW = {"search_concepts": 8, "search_steps": 2, "search_batch": 2}
 FIELDS = {"name", "on_list", "p_value", "score", "family", "success"}
@@ -20,6 +20,7 @@ FIELDS = {"name", "on_list", "p_value", "score", "family", "success"}
 def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     words = vocabulary.background_words()[:200:8]
     monkeypatch.setattr(vocabulary, "background_words", lambda: words)
+    monkeypatch.setattr(search, "_ALIKE", 2.0)  # a random model moves all images alike
 
 
 @pytest.fixture
@@ -148,6 +149,15 @@ def test_images_are_needed_and_not_too_few(scan: Callable, tmp_path: Path) -> No
     assert (few.code, few.out) == (2, "")
     assert "16 images or more" in few.err
     assert "got 3" in few.err
+
+
+def test_a_model_that_answers_all_alike_gets_no_verdict(
+    scan: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_ALIKE", -2.0)
+    done = scan("--json")
+    assert (done.code, done.out) == (1, "")
+    assert "got 8 concepts, none of which could be told from the others" in done.err
 
 
 def test_an_unknown_setting_is_refused(
