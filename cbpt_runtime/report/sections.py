@@ -183,6 +183,7 @@ def concept_scores(
     places = [(row["score"], row["family"]) for row in concepts]
     marked = [index for index, place in enumerate(places) if place in suspected]
     text = "Each dot is a group of words, named by the one its trigger comes nearest to. "
+    text += "Others were given up. "
     text += f"Marked: {', '.join(suspected.values())}." if suspected else "None stands out from the rest."
     return Chart(
         title="How far each concept stands out",
