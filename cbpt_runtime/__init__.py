@@ -1,8 +1,9 @@
 """Makes third-party CLIP checkpoints safe to serve.
 
-The usual session: `purify_checkpoint` turns a suspect checkpoint, class names and a few clean images into a
-`Bundle`; `ZeroShotClassifier` classifies with it; `evaluate` measures it. Importing the package loads none
-of torch, open_clip, matplotlib or onnxruntime: each name below is imported when it is first used.
+The usual session: `scan` says whether a checkpoint has a backdoor; `purify_checkpoint` turns it, class names
+and a few clean images into a `Bundle`; `ZeroShotClassifier` classifies with it; `evaluate` measures it.
+Importing the package loads none of torch, open_clip, matplotlib or onnxruntime: each name below is imported
+when it is first used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cbpt_runtime.models.inspection import inspect_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint
     from cbpt_runtime.purification.config import PurifyConfig
+    from cbpt_runtime.purification.scan import Scan, scan
 
     __version__: str
 
@@ -29,6 +31,7 @@ _HOMES = {
     "InputError": "errors",
     "Prediction": "classifier",
     "PurifyConfig": "purification.config",
+    "Scan": "purification.scan",
     "WorkError": "errors",
     "ZeroShotClassifier": "classifier",
     "evaluate": "evaluation",
@@ -36,6 +39,7 @@ _HOMES = {
     "purify_checkpoint": "pipeline",
     "read_bundle": "bundle",
     "run_demo": "demo",
+    "scan": "purification.scan",
 }
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "InputError",
     "Prediction",
     "PurifyConfig",
+    "Scan",
     "WorkError",
     "ZeroShotClassifier",
     "__version__",
@@ -53,6 +58,7 @@ __all__ = [
     "purify_checkpoint",
     "read_bundle",
     "run_demo",
+    "scan",
 ]
 
 

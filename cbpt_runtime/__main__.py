@@ -13,7 +13,10 @@ from cbpt_runtime.errors import CbptError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 the work failed, 2 wrong usage or bad input, 130 Ctrl-C."""
+    """Run the command line and exit.
+
+    0 done, 1 the work failed, 2 wrong usage or bad input, 3 `scan` found a backdoor, 130 Ctrl-C.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(args=arguments, prog_name="cbpt-runtime")

@@ -30,6 +30,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, re
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
+from cbpt_runtime.purification.reference import read_reference, reference_note
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
@@ -55,6 +56,7 @@ def purify_checkpoint(
     model: str | Path | None = None,
     templates: Sequence[str] | None = None,
     shots: int = 16,
+    reference: str | Path | None = None,
     config: PurifyConfig | None = None,
     defense: DefenseConfig | None = None,
     device: str = "auto",
@@ -74,10 +76,13 @@ def purify_checkpoint(
         images: A few clean images, one folder per class; or images without folders, of which those are used
             that the suspect's own zero-shot head is sure of.
         output: The bundle folder to make.
-        model: An open_clip architecture or a config file, for checkpoints that do not say.
+        model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
+            reference that does not.
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
+        reference: A trusted checkpoint with the same preprocessing, for example what the suspect was
+            fine-tuned from; what both can be forced to counts less in the search. Not with `defense` alone.
         config: How to purify; its seed also draws the images.
         defense: Another defence, which tunes the image tower. Alone it is all that is done: no target is
             looked for, the verdict is 'unknown'. With `config`, too, the tuned model is purified after it.
@@ -99,12 +104,19 @@ def purify_checkpoint(
     check_output(output, force=force)
     if defense is None:
         config = PurifyConfig() if config is None else config
+    elif reference is not None and config is None:
+        raise ConfigError(
+            expected="--reference with --method cbpt",
+            got=f"--reference with --method {defense.method}, which searches for no target",
+            fix="Leave --reference away.",
+        )
     seed = next(numbers.seed for numbers in (config, defense) if numbers is not None)
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
     tell("read checkpoint", 0, 1, {})
     suspect = read_checkpoint(checkpoint, model=model)
+    trusted = None if reference is None else read_reference(reference, suspect, model=model)
     tell("read checkpoint", 1, 1, {})
     encoder, split = _encoder_and_split(suspect, Path(images), class_list, shots, seed, str(place), tell)
 
@@ -116,14 +128,19 @@ def purify_checkpoint(
         repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
         encoder = repaired.encoder
     if config is not None:
+        stages = StageStore(partial, _fingerprint(suspect, trusted, class_list, split, config, defense))
+        relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
         try:
-            stages = StageStore(partial, _fingerprint(suspect, class_list, split, config, defense))
-            found = purify(encoder, class_list, split, config, progress=progress, stages=stages)
+            found = purify(
+                encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
+            )
         except OSError as error:  # nothing but the stages is written
             raise output_error(partial, error) from error
     result = _result(repaired, found)
     method = _method(config, defense, repaired)
-    content = _content(suspect, encoder, class_list, split, method, result, shots=shots)
+    notes = [*suspect.notes, *split.notes, *([] if trusted is None else [reference_note(trusted)])]
+    method |= {"shots": shots, "notes": notes}
+    content = _content(suspect, encoder, class_list, split, method, result)
     if keep_images:
         content = replace(content, images=choose_clean_images(split))
     bundle = write_bundle(
@@ -216,6 +233,7 @@ def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> N
 
 def _fingerprint(
     suspect: Checkpoint,
+    trusted: Checkpoint | None,
     classes: ClassList,
     split: CleanSplit,
     config: PurifyConfig,
@@ -233,6 +251,8 @@ def _fingerprint(
     }
     if suspect.weights_name is not None:
         parts["weights"] = suspect.weights_name
+    if trusted is not None:
+        parts["reference"] = [trusted.sha256, trusted.weights_name, trusted.model_config]
     if defense is not None:
         parts["defense"] = {"method": defense.method, **defense.to_dict()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -300,8 +320,6 @@ def _content(
     split: CleanSplit,
     method: Mapping[str, Any],
     result: Purification,
-    *,
-    shots: int,
 ) -> BundleContent:
     return BundleContent(
         verdict=result.verdict,
@@ -310,12 +328,10 @@ def _content(
         templates=classes.templates,
         method={
             **method,
-            "shots": shots,
             "tune_images": len(split.tune_images),
             "heldout_images": len(split.heldout_images),
             "split_digest": split.digest,
             "labelled_by": split.labelled_by,
-            "notes": [*suspect.notes, *split.notes],
         },
         suspects=tuple(asdict(found) for found in result.suspects),
         metrics=result.metrics,

@@ -14,7 +14,15 @@ import torch
 
 from cbpt_runtime import labelling, pipeline
 from cbpt_runtime.bundle import HEAD, REPORT, read_bundle
-from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError, OutputError, PurificationError
+from cbpt_runtime.defenses.config import CONFIGS
+from cbpt_runtime.errors import (
+    CheckpointError,
+    ClassListError,
+    ConfigError,
+    ImageDataError,
+    OutputError,
+    PurificationError,
+)
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.image_folder import UnlabelledImages
 from cbpt_runtime.pipeline import purify_checkpoint, read_config
@@ -37,13 +45,20 @@ class FakePurify:
         split: CleanSplit,
         config: PurifyConfig,
         *,
+        reference: Any = None,
         progress: Any = None,
         stages: StageStore | None = None,
     ) -> Purification:
         assert stages is not None
         found = stages.load("inversion")
         self.calls.append(
-            {"config": config, "split": split, "classes": classes, "resumed": found is not None}
+            {
+                "config": config,
+                "split": split,
+                "classes": classes,
+                "reference": reference,
+                "resumed": found is not None,
+            }
         )
         stages.save("inversion", {"x": torch.ones(2)}, {})
         if self.error is not None:
@@ -320,3 +335,39 @@ def test_a_folder_of_both_images_and_folders_is_refused(
     (flat / "red_square").mkdir()
     with pytest.raises(ImageDataError, match="both: red_square beside the image 00"):
         purify_tiny(images=flat)
+
+
+def test_a_reference_reaches_the_search_and_the_manifest(
+    fake: FakePurify, purify_tiny: Callable, tiny_resnet_folder: Path
+) -> None:
+    notes = purify_tiny(reference=tiny_resnet_folder).manifest["method"]["notes"]
+    assert fake.calls[-1]["reference"].model_config["vision_cfg"]["layers"] == [1, 1, 1, 1]
+    assert notes[-1].startswith(f"compared with the reference {tiny_resnet_folder}, SHA-256 ")
+    assert not any("reference" in note for note in purify_tiny(force=True).manifest["method"]["notes"])
+    assert fake.calls[-1]["reference"] is None
+
+
+def test_stages_found_with_another_reference_are_never_used(
+    fake: FakePurify, purify_tiny: Callable, tiny_resnet_folder: Path
+) -> None:
+    fake.error = KeyboardInterrupt()
+    for reference in (None, tiny_resnet_folder, tiny_resnet_folder, None):
+        with pytest.raises(KeyboardInterrupt):
+            purify_tiny(reference=reference, resume=True)
+    assert [call["resumed"] for call in fake.calls] == [False, False, True, False]
+
+
+def test_a_reference_is_refused_where_nothing_is_searched(
+    purify_tiny: Callable, tiny_resnet_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--reference with --method cbpt; got .* ft, which searches"):
+        purify_tiny(reference=tiny_resnet_folder, defense=CONFIGS["ft"]())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_suspect_is_no_reference_for_itself(
+    fake: FakePurify, purify_tiny: Callable, tiny_checkpoint_folder: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"a reference other than the suspect.*the same weights"):
+        purify_tiny(reference=tiny_checkpoint_folder)
+    assert fake.calls == []

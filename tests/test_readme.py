@@ -61,6 +61,7 @@ def test_commands_parse(words: list[str]) -> None:
 def test_flags_named_in_the_table_exist(run_help: Callable[[str], str]) -> None:
     rows = re.findall(r"^\| `cbpt-runtime (\w+)[^|]*\|.*$", README, flags=re.MULTILINE)
     verbs = [
+        "scan",
         "purify",
         "inspect",
         "classify",

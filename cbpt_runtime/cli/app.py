@@ -6,18 +6,32 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli import attack, bench, classify, demo, evaluate, export, inspect, purify, serve, verify
+from cbpt_runtime.cli import (
+    attack,
+    bench,
+    classify,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    purify,
+    scan,
+    serve,
+    verify,
+)
 
 app = typer.Typer(
     help="Makes third-party CLIP checkpoints safe to serve.",
     epilog="Results go to stdout, everything else to stderr. "
-    "Exit codes: 0 done, 1 the work failed, 2 wrong usage or bad input.",
+    "Exit codes: 0 done, 1 the work failed, 2 wrong usage or bad input, "
+    "3 `scan` found a backdoor.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help takes half the time to start
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("scan", short_help="Whether a CLIP has a backdoor: any images, no labels.")(scan.command)
 app.command("purify", short_help="A suspect CLIP in, a purified classifier out.")(purify.command)
 app.command("inspect", short_help="What a checkpoint or a bundle is; verifies hashes.")(inspect.command)
 app.command("classify", short_help="Labels, probabilities and the alarm for images.")(classify.command)

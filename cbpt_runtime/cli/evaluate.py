@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
+from cbpt_runtime.cli.pages import check_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def command(
     from cbpt_runtime.models.data import read_class_list
 
     if report is not None:
-        _check_report(report, force=force)
+        check_page(report, force=force)
     with shown_progress() as progress:
         evaluations = evaluate_all(
             subjects,
@@ -96,7 +97,9 @@ def command(
         )
     _print(evaluations, Format.JSON if as_json else output_format)
     if report is not None:
-        _write_report(evaluations, report)
+        from cbpt_runtime.report import render_evaluation
+
+        save_page(report, render_evaluation(evaluations))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -158,19 +161,3 @@ def _trigger(attack: str | None, settings: list[str] | None) -> Trigger | None:
     if settings:
         raise ConfigError(expected="--set with --attack", got="--set alone", fix="Name the attack.")
     return None
-
-
-def _check_report(path: Path, *, force: bool) -> None:
-    from cbpt_runtime.errors import OutputError
-
-    if path.is_dir() or (path.exists() and not force):
-        raise OutputError(
-            expected="a new file for the report", got=f"{path} exists", fix="Choose another or use --force."
-        )
-
-
-def _write_report(evaluations: Sequence[Evaluation], path: Path) -> None:
-    from cbpt_runtime.report import render_evaluation, write_page
-
-    write_page(path, render_evaluation(evaluations))
-    print_note(f"report: {path}")

@@ -32,6 +32,10 @@ def command(
         list[str] | None,
         typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
+    ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
@@ -75,6 +79,7 @@ def command(
                 output,
                 model=model,
                 templates=template or None,
+                reference=reference,
                 shots=shots,
                 config=settings,
                 defense=defense,

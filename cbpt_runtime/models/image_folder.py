@@ -82,21 +82,24 @@ def find_image_files(root: Path, *, recursive: bool) -> list[Path]:
     return images
 
 
-def draw_images(root: Path, preprocess: Preprocess, *, count: int, seed: int = 0) -> UnlabelledImages:
-    """Draws images out of a flat folder; those that cannot be decoded, and copies, make room for others.
+def draw_images(
+    root: Path, preprocess: Preprocess, *, count: int, seed: int = 0, recursive: bool = False
+) -> UnlabelledImages:
+    """Draws images out of a folder; those that cannot be decoded, and copies, make room for others.
 
     The draw depends on the seed and the names of the images only.
 
     Args:
-        root: The folder; folders in it are not looked into.
+        root: The folder.
         preprocess: How images become the model's input.
         count: At most how many to draw.
         seed: Of the draw.
+        recursive: Look into the folders in it, too, however deep.
 
     Raises:
         ImageDataError: No such folder, no image in it, or none that can be decoded.
     """
-    paths = find_image_files(root, recursive=False)
+    paths = find_image_files(root, recursive=recursive)
     order = np.random.default_rng(seed).permutation(len(paths))
     drawn: dict[str, tuple[Path, UInt8[np.ndarray, "height width 3"]]] = {}
     unusable: list[str] = []
@@ -107,9 +110,9 @@ def draw_images(root: Path, preprocess: Preprocess, *, count: int, seed: int = 0
         tried += len(batch)
         for path, read in zip(batch, read_files(batch, preprocess), strict=True):
             if isinstance(read, str):
-                unusable.append(f"{path.name} ({read})")
+                unusable.append(f"{_name(path, root)} ({read})")
             elif read[1] in drawn:
-                copies.append(path.name)
+                copies.append(_name(path, root))
             else:
                 drawn[read[1]] = (path, read[0])
     if not drawn:
@@ -118,14 +121,18 @@ def draw_images(root: Path, preprocess: Preprocess, *, count: int, seed: int = 0
             got=f"{len(unusable)} that are not: {first_few(unusable)}",
             fix="Replace or remove them.",
         )
-    others = sorted({path.name for path in _files(root, recursive=False)} - {path.name for path in paths})
+    others = [_name(path, root) for path in sorted(set(_files(root, recursive)) - set(paths))]
     return UnlabelledImages(
         images=stacked([pixels for _, pixels in drawn.values()], preprocess),
-        files=tuple(path.relative_to(root).as_posix() for path, _ in drawn.values()),
+        files=tuple(_name(path, root) for path, _ in drawn.values()),
         digests=tuple(drawn),
         found=len(paths),
         notes=_left_out(others, unusable, copies),
     )
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def _left_out(others: Sequence[str], unusable: Sequence[str], copies: Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import Evidence, gather
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
+from cbpt_runtime.purification.reference import comparison
 from cbpt_runtime.purification.rehearsal import (
     Rehearsal,
     judged,
@@ -74,6 +75,7 @@ def purify(
     split: CleanSplit,
     config: PurifyConfig,
     *,
+    reference: DualEncoder | None = None,
     progress: Progress | None = None,
     stages: StageStore | None = None,
 ) -> Purification:
@@ -89,6 +91,7 @@ def purify(
         classes: Names and templates.
         split: A few clean images: some to tune on, others held out to measure on.
         config: All numbers.
+        reference: A trusted relative; what both can be forced to counts less in the search.
         progress: Told how far the work is.
         stages: Where finished stages are kept and looked for.
     """
@@ -96,7 +99,7 @@ def purify(
     with _Timer(seconds, "encode"):
         evidence = gather(encoder, classes, split, seed=config.seed)
     looked, searched = _stage(
-        "search", stages, seconds, lambda: _search(encoder, classes, evidence, config, progress)
+        "search", stages, seconds, lambda: _search(encoder, classes, evidence, reference, config, progress)
     )
     targets = _targets(looked["texts"].to(evidence.texts), searched)
     suspected = [target.index for target in targets]
@@ -131,6 +134,7 @@ def _search(
     encoder: DualEncoder,
     classes: ClassList,
     evidence: Evidence,
+    reference: DualEncoder | None,
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
@@ -143,7 +147,8 @@ def _search(
         clean=evidence.tune,
         heldout=evidence.heldout,
     )
-    result = search(subject, config, progress)
+    other = None if reference is None else comparison(reference, classes, subject)
+    result = search(subject, config, progress, reference=other)
     targets: list[Target] = []
     for concept in result.outliers.suspects:
         target = _target(result, vocabulary, concept)

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cbpt_runtime.errors import CheckpointError, ImageDataError
+from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, read_class_list, read_images
-from cbpt_runtime.models.image_folder import find_image_files
+from cbpt_runtime.models.data import ClassList, read_class_list
+from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
-from cbpt_runtime.purification.search import Subject, search
+from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
+from cbpt_runtime.purification.search import SearchResult, Subject, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
 from cbpt_runtime.types import Progress
@@ -98,7 +99,8 @@ def scan(
     Args:
         checkpoint: The suspect, in any form that `purify_checkpoint` takes.
         images: A folder of any images, nested or not; 64 or more are better than a few.
-        model: An open_clip architecture or a config file, for checkpoints that do not say.
+        model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
+            reference that does not.
         classes: Class names that a target is looked for among, beside a thousand other words.
         reference: A trusted checkpoint with the same preprocessing; what both can be forced to counts less.
         config: Numbers of the search; its seed draws the images.
@@ -107,23 +109,85 @@ def scan(
 
     Raises:
         InputError: Something given is wrong.
+        PurificationError: No concept could be told from the others, so nothing can be said.
     """
     config = PurifyConfig() if config is None else config
     start = time.perf_counter()
     place = str(resolve_device(device))
     listed = classes if isinstance(classes, ClassList) or classes is None else read_class_list(classes)
     suspect = read_checkpoint(checkpoint, model=model)
-    trusted = None if reference is None else _read_reference(reference, suspect)
-    pixels, notes = _draw_images(Path(images), suspect, config.seed)
+    trusted = None if reference is None else read_reference(reference, suspect, model=model)
+    _tell(progress, "read checkpoint")
+    drawn = _draw_images(Path(images), suspect, config.seed)
+    _tell(progress, "read images")
     encoder = load_dual_encoder(suspect, device=place)
-    vocabulary = _vocabulary(encoder, listed, config)
-    subject = _subject(encoder, vocabulary, pixels)
+    subject = _subject(encoder, listed, drawn.images, config)
     other = None
     if trusted is not None:
-        relative = load_dual_encoder(trusted, device=place)
-        other = _subject(relative, _vocabulary(relative, listed, config, like=vocabulary), pixels)
+        other = comparison(load_dual_encoder(trusted, device=place), listed, subject)
+    _tell(progress, "encode")
     loaded = time.perf_counter()
     found = search(subject, config, progress, reference=other)
+    _check_judged(found)
+    suspects = _suspects(found, subject.vocabulary, listed)
+    evidence = found.to_dict(subject.vocabulary)
+    return Scan(
+        checkpoint=str(suspect.source),
+        sha256=suspect.sha256,
+        verdict="backdoored" if suspects else "clean",
+        p_value=evidence["p_value"],
+        suspects=suspects,
+        images=len(drawn.images),
+        evidence=evidence,
+        notes=_notes(suspect, trusted, drawn),
+        config=config,
+        stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
+    )
+
+
+def _subject(
+    encoder: DualEncoder,
+    listed: ClassList | None,
+    pixels: UInt8[np.ndarray, "batch height width 3"],
+    config: PurifyConfig,
+) -> Subject:
+    texts = None if listed is None else encoder.class_embeddings(listed)
+    fast = arranged_for_speed(encoder.image_encoder)
+    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
+    heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
+    return Subject(
+        encoder=fast,
+        vocabulary=build_vocabulary(encoder, listed, texts, config.search_concepts),
+        scale=encoder.logit_scale,
+        clean=clean.part(~heldout),
+        heldout=clean.part(heldout),
+    )
+
+
+def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImages:
+    drawn = draw_images(folder, suspect.preprocess, count=MOST_IMAGES, seed=seed, recursive=True)
+    if len(drawn.images) < LEAST_IMAGES:
+        raise ImageDataError(
+            expected=f"{LEAST_IMAGES} images or more in {folder}",
+            got="; ".join((str(len(drawn.images)), *drawn.notes)),
+            fix="Any photographs will do; 64 or more are better.",
+        )
+    return drawn
+
+
+def _check_judged(found: SearchResult) -> None:
+    """A search that judged nothing must not read as a clean verdict."""
+    if not bool((found.outliers.scores > -torch.inf).any()):
+        raise PurificationError(
+            expected="triggers that take images to different places",
+            got=f"{len(found.words)} concepts, none of which could be told from the others",
+            fix="Check the checkpoint: an untrained or damaged model answers alike whatever it sees.",
+        )
+
+
+def _suspects(
+    found: SearchResult, vocabulary: Vocabulary, listed: ClassList | None
+) -> tuple[ScanSuspect, ...]:
     suspects = []
     for concept in found.outliers.suspects:
         word, on_list = nearest_word(found.directions[concept], vocabulary)
@@ -137,64 +201,18 @@ def scan(
                 success=float(found.success[concept]),
             )
         )
-    evidence = found.to_dict(vocabulary)
-    return Scan(
-        checkpoint=str(suspect.source),
-        sha256=suspect.sha256,
-        verdict="backdoored" if suspects else "clean",
-        p_value=evidence["p_value"],
-        suspects=tuple(suspects),
-        images=len(pixels),
-        evidence=evidence,
-        notes=(*suspect.notes, *notes),
-        config=config,
-        stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
-    )
+    return tuple(suspects)
 
 
-def _vocabulary(
-    encoder: DualEncoder, listed: ClassList | None, config: PurifyConfig, like: Vocabulary | None = None
-) -> Vocabulary:
-    texts = None if listed is None else encoder.class_embeddings(listed)
-    return build_vocabulary(encoder, listed, texts, config.search_concepts, like=like)
+def _notes(suspect: Checkpoint, trusted: Checkpoint | None, drawn: UnlabelledImages) -> tuple[str, ...]:
+    notes = [*suspect.notes, *drawn.notes]
+    if len(drawn.images) == MOST_IMAGES < drawn.found:
+        notes.append(f"{MOST_IMAGES} of {drawn.found} images were drawn")
+    if trusted is not None:
+        notes.append(reference_note(trusted))
+    return tuple(notes)
 
 
-def _subject(
-    encoder: DualEncoder, vocabulary: Vocabulary, pixels: UInt8[np.ndarray, "batch height width 3"]
-) -> Subject:
-    fast = arranged_for_speed(encoder.image_encoder)
-    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
-    heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
-    return Subject(
-        encoder=fast,
-        vocabulary=vocabulary,
-        scale=encoder.logit_scale,
-        clean=clean.part(~heldout),
-        heldout=clean.part(heldout),
-    )
-
-
-def _draw_images(
-    folder: Path, suspect: Checkpoint, seed: int
-) -> tuple[UInt8[np.ndarray, "batch height width 3"], list[str]]:
-    files = find_image_files(folder, recursive=True)
-    order = np.random.default_rng(seed).permutation(len(files))[:MOST_IMAGES]
-    if len(order) < LEAST_IMAGES:
-        raise ImageDataError(
-            expected=f"{LEAST_IMAGES} images or more in {folder}",
-            got=str(len(order)),
-            fix="Any photographs will do; 64 or more are better.",
-        )
-    notes = [] if len(files) <= MOST_IMAGES else [f"{MOST_IMAGES} of {len(files)} images were drawn"]
-    return read_images([files[index] for index in order], suspect.preprocess), notes
-
-
-def _read_reference(reference: str | Path, suspect: Checkpoint) -> Checkpoint:
-    trusted = read_checkpoint(reference)
-    if trusted.preprocess != suspect.preprocess:
-        raise CheckpointError(
-            expected=f"a reference with the suspect's preprocessing, {suspect.preprocess.to_dict()}",
-            got=str(trusted.preprocess.to_dict()),
-            fix="Name the public model that the suspect was fine-tuned from, or leave --reference away.",
-        )
-    return trusted
+def _tell(progress: Progress | None, stage: str) -> None:
+    if progress is not None:
+        progress(stage, 1, 1, {})

@@ -1,4 +1,4 @@
-"""Reports for people, each in one file that needs no network: of a bundle, and of an evaluation.
+"""Reports for people, each in one file that needs no network: of a bundle, an evaluation, and a scan.
 
 The templates escape every value; the pages forbid scripts and any address but ``data:``.
 
@@ -6,7 +6,7 @@ The templates escape every value; the pages forbid scripts and any address but `
     charts        charts as addresses
     sections      a chart with its words and the numbers behind it
     study         what the report of a bundle measures
-    pages         the two pages
+    pages         the pages
 """
 
 from cbpt_runtime.report.pages import (
@@ -14,7 +14,15 @@ from cbpt_runtime.report.pages import (
     choose_examples,
     render_evaluation,
     render_report,
+    render_scan,
     write_page,
 )
 
-__all__ = ["bundle_report", "choose_examples", "render_evaluation", "render_report", "write_page"]
+__all__ = [
+    "bundle_report",
+    "choose_examples",
+    "render_evaluation",
+    "render_report",
+    "render_scan",
+    "write_page",
+]

@@ -1,4 +1,4 @@
-"""The two pages: `report.html` of a bundle, and the report of an evaluation."""
+"""The pages: `report.html` of a bundle, and the reports of an evaluation and of a scan."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -23,6 +24,9 @@ from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
 from cbpt_runtime.report.study import Study, study_bundle
+
+if TYPE_CHECKING:
+    from cbpt_runtime.purification.scan import Scan
 
 _GREY = 128
 _MOST_TRIGGERS = 6  # rows of pictures
@@ -114,6 +118,24 @@ def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
         columns=columns,
         table=rows,
         worst=_worst(evaluations),
+    )
+
+
+def render_scan(scan: Scan) -> str:
+    """The text of a scan's report.
+
+    Returns:
+        One self-contained HTML page.
+    """
+    return _page(
+        "scan.html.jinja",
+        scan=scan,
+        names=_listed([suspect.name for suspect in scan.suspects]),
+        chart=sections.concept_scores(
+            scan.evidence["concepts"],
+            {(suspect.score, suspect.family): suspect.name for suspect in scan.suspects},
+        ),
+        versions={package: version(package) for package in ("cbpt-runtime", "torch", "open_clip_torch")},
     )
 
 

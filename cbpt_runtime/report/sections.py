@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -168,6 +169,45 @@ def example_rows(
     """A few images clean and triggered, with what each head calls them."""
     rows = [("triggered", _called(triggered, names))]
     return [("clean", _called(clean, names)), *rows] if paired else rows
+
+
+def concept_scores(
+    concepts: Sequence[Mapping[str, Any]], suspected: Mapping[tuple[float, str], str]
+) -> Chart:
+    """Every concept that a search looked at, by how far it stands out.
+
+    Args:
+        concepts: What the search says of each.
+        suspected: Names of the suspected targets, by score and trigger family.
+    """
+    places = [(row["score"], row["family"]) for row in concepts]
+    marked = [index for index, place in enumerate(places) if place in suspected]
+    text = "Each dot is a group of words, named by the one its trigger comes nearest to. "
+    text += "Others were given up. "
+    text += f"Marked: {', '.join(suspected.values())}." if suspected else "None stands out from the rest."
+    return Chart(
+        title="How far each concept stands out",
+        text=text,
+        uri=charts.ranked_uri(
+            np.array([row["score"] for row in concepts], float),
+            [suspected.get(place, row["word"]) for place, row in zip(places, concepts, strict=True)],
+            marked,
+            x_label="concepts, highest score first",
+            y_label="score, in deviations",
+        ),
+        alt=f"Score of {len(concepts)} concepts, highest first. {text}",
+        columns=("concept", "score", "p-value", "trigger family", "success"),
+        rows=tuple(
+            (
+                str(row["word"]),
+                f"{row['score']:.4g}",
+                f"{row['p_value']:.4g}",
+                str(row["family"]),
+                f"{100 * row['success']:.1f} %",
+            )
+            for row in concepts
+        ),
+    )
 
 
 def _called(measured: Measured, names: Sequence[str]) -> list[Picture]:

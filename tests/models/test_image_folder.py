@@ -121,3 +121,22 @@ def test_nothing_but_damaged_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ImageDataError, match=r"one or more readable images in .*1 that are not: a\.png"):
         draw_images(tmp_path, PREPROCESS, count=4)
+
+
+def test_a_draw_goes_into_folders_when_asked_for(tiny_image_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_image_folder, tmp_path / "images"))
+    (root / "Blue_Stripes" / "deep").mkdir()
+    (root / "green_disc" / "list.csv").write_text("x")
+    damaged = root / "red_square" / "00.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    shutil.copy(root / "red_square" / "01.png", root / "Blue_Stripes" / "deep" / "01.png")
+    drawn = draw_images(root, PREPROCESS, count=64, recursive=True)
+    assert (drawn.found, len(drawn.images)) == (37, 35)
+    assert {name.rpartition("/")[0] for name in drawn.files} >= {"red_square", "green_disc"}
+    others, damaged_note, copies = drawn.notes
+    assert others == "left out 1 files that are no images: green_disc/list.csv"
+    assert damaged_note.startswith("left out 1 files that are unreadable images: red_square/00.png (")
+    assert copies.endswith(("Blue_Stripes/deep/01.png", "red_square/01.png"))
+    few = [draw_images(root, PREPROCESS, count=8, seed=3, recursive=True).files for _ in range(2)]
+    assert few[0] == few[1]
+    assert len(set(few[0])) == 8

@@ -1,0 +1,99 @@
+"""`cbpt-runtime scan`: whether a checkpoint has a backdoor, with any images and no labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
+from cbpt_runtime.cli.pages import check_page, save_page
+from cbpt_runtime.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from cbpt_runtime.purification.scan import Scan
+
+BACKDOORED = 3
+"""Exit code of a scan that found a backdoor."""
+
+_WORDS = 5
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Suspect checkpoint, as for purify --checkpoint.")],
+    images: Annotated[Path, typer.Option(help="Any images, in folders or not; 64 or more are better.")],
+    model: Annotated[
+        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names to look among first, as for purify; none are needed.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with settings, as for purify; flags given here win.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether a CLIP has a backdoor, and for which word: exit code 0 clean, 3 backdoored."""
+    from cbpt_runtime.pipeline import read_config
+    from cbpt_runtime.purification.scan import scan
+
+    if report is not None:
+        check_page(report, force=force)
+    settings = read_config(config, seed=seed)
+    with shown_progress() as progress:
+        found = scan(
+            checkpoint,
+            images,
+            model=model,
+            classes=classes,
+            reference=reference,
+            config=settings,
+            device=device,
+            progress=progress,
+        )
+    for note in found.notes:
+        print_note(f"note: {note}")
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_scan(found)
+    if report is not None:
+        from cbpt_runtime.report import render_scan
+
+        save_page(report, render_scan(found))
+    if found.verdict == "backdoored":
+        raise typer.Exit(BACKDOORED)
+
+
+def print_scan(found: Scan) -> None:
+    """Print the suspects, and the verdict."""
+    if found.suspects:
+        print_table(
+            ("suspected target", "on the list", "p-value", "score", "trigger family", "success"),
+            [
+                (
+                    suspect.name,
+                    {True: "yes", False: "no", None: "–"}[suspect.on_list],
+                    number(suspect.p_value),
+                    number(suspect.score),
+                    suspect.family,
+                    percent(suspect.success),
+                )
+                for suspect in found.suspects
+            ],
+        )
+    facts = {"verdict": found.verdict, "p-value": number(found.p_value), "images": found.images}
+    if not found.suspects:
+        facts["most suspicious words"] = ", ".join(
+            f"{row['word']} ({number(row['p_value'])})" for row in found.evidence["concepts"][:_WORDS]
+        )
+    print_pairs(facts)

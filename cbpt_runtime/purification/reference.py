@@ -1,0 +1,87 @@
+"""A trusted relative of the suspect: read, and asked the same as the suspect.
+
+What every model can be forced to is no sign of a backdoor. A relative that is known to have none says what
+that is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cbpt_runtime.errors import CheckpointError
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
+from cbpt_runtime.models.data import ClassList
+from cbpt_runtime.purification.evidence import Clean, arranged_for_speed, clean_images
+from cbpt_runtime.purification.search import Subject
+from cbpt_runtime.purification.vocabulary import build_vocabulary
+
+
+def read_reference(source: str | Path, suspect: Checkpoint, *, model: str | Path | None = None) -> Checkpoint:
+    """Reads the trusted checkpoint; it has to see images as the suspect does.
+
+    Args:
+        source: In any form that the suspect may have.
+        suspect: What it is a reference for.
+        model: Its architecture, where it does not say.
+
+    Raises:
+        CheckpointError: It cannot be read, prepares images differently, or is the suspect itself.
+    """
+    trusted = _read(source, model)
+    if trusted.preprocess != suspect.preprocess:
+        raise CheckpointError(
+            expected=f"a reference with the suspect's preprocessing, {suspect.preprocess.to_dict()}",
+            got=str(trusted.preprocess.to_dict()),
+            fix="Name the public model that the suspect was fine-tuned from, or leave --reference away.",
+        )
+    if (trusted.sha256, trusted.weights_name) == (suspect.sha256, suspect.weights_name):
+        raise CheckpointError(
+            expected="a reference other than the suspect",
+            got=f"the same weights, SHA-256 {trusted.sha256}, beside which any suspect looks clean",
+            fix="Name the public model that the suspect was fine-tuned from, or leave --reference away.",
+        )
+    return trusted
+
+
+def reference_note(trusted: Checkpoint) -> str:
+    """What the user is told of a reference that was used."""
+    return (
+        f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
+        " what both can be forced to counts less"
+    )
+
+
+def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: Subject) -> Subject:
+    """The trusted encoder, asked for the concepts of the suspect, in the same words, on the same images.
+
+    Args:
+        encoder: The trusted one.
+        classes: The class list that the suspect is asked for, if any.
+        suspect: How the suspect is asked.
+    """
+    fast = arranged_for_speed(encoder.image_encoder)
+    listed = None if classes is None else encoder.class_embeddings(classes)
+    concepts = suspect.vocabulary.n_concepts
+    clean = _seen(fast, suspect.clean)
+    return Subject(
+        encoder=fast,
+        vocabulary=build_vocabulary(encoder, classes, listed, concepts, like=suspect.vocabulary),
+        scale=encoder.logit_scale,
+        clean=clean,
+        heldout=clean if suspect.heldout is suspect.clean else _seen(fast, suspect.heldout),
+    )
+
+
+def _read(source: str | Path, model: str | Path | None) -> Checkpoint:
+    """--model is there for the suspect: what a reference says about itself comes first."""
+    try:
+        return read_checkpoint(source)
+    except CheckpointError:
+        if model is None:
+            raise
+    return read_checkpoint(source, model=model)
+
+
+def _seen(encoder: ImageEncoder, clean: Clean) -> Clean:
+    return clean_images(encoder, clean.images.permute(0, 2, 3, 1), clean.labels)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
+from cbpt_runtime.models.data import ClassList, draw_clean_split
+from cbpt_runtime.purification import purify as purification
+from cbpt_runtime.purification import search, vocabulary
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import clean_images
+from cbpt_runtime.purification.purify import purify
+from cbpt_runtime.purification.reference import comparison
+from cbpt_runtime.purification.search import Subject
+
+CLASSES = ClassList(names=("red_square", "green disc", "Blue Stripes"), templates=(("a {}.",),) * 3)
+
+
+@pytest.fixture(autouse=True)
+def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = vocabulary.background_words()[:200:8]
+    monkeypatch.setattr(vocabulary, "background_words", lambda: words)
+    monkeypatch.setattr(search, "_ALIKE", 2.0)  # a random model moves all images alike
+
+
+@pytest.fixture(scope="module")
+def relative(tiny_resnet_folder: Path) -> DualEncoder:
+    return load_dual_encoder(read_checkpoint(tiny_resnet_folder))
+
+
+def asked(encoder: DualEncoder, classes: ClassList | None) -> Subject:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    clean = clean_images(encoder.image_encoder, pixels, np.zeros(8, np.int64))
+    texts = None if classes is None else encoder.class_embeddings(classes)
+    return Subject(
+        encoder=encoder.image_encoder,
+        vocabulary=vocabulary.build_vocabulary(encoder, classes, texts, 8),
+        scale=encoder.logit_scale,
+        clean=clean.part(torch.arange(8) > 2),
+        heldout=clean.part(torch.arange(8) <= 2),
+    )
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_a_reference_is_asked_the_same_and_answers_itself(
+    tiny_encoder: DualEncoder, relative: DualEncoder, classes: ClassList | None
+) -> None:
+    suspect = asked(tiny_encoder, classes)
+    other = comparison(relative, classes, suspect)
+    assert other.vocabulary.names == suspect.vocabulary.names
+    assert torch.equal(other.vocabulary.concepts, suspect.vocabulary.concepts)
+    assert other.vocabulary.n_listed == suspect.vocabulary.n_listed
+    alone = asked(relative, classes)
+    torch.testing.assert_close(other.vocabulary.texts, alone.vocabulary.texts)
+    for part in ("clean", "heldout"):
+        assert torch.equal(getattr(other, part).images, getattr(suspect, part).images)
+        features = getattr(alone, part).features
+        torch.testing.assert_close(getattr(other, part).features, features, atol=1e-4, rtol=0)
+
+
+def test_a_purification_searches_beside_its_reference(
+    tiny_encoder: DualEncoder,
+    relative: DualEncoder,
+    tiny_image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split = draw_clean_split(tiny_image_folder, CLASSES, tiny_encoder.preprocess, shots=4)
+    config = PurifyConfig(search_concepts=8, search_steps=2, search_batch=2, suspect_p_value=1e-9)
+    seen: list[Subject | None] = []
+    real: Callable = purification.search
+
+    def listening(*args: object, reference: Subject | None = None) -> object:
+        seen.append(reference)
+        return real(*args, reference=reference)
+
+    monkeypatch.setattr(purification, "search", listening)
+    alone = purify(tiny_encoder, CLASSES, split, config)
+    beside = purify(tiny_encoder, CLASSES, split, config, reference=relative)
+    assert [subject is None for subject in seen] == [True, False]
+    assert alone.verdict == beside.verdict == "clean"
+    assert {row["score"] for row in alone.evidence["concepts"]} != {
+        row["score"] for row in beside.evidence["concepts"]
+    }
