@@ -318,7 +318,15 @@ def make_content() -> Callable[..., BundleContent]:
             ),
             "metrics": {"heldout_ca_before": 0.75, "heldout_ca_after": 0.74},
             "stage_seconds": {"inversion": 12.5, "tuning": 3.25},
-            "evidence": {"scores": [0.5 * row for row in range(len(names))]},
+            "evidence": {
+                "p_value": 0.001,
+                "words": 1000,
+                "concepts": [
+                    {"word": names[-1], "score": 9.1, "p_value": 0.001, "family": "patch", "success": 1.0},
+                    {"word": "tench", "score": 1.5, "p_value": 0.9, "family": "warp", "success": 0.1},
+                    {"word": names[0], "score": 0.7, "p_value": 1.0, "family": "additive", "success": 0.0},
+                ],
+            },
             "versions": {"cbpt-runtime": "0.1.0"},
         }
         return BundleContent(**(parts | changes))

@@ -119,8 +119,8 @@ def _upper_quantile(descending: Float[Tensor, " others"], share: float) -> float
 def p_value(score: float, n_concepts: int, n_families: int) -> float:
     """Chance that the largest of all scores lies so high.
 
-    Scores follow Student's t with as many degrees of freedom as there are values in the upper quarter that they
-    were judged by, less one; concepts and families are taken for independent.
+    Scores follow Student's t with as many degrees of freedom as there are values in the upper quarter that
+    they were judged by, less one; concepts and families are taken for independent.
 
     Args:
         score: Deviations above the median.
