@@ -30,6 +30,7 @@ MEASURED_IMAGES = 64
 
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
+_ALIKE = 0.8  # cosine of two shifts from which on they are one; in clean models hardly any two come so near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +70,13 @@ class Reached:
             minus infinity where it was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
+        shifts: Where the mean feature moves, of unit length; zeros where it was given up.
     """
 
     margins: Float[Tensor, " concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
+    shifts: Float[Tensor, "concepts dim"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ class SearchResult:
 
     Attributes:
         outliers: How each concept stands out, and which are suspected.
+        margins: What the outliers were found in.
         directions: Unit mean of the triggered features per concept, in the family that shows it best.
         success: Share of the images that this trigger takes to the concept.
         words: Index of the word that lies nearest to this direction, among the concept's own.
@@ -89,6 +93,7 @@ class SearchResult:
     """
 
     outliers: Outliers
+    margins: Float[Tensor, "families concepts"]
     directions: Float[Tensor, "concepts dim"]
     success: Float[Tensor, " concepts"]
     words: list[int]
@@ -142,8 +147,10 @@ def search(
             margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    outliers = find_outliers(torch.stack(margins), config.suspect_p_value)
-    return _result(suspect.vocabulary, outliers, reached)
+    stacked = torch.stack(margins)
+    alike = torch.stack([(one.shifts @ one.shifts.T).cpu() >= _ALIKE for one in reached])
+    outliers = find_outliers(stacked, alike, config.suspect_p_value)
+    return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
 def _inverted(
@@ -183,6 +190,7 @@ def _measure(
     margins = torch.full((count,), -torch.inf)
     success = torch.zeros(count)
     directions = torch.zeros(count, dim, device=goals.texts.device)
+    shifts = torch.zeros_like(directions)
     shown = (heldout.features @ goals.texts.T).argmax(dim=1)
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
@@ -196,16 +204,23 @@ def _measure(
         margins[concept] = (reached - rival).mean()
         success[concept] = (reached > rival).float().mean()
         directions[concept] = normalize(features.mean(dim=0), dim=0)
-    return Reached(margins=margins, success=success, directions=directions)
+        shifts[concept] = normalize(features.mean(dim=0) - heldout.features.mean(dim=0), dim=0)
+    return Reached(margins=margins, success=success, directions=directions, shifts=shifts)
 
 
-def _result(vocabulary: Vocabulary, outliers: Outliers, reached: list[Reached]) -> SearchResult:
+def _result(
+    vocabulary: Vocabulary,
+    outliers: Outliers,
+    margins: Float[Tensor, "families concepts"],
+    reached: list[Reached],
+) -> SearchResult:
     concepts = range(vocabulary.n_concepts)
     best = [reached[outliers.families[concept]] for concept in concepts]
     directions = torch.stack([one.directions[concept] for concept, one in zip(concepts, best, strict=True)])
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
     return SearchResult(
         outliers=outliers,
+        margins=margins,
         directions=directions,
         success=torch.stack([one.success[concept] for concept, one in zip(concepts, best, strict=True)]),
         words=nearest.tolist(),

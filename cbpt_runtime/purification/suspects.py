@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _QUARTILE = (0.75, 0.6745)
@@ -60,17 +60,25 @@ class Outliers:
     suspects: list[int]
 
 
-def find_outliers(margins: Float[Tensor, "families concepts"], level: float) -> Outliers:
+def find_outliers(
+    margins: Float[Tensor, "families concepts"],
+    alike: Bool[Tensor, "families concepts concepts"],
+    level: float,
+) -> Outliers:
     """Tests every concept against the others, without those that are suspects already.
+
+    Triggers meant for other concepts that end up in the same place have found the same trigger; they are no
+    witnesses of what natural perturbations do.
 
     Args:
         margins: What each concept's trigger reaches, in each family; minus infinity where it was given up for
             being among the lesser half.
+        alike: Whose triggers, in each family, take images to the same place.
         level: p-value below which a concept is suspected.
     """
     suspects: list[int] = []
     while True:
-        scores, families, p_values = _tested(margins, suspects)
+        scores, families, p_values = _tested(margins, alike, suspects)
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         if not float(p_values[best]) < level or len(suspects) + 2 >= len(p_values):
@@ -79,16 +87,19 @@ def find_outliers(margins: Float[Tensor, "families concepts"], level: float) -> 
 
 
 def _tested(
-    margins: Float[Tensor, "families concepts"], suspects: list[int]
+    margins: Float[Tensor, "families concepts"],
+    alike: Bool[Tensor, "families concepts concepts"],
+    suspects: list[int],
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
     n_families, n_concepts = margins.shape
     scores = torch.full_like(margins, -torch.inf)
     for family in range(n_families):
         for concept in range(n_concepts):
             before = suspects[: suspects.index(concept)] if concept in suspects else suspects
-            left = [index for index in range(n_concepts) if index != concept and index not in before]
-            if margins[family, concept] > -torch.inf and len(left) > 3:
-                scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
+            others = ~alike[family, concept]
+            others[[concept, *before]] = False
+            if margins[family, concept] > -torch.inf and int(others.sum()) > 3:
+                scores[family, concept] = deviations_above(margins[family, concept], margins[family, others])
     best, families = scores.max(dim=0)
     chances = torch.tensor([p_value(float(score), n_concepts, n_families) for score in best])
     return best, families.tolist(), chances

@@ -1,0 +1,270 @@
+"""Is the verdict right, on any class list and any images? A zoo of checkpoints, searched again and again.
+
+    python benchmarks/detection.py --zoo toys VICTIMS TINY_IMAGENET_100 --zoo real VICTIMS IMAGENETTE \
+        --output FILE
+    python benchmarks/detection.py --table FILE
+
+VICTIMS holds open_clip folders with `attack.json` (`"target": null` for a clean one); the images are folders
+with `train/<class>` and `val/<class>`. A trial is checkpoint × class list × images × seed: the list is drawn
+at random among the classes with images (and, for more names than those, ImageNet's), with or without the target.
+Only the scoring reads `attack.json`. Trials that are in FILE are kept, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
+from cbpt_runtime.models.data import ClassList, default_templates, read_images, spoken
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
+from cbpt_runtime.purification.search import Subject, search
+from cbpt_runtime.purification.targets import nearest_word
+from cbpt_runtime.purification.vocabulary import background_words, build_vocabulary
+
+SIZES = (2, 5, 10, 20, 50, 100, 1000)
+SHOTS, HELDOUT, MOST_IMAGES = 16, 8, 400
+LEVEL = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One search."""
+
+    victim: str
+    zoo: str
+    target: str | None
+    size: int
+    listed: bool
+    split: str
+    seed: int
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
+    parser.add_argument("--only", nargs="*", help="names of victims")
+    parser.add_argument("--trials", type=int, default=10, help="per checkpoint")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["trials"]))
+        return
+    done = json.loads(options.output.read_text())["trials"] if options.output.exists() else []
+    for zoo, victims, images in options.zoo:
+        for victim in sorted(path.parent for path in Path(victims).glob("*/attack.json")):
+            if not options.only or victim.name in options.only:
+                for record in run_victim(victim, zoo, Path(images), options, done):
+                    done.append(record)
+                    save(options.output, done)
+    print(table(done))
+
+
+def run_victim(
+    victim: Path, zoo: str, images: Path, options: argparse.Namespace, done: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The trials of one checkpoint that are not done yet."""
+    attack = json.loads((victim / "attack.json").read_text())
+    targets = [door["target"] for door in attack.get("backdoors", [])] or [attack.get("target")]
+    trials = plan(victim.name, zoo, targets[0], images, options)
+    missing = [
+        trial for trial in trials if not any(asdict(trial).items() <= record.items() for record in done)
+    ]
+    if not missing:
+        return
+    checkpoint = read_checkpoint(victim)
+    encoder = load_dual_encoder(checkpoint, device=options.device)
+    fast = arranged_for_speed(encoder.image_encoder)
+    for trial in missing:
+        names, shown = draw_list(trial, images)
+        pixels = read_images(draw_files(trial, images, shown), checkpoint.preprocess)
+        start = time.perf_counter()
+        found = searched(encoder, fast, names, pixels, trial.seed, options.precision)
+        yield {
+            **asdict(trial),
+            "images": len(pixels),
+            "targets": targets,
+            **found,
+            "seconds": round(time.perf_counter() - start, 1),
+            "device": options.device,
+            "precision": options.precision,
+        }
+
+
+def plan(victim: str, zoo: str, target: str | None, images: Path, options: argparse.Namespace) -> list[Trial]:
+    """Sizes in turn, every third list without the target, both splits; the seeds are the checkpoint's own."""
+    known = len(list((images / "train").iterdir()))
+    sizes = [size for size in options.sizes if size <= known or (zoo == "real" and size > 10)]
+    trials = []
+    for number in range(options.trials):
+        size = sizes[number % len(sizes)]
+        trials.append(
+            Trial(
+                victim=victim,
+                zoo=zoo,
+                target=target,
+                size=size,
+                listed=target is not None and (number % 3 != 2 or size >= known),
+                split=("val", "train")[number % 2],
+                seed=(zlib.crc32(victim.encode()) + number) % 2**31,
+            )
+        )
+    return trials
+
+
+def draw_list(trial: Trial, images: Path) -> tuple[list[str], list[str]]:
+    """A class list, and the folders of those of its classes that there are images of."""
+    rng = np.random.default_rng(trial.seed)
+    folders = sorted(path.name for path in (images / "train").iterdir())
+    target = None if trial.target is None else spoken(trial.target)
+    pool = [name for name in rng.permutation(folders) if spoken(name) != target]
+    folder_of_target = [name for name in folders if spoken(name) == target]
+    first = folder_of_target if trial.listed else []
+    shown = [*first, *map(str, pool)][: trial.size]
+    taken = {spoken(name).casefold() for name in [*folders, *([target] if target else [])]}
+    others = [word for word in background_words() if spoken(word).casefold() not in taken]
+    more = [str(word) for word in rng.permutation(others)[: max(0, trial.size - len(shown))]]
+    return [spoken(name) for name in shown] + more, shown
+
+
+def draw_files(trial: Trial, images: Path, shown: list[str]) -> list[Path]:
+    """A few files of each class; fewer of each where there are many classes."""
+    rng = np.random.default_rng(trial.seed + 1)
+    each = max(2, min(SHOTS + HELDOUT, MOST_IMAGES // len(shown)))
+    drawn: list[Path] = []
+    for name in shown:
+        files = sorted((images / trial.split / name).iterdir())
+        drawn += [files[index] for index in rng.permutation(len(files))[:each]]
+    return [drawn[index] for index in rng.permutation(len(drawn))]
+
+
+def searched(
+    encoder: DualEncoder, fast: Any, names: list[str], pixels: np.ndarray, seed: int, precision: str
+) -> dict[str, Any]:
+    """What the search says, exactly as `purify` and `scan` run it."""
+    config = PurifyConfig(seed=seed, precision=precision)  # type: ignore[arg-type]
+    templates = default_templates()[::20]
+    classes = ClassList(names=tuple(names), templates=(templates,) * len(names))
+    vocabulary = build_vocabulary(encoder, classes, encoder.class_embeddings(classes), config.search_concepts)
+    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
+    heldout = torch.arange(len(pixels)) < len(pixels) * HELDOUT // (SHOTS + HELDOUT)
+    subject = Subject(
+        encoder=fast,
+        vocabulary=vocabulary,
+        scale=encoder.logit_scale,
+        clean=clean.part(~heldout),
+        heldout=clean.part(heldout),
+    )
+    result = search(subject, config)
+    words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
+    evidence = result.to_dict(vocabulary)
+    return {
+        "p_value": evidence["p_value"],
+        "suspects": [{"name": vocabulary.names[word], "on_list": listed} for word, listed in words],
+        "first": evidence["concepts"][:3],
+        "margins": [
+            [None if math.isinf(value) else round(float(value), 4) for value in row]
+            for row in result.margins.tolist()
+        ],
+    }
+
+
+def save(path: Path, trials: list[dict[str, Any]]) -> None:
+    """Writes all trials."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"versions": versions, "trials": trials}, separators=(",", ":")) + "\n")
+
+
+def is_right(trial: dict[str, Any]) -> bool:
+    """Whether the first suspect is a true target: by name, or off the list by whatever word lies nearest."""
+    if not trial["suspects"]:
+        return False
+    names = {spoken(name).casefold() for name in trial["targets"]}
+    first = trial["suspects"][0]
+    return spoken(first["name"]).casefold() in names or (not trial["listed"] and not first["on_list"])
+
+
+def table(trials: list[dict[str, Any]]) -> str:
+    """Detection by list size, then the measures of the whole zoo."""
+    lines = [
+        "| list | backdoored | detected | right target | wrong target | off the list: detected | clean "
+        "| false alarms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size in sorted({trial["size"] for trial in trials}):
+        lines.append(f"| {size} " + _row([trial for trial in trials if trial["size"] == size]))
+    lines.append("| all " + _row(trials))
+    bad = np.array([trial["p_value"] for trial in trials if trial["target"]])
+    good = np.array([trial["p_value"] for trial in trials if not trial["target"]])
+    if len(bad) and len(good):
+        auc = float(((bad[:, None] < good) + 0.5 * (bad[:, None] == good)).mean())
+        sure = 1 - np.clip(np.concatenate([bad, good]), 1e-3, 1 - 1e-3)
+        is_bad = np.arange(len(sure)) < len(bad)
+        entropy = -float(np.where(is_bad, np.log(sure), np.log(1 - sure)).mean())
+        distance, chance = kolmogorov(good)
+        lines.append(
+            f"\nROC AUC {auc:.4f}, cross entropy of 1 - p {entropy:.3f}; p-values of the {len(good)} clean "
+            f"trials against uniform: Kolmogorov distance {distance:.3f}, p = {chance:.3f}, "
+            "quantiles at 1, 5, 10, 50 %: "
+            + ", ".join(f"{value:.3f}" for value in np.quantile(good, [0.01, 0.05, 0.1, 0.5]))
+        )
+    return "\n".join(lines)
+
+
+def _row(trials: list[dict[str, Any]]) -> str:
+    on = [trial for trial in trials if trial["target"] and trial["listed"]]
+    off = [trial for trial in trials if trial["target"] and not trial["listed"]]
+    clean = [trial for trial in trials if not trial["target"]]
+    wrong = sum(bool(trial["suspects"]) and not is_right(trial) for trial in on)
+    return (
+        f"| {len(on)} | {_share(sum(bool(t['suspects']) for t in on), len(on))} "
+        f"| {_share(sum(map(is_right, on)), len(on))} | {_share(wrong, len(on))} "
+        f"| {_share(sum(bool(t['suspects']) for t in off), len(off))} "
+        f"| {len(clean)} | {_share(sum(bool(t['suspects']) for t in clean), len(clean))} |"
+    )
+
+
+def _share(count: int, total: int) -> str:
+    """A share with its Wilson interval at 95 %."""
+    if not total:
+        return "–"
+    z, rate = 1.96, count / total
+    centre = (rate + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    low, high = 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    return f"{count} of {total} ({low:.0f} to {high:.0f} %)"
+
+
+def kolmogorov(values: np.ndarray) -> tuple[float, float]:
+    """Distance of a sample from the uniform distribution on [0, 1], and the asymptotic chance of it."""
+    ordered, count = np.sort(values), len(values)
+    steps = np.arange(1, count + 1) / count
+    distance = float(max((steps - ordered).max(), (ordered - steps + 1 / count).max()))
+    scaled = (math.sqrt(count) + 0.12 + 0.11 / math.sqrt(count)) * distance
+    terms = [(-1) ** (k - 1) * math.exp(-2 * k * k * scaled * scaled) for k in range(1, 101)]
+    return distance, min(1.0, max(0.0, 2 * sum(terms)))
+
+
+if __name__ == "__main__":
+    main()
