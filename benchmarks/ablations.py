@@ -45,8 +45,10 @@ from cbpt_runtime.purification.rehearsal import (
     rehearse,
     tuning_data,
 )
+from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.targets import Target
 from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
-from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
+from cbpt_runtime.triggers import REFINE_FAMILIES
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
 Case = Callable[["Setting"], Tensor]
@@ -60,8 +62,7 @@ class Setting:
     classes: ClassList
     evidence: Evidence
     config: PurifyConfig
-    suspects: list[int]
-    found: Parameters
+    targets: list[Target]
     rehearsals: list[Rehearsal]
     oracle: Tensor
     oracle_labels: Tensor
@@ -102,11 +103,16 @@ def measured(
     encoder = load_dual_encoder(read_checkpoint(victim))
     config = PurifyConfig(seed=seed)
     split = draw_clean_split(images / "train", classes, encoder.preprocess, seed=seed)
-    result = purify(encoder, classes, split, config)
-    evidence = gather(encoder, classes, split, seed=seed)
-    suspects = [suspect.index for suspect in result.suspects]
-    if not suspects:
+    stages = StageStore(scratch / "stages", f"{victim.name} {seed}")
+    result = purify(encoder, classes, split, config, stages=stages)
+    searched = stages.load("search")
+    if not result.suspects or searched is None:
         return []
+    texts, values = searched
+    targets = [
+        Target(text=text, **known) for text, known in zip(texts["texts"], values["targets"], strict=True)
+    ]
+    evidence = gather(encoder, classes, split, seed=seed)
     triggered = unpacked(victim / "test-triggered.zip", scratch / f"triggered-{victim.name}")
     dirty, dirty_labels = features(evidence, classes, triggered)
     clean, clean_labels = features(evidence, classes, images / "val")
@@ -116,9 +122,8 @@ def measured(
         classes=classes,
         evidence=evidence,
         config=config,
-        suspects=suspects,
-        found=result.triggers,
-        rehearsals=rehearse(evidence, suspects, result.triggers, seed),
+        targets=targets,
+        rehearsals=rehearse(evidence, targets, result.triggers, seed),
         oracle=dirty[known],
         oracle_labels=dirty_labels[known],
     )
@@ -168,14 +173,15 @@ def tuned(
     setting: Setting,
     rehearsals: list[Rehearsal] | None = None,
     triggered: tuple[Tensor, Tensor] | None = None,
-    suspects: list[int] | None = None,
+    targets: list[Target] | None = None,
     views: bool = True,
     imagined: bool = True,
     **changes: Any,
 ) -> Tensor:
     """The method's tuning with something exchanged."""
     used = setting.rehearsals if rehearsals is None else rehearsals
-    targets = setting.suspects if suspects is None else suspects
+    targets = setting.targets if targets is None else targets
+    suspects = [target.index for target in targets]
     evidence, config = setting.evidence, dataclasses.replace(setting.config, **changes)
     if not views:
         tune = evidence.tune
@@ -190,7 +196,7 @@ def tuned(
             data,
             triggered=dirty,
             triggered_labels=dirty_labels,
-            triggered_suspects=torch.full_like(dirty_labels, targets[0]),
+            triggered_suspects=torch.full_like(dirty_labels, suspects[0]),
             directions=torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T,
         )
     prompts = None
@@ -198,7 +204,7 @@ def tuned(
         prompts = PromptEncoder(setting.encoder, setting.classes.names, context_length=config.context_length)
 
     def judge(head: Tensor) -> Verdict:
-        return judged(evidence, targets, used, head, config.success_goal)
+        return judged(evidence, suspects, used, head, config.success_goal)
 
     return tune_in_rounds(data, config, judge, prompts=prompts)[0]
 
@@ -242,8 +248,17 @@ def class_agnostic(setting: Setting) -> Tensor:
         .initial(1, evidence.encoder.preprocess.image_size, generator)
         .items()
     }
-    rehearsals = rehearse(evidence, [suspect], found | nothing, setting.config.seed)
-    return tuned(setting, rehearsals=rehearsals, suspects=[suspect])
+    target = Target(
+        index=suspect,
+        name=setting.classes.names[suspect],
+        text=evidence.texts[suspect],
+        on_list=True,
+        score=0.0,
+        p_value=1.0,
+        family="blend",
+    )
+    rehearsals = rehearse(evidence, [target], found | nothing, setting.config.seed)
+    return tuned(setting, rehearsals=rehearsals, targets=[target])
 
 
 def full_strength(setting: Setting) -> Tensor:

@@ -110,7 +110,7 @@ def measured(
         "suspects": [suspect["name"] for suspect in bundle.suspects],
         "scores": [suspect["score"] for suspect in bundle.suspects],
         "p_values": [suspect["p_value"] for suspect in bundle.suspects],
-        "smallest_p_value": min(bundle.manifest["evidence"]["p_values"]),
+        "smallest_p_value": bundle.manifest["evidence"]["p_value"],
         "target_right": [suspect["name"] for suspect in bundle.suspects]
         == ([] if target is None else [target]),
         "before": rates(result.before),

@@ -97,12 +97,10 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})
     suspects = [str(suspect["name"]) for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
-    evidence = bundle.manifest["evidence"]
-    ranked = sorted(zip(evidence["p_values"], bundle.class_names, evidence["best_families"], strict=True))
     p_values = [
-        {"class": name, "p_value": value, "family": family}
-        for place, (value, name, family) in enumerate(ranked)
-        if place < 3 or name in targets
+        {key: concept[key] for key in ("word", "p_value", "family")}
+        for place, concept in enumerate(bundle.manifest["evidence"]["concepts"])
+        if place < 3 or concept["word"] in targets
     ]
     return {
         "verdict": bundle.verdict,

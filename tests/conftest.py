@@ -318,7 +318,15 @@ def make_content() -> Callable[..., BundleContent]:
             ),
             "metrics": {"heldout_ca_before": 0.75, "heldout_ca_after": 0.74},
             "stage_seconds": {"inversion": 12.5, "tuning": 3.25},
-            "evidence": {"scores": [0.5 * row for row in range(len(names))]},
+            "evidence": {
+                "p_value": 0.001,
+                "words": 1000,
+                "concepts": [
+                    {"word": names[-1], "score": 9.1, "p_value": 0.001, "family": "patch", "success": 1.0},
+                    {"word": "tench", "score": 1.5, "p_value": 0.9, "family": "warp", "success": 0.1},
+                    {"word": names[0], "score": 0.7, "p_value": 1.0, "family": "additive", "success": 0.0},
+                ],
+            },
             "versions": {"cbpt-runtime": "0.1.0"},
         }
         return BundleContent(**(parts | changes))
@@ -343,7 +351,15 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
         class_names=CLASS_NAMES,
         templates=(("a photo of a {}.",),) * len(CLASS_NAMES),
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 2, "name": CLASS_NAMES[2], "score": 5.0},),
+        suspects=({"index": 2, "name": CLASS_NAMES[2], "score": 5.0, "p_value": 0.01, "family": "patch"},),
+        evidence={
+            "p_value": 0.01,
+            "words": 1000,
+            "concepts": [
+                {"word": CLASS_NAMES[2], "score": 5.0, "p_value": 0.01, "family": "patch", "success": 1.0},
+                {"word": "tench", "score": 1.0, "p_value": 1.0, "family": "warp", "success": 0.0},
+            ],
+        },
         versions={"cbpt-runtime": "0.1.0"},
         class_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),
         reference_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),

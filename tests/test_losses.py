@@ -18,16 +18,39 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_contrastive_inversion_is_infonce_over_texts_and_the_clean_feature() -> None:
-    triggered, clean, texts = unit(2, 3, 8), unit(3, 8, seed=1), unit(5, 8, seed=2)
+    to_texts, to_clean = unit(2, 3, 5), unit(2, 3, seed=1)
     targets = torch.tensor([4, 1])
-    loss = contrastive_inversion(triggered, clean, texts, targets, scale=7.0)
+    positives = torch.nn.functional.one_hot(targets, 5).bool()
+    loss = contrastive_inversion(to_texts, to_clean, positives, ~positives, scale=7.0)
     expected = []
     for trigger, target in enumerate(targets.tolist()):
-        rows = triggered[trigger].numpy()
-        own = (rows * clean.numpy()).sum(axis=1, keepdims=True)
-        logits = 7.0 * np.concatenate([rows @ texts.numpy().T, own], axis=1)
+        logits = 7.0 * np.concatenate([to_texts[trigger], to_clean[trigger, :, None]], axis=1)
         expected.append(-log_softmax(logits)[:, target].mean())
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_inversion_sums_over_a_triggers_texts_and_leaves_out_those_that_are_no_rivals() -> None:
+    to_texts, to_clean = unit(2, 4, 6), unit(2, 4, seed=1)
+    positives = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
+    negatives = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 0, 0]]).bool()
+    loss = contrastive_inversion(to_texts, to_clean, positives, negatives, scale=3.0)
+    expected = []
+    for trigger in range(2):
+        weights, origin = np.exp(3.0 * to_texts[trigger].numpy()), np.exp(3.0 * to_clean[trigger].numpy())
+        own = weights[:, positives[trigger].numpy()].sum(axis=1)
+        rivals = weights[:, negatives[trigger].numpy()].sum(axis=1) + origin
+        expected.append(-np.log(own / (own + rivals)).mean())
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_inversion_has_gradients_to_its_own_texts_and_rivals_only() -> None:
+    to_texts, to_clean = (100 * unit(1, 4, 3)).requires_grad_(), unit(1, 4, seed=1)
+    positives, negatives = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
+    contrastive_inversion(to_texts, to_clean, positives, negatives, scale=100.0).sum().backward()
+    assert to_texts.grad is not None
+    assert to_texts.grad.isfinite().all()
+    assert (to_texts.grad[..., 2] == 0).all()
+    assert to_texts.grad[..., 0].min() < 0 < to_texts.grad[..., 1].max()
 
 
 def test_clean_alignment_is_a_weighted_cross_entropy() -> None:

@@ -12,8 +12,8 @@ from cbpt_runtime.settings import Precision, from_known_keys
 
 Parameterization = Literal["embedding", "prompt"]
 
+_LEAST_CONCEPTS = 8
 _POSITIVE_INTS = (
-    "search_concepts",
     "search_steps",
     "search_batch",
     "inversion_steps",
@@ -41,7 +41,8 @@ class PurifyConfig:
         parameterization: Tune the class embeddings, or one context per class through the text tower.
         precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
             instructions for it, twice as fast. Whatever is measured is measured in float32.
-        search_concepts: Groups of words that are searched, in every search family.
+        search_concepts: Groups of words that are searched, in every search family; at least 8, because each
+            is judged by the others.
         search_steps: Steps of the short inversion, the second half of them for the better half of the
             concepts only; masks get twice as many, they have to travel.
         search_batch: Clean images per step and concept.
@@ -89,6 +90,13 @@ class PurifyConfig:
             if getattr(self, name) not in get_args(choices):
                 raise _bad(name, "one of " + ", ".join(get_args(choices)), getattr(self, name))
         _check("seed", self.seed, int, 0, "a whole number of at least 0")
+        _check(
+            "search_concepts",
+            self.search_concepts,
+            int,
+            _LEAST_CONCEPTS,
+            f"a whole number of at least {_LEAST_CONCEPTS}",
+        )
         for name in _POSITIVE_INTS:
             _check(name, getattr(self, name), int, 1, "a whole number of at least 1")
         for name in _POSITIVE:

@@ -110,7 +110,8 @@ class SearchResult:
             for concept in order
             if self.outliers.scores[concept] > -torch.inf
         ]
-        return {"p_value": rows[0]["p_value"], "concepts": rows, "words": len(vocabulary.names)}
+        smallest = rows[0]["p_value"] if rows else 1.0  # none where all texts are alike
+        return {"p_value": smallest, "concepts": rows, "words": len(vocabulary.names)}
 
 
 def search(

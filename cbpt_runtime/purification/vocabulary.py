@@ -51,8 +51,10 @@ class Vocabulary:
         return self.concepts == numbers.unsqueeze(1)
 
     def rivals(self) -> Bool[Tensor, "concepts words"]:
-        """Which words a concept competes with: those that are not near one of its own."""
-        return torch.stack([(self.texts @ self.texts[own].T).amax(dim=1) < NEAR for own in self.members()])
+        """Which words a concept competes with: those that are not near one of its own, or else all others."""
+        members = self.members()
+        far = torch.stack([(self.texts @ self.texts[own].T).amax(dim=1) < NEAR for own in members])
+        return torch.where(far.any(dim=1, keepdim=True), far, ~members)
 
 
 def build_vocabulary(

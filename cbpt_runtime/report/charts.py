@@ -23,14 +23,14 @@ _RC: Any = {"svg.hashsalt": "cbpt", "svg.fonttype": "none", "font.size": 11}
 
 
 def ranked_uri(
-    values: Float[np.ndarray, " classes"],
+    values: Float[np.ndarray, " values"],
     names: Sequence[str],
     marked: Sequence[int],
     *,
     x_label: str,
     y_label: str,
 ) -> str:
-    """All classes by a value, highest first, some of them marked and named."""
+    """Classes or concepts by a value, highest first, some of them marked and named."""
     order = np.argsort(-values, kind="stable")
     ranks = np.empty(len(values), int)
     ranks[order] = np.arange(1, len(values) + 1)

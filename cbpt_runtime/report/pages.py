@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -96,6 +97,7 @@ def render_report(
         changed=_changed(bundle),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
+        words=_searched_words(bundle),
         rows=_picture_rows(bundle, examples, painted, call),
         charts=_study_charts(bundle, study),
     )
@@ -255,17 +257,49 @@ def _study_charts(bundle: Bundle, study: Study | None) -> list[Chart]:
     return [chart for chart in shown if chart is not None]
 
 
-def _score_plot(bundle: Bundle) -> str | None:
-    scores = bundle.manifest["evidence"].get("scores")
-    if not isinstance(scores, list) or len(scores) != len(bundle.class_names):
+def _score_plot(bundle: Bundle) -> Chart | None:
+    """The scores of the concepts that were searched, suspects marked; None where the bundle tells of none."""
+    found = bundle.manifest["evidence"].get("concepts")
+    concepts = [concept for concept in found if _is_scored(concept)] if isinstance(found, list) else []
+    if len(concepts) < 2:
         return None
-    values = np.array([np.nan if score is None else score for score in scores], float)
-    return charts.ranked_uri(
-        values,
-        bundle.class_names,
-        bundle.suspect_indices,
-        x_label="classes, most suspicious first",
+    words = [concept["word"] for concept in concepts]
+    marked = [place for place, concept in enumerate(concepts) if _is_suspected(concept, bundle.suspects)]
+    names = _listed([words[place] for place in marked])
+    uri = charts.ranked_uri(
+        np.array([concept["score"] for concept in concepts], float),
+        words,
+        marked,
+        x_label="concepts, most suspicious first",
         y_label="suspicion score",
+    )
+    return Chart(
+        title="suspicion scores",
+        text="Each dot is a concept: words of like meaning, out of the class list and many others, named by "
+        "the word that its trigger leads to. A backdoored target stands clearly above the rest.",
+        uri=uri,
+        alt=f"Suspicion scores of {len(words)} concepts, highest first. Marked: {names or 'none'}.",
+    )
+
+
+def _searched_words(bundle: Bundle) -> int | None:
+    """How many words the search covered, where the bundle tells."""
+    words = bundle.manifest["evidence"].get("words")
+    return words if isinstance(words, int) else None
+
+
+def _is_scored(concept: object) -> bool:
+    if not isinstance(concept, Mapping) or not isinstance(concept.get("word"), str):
+        return False
+    score = concept.get("score")
+    return isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
+
+
+def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a suspect was found in this concept: the numbers are the same, its name may be another word."""
+    return any(
+        all(key in suspect and concept.get(key) == suspect[key] for key in ("score", "p_value", "family"))
+        for suspect in suspects
     )
 
 

@@ -26,6 +26,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones() -> None:
         ("seed", -1),
         ("seed", True),
         ("search_steps", 0),
+        ("search_concepts", 7),
         ("search_batch", 1.5),
         ("suspect_p_value", 0.0),
         ("backdoor_weight", float("nan")),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cbpt_runtime.purification.evidence import Clean, Views, prototypes, with_imagined
+from cbpt_runtime.purification.evidence import Clean, Views, with_imagined
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,13 +44,3 @@ def test_imagined_images_follow_the_seed_and_every_class_gets_its_own() -> None:
 def test_classes_without_images_get_no_imagined_ones() -> None:
     views, tune = few()
     assert torch.equal(with_imagined(views, tune, [3], seed=0).features, views.features)
-
-
-def test_the_prototype_of_a_class_without_images_is_guessed_from_its_text() -> None:
-    _, tune = few()
-    texts = unit(torch.eye(5)[[0, 1, 2, 4]] + torch.tensor([0, 0, 0, 3.0, 0]))  # texts lie apart from images
-    found = prototypes(tune, texts)
-    assert torch.equal(found[:3], prototypes(tune, texts[:3]))
-    assert torch.allclose(found.norm(dim=1), torch.ones(4))
-    assert found[3, 4] > 0.2
-    assert found[3, 3].abs() < 0.1

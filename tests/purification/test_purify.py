@@ -15,14 +15,30 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.pipeline import purify_checkpoint
+from cbpt_runtime.purification import search, vocabulary
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import arranged_for_speed, gather
+from cbpt_runtime.purification.evidence import arranged_for_speed
 from cbpt_runtime.purification.purify import purify
 from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.suspects import Outliers
 
 NAMES = ("cat", "dog", "fire truck", "banana")
-QUICK = PurifyConfig(search_steps=2, search_batch=2, inversion_steps=2, inversion_batch=2, tuning_steps=3)
-SUSPICIOUS = dataclasses.replace(QUICK, suspect_p_value=2.0)  # every class is suspect, the first is taken
+QUICK = PurifyConfig(
+    search_concepts=12,
+    search_steps=2,
+    search_batch=2,
+    inversion_steps=2,
+    inversion_batch=2,
+    tuning_steps=3,
+)
+SUSPICIOUS = dataclasses.replace(QUICK, suspect_p_value=2.0)  # every concept is suspect
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty background words instead of a thousand."""
+    words = vocabulary.background_words()[:40]
+    monkeypatch.setattr(vocabulary, "background_words", lambda: words)
 
 
 def classes() -> ClassList:
@@ -40,51 +56,61 @@ def clean_split(heldout: int = 2) -> CleanSplit:
     )
 
 
+@pytest.mark.usefixtures("few_words")
 @pytest.mark.parametrize("parameterization", ["prompt", "embedding"])
 def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameterization: str) -> None:
     config = dataclasses.replace(SUSPICIOUS, parameterization=parameterization)
     first = purify(tiny_encoder, classes(), clean_split(), config)
     second = purify(tiny_encoder, classes(), clean_split(), config)
     assert first.verdict == "backdoored"
-    assert len(first.suspects) == 1
+    assert 1 <= len(first.suspects) <= len(NAMES) // 2
     assert torch.equal(first.class_embeddings, second.class_embeddings)
     assert not torch.equal(first.class_embeddings, first.reference_embeddings)
     assert (first.contexts is None) == (parameterization == "embedding")
-    index = first.suspects[0].index
     assert set(first.triggers) == {
-        f"blend.{index}.pattern",
-        f"mask.{index}.mask",
-        f"mask.{index}.pattern",
-        f"patch.{index}.mask",
-        f"patch.{index}.pattern",
+        f"{parameter.replace('.', f'.{suspect.index}.')}"
+        for suspect in first.suspects
+        for parameter in ("blend.pattern", "mask.mask", "mask.pattern", "patch.mask", "patch.pattern")
     }
 
 
-def test_bfloat16_searches_like_float32(tiny_encoder: DualEncoder) -> None:
-    margins = [
-        purify(
-            tiny_encoder, classes(), clean_split(), dataclasses.replace(QUICK, precision=precision)
-        ).evidence["families"]["patch"]["to_text"]
-        for precision in ("fp32", "bf16")
-    ]
-    assert margins[0] != margins[1]
-    assert margins[0] == pytest.approx(margins[1], abs=0.02)
+@pytest.mark.usefixtures("few_words")
+def test_bfloat16_searches_like_float32(tiny_encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    margins = []
+    tested = search.find_outliers
+
+    def noted(values: torch.Tensor, level: float) -> Outliers:
+        margins.append(values)
+        return tested(values, level)
+
+    monkeypatch.setattr(search, "find_outliers", noted)
+    for precision in ("fp32", "bf16"):
+        purify(tiny_encoder, classes(), clean_split(), dataclasses.replace(QUICK, precision=precision))
+    exact, mixed = margins
+    both = (exact > -torch.inf) & (mixed > -torch.inf)
+    assert both.float().mean() > 0.4
+    assert not torch.equal(exact, mixed)
+    assert torch.allclose(exact[both], mixed[both], atol=0.02)
 
 
+@pytest.mark.usefixtures("few_words")
 def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder) -> None:
     config = dataclasses.replace(QUICK, suspect_p_value=1e-12)
     result = purify(tiny_encoder, classes(), clean_split(), config)
     assert (result.verdict, result.suspects, result.triggers) == ("clean", (), {})
     assert torch.equal(result.class_embeddings, result.reference_embeddings)
     assert result.metrics["heldout_ca_before"] == result.metrics["heldout_ca_after"]
-    assert len(result.evidence["scores"]) == len(NAMES)
+    assert result.evidence["words"] == len(NAMES) + 40
+    assert result.evidence["concepts"][0]["p_value"] == result.evidence["p_value"] > 1e-12
 
 
+@pytest.mark.usefixtures("few_words")
 def test_without_held_out_images_the_tune_images_are_measured(tiny_encoder: DualEncoder) -> None:
     result = purify(tiny_encoder, classes(), clean_split(heldout=0), QUICK)
     assert result.metrics["heldout_images"] == 12
 
 
+@pytest.mark.usefixtures("few_words")
 def test_finished_stages_are_not_run_again(tiny_encoder: DualEncoder, tmp_path: Path) -> None:
     store, seen = StageStore(tmp_path, "x"), []
 
@@ -100,6 +126,7 @@ def test_finished_stages_are_not_run_again(tiny_encoder: DualEncoder, tmp_path: 
     assert first.suspects == again.suspects
 
 
+@pytest.mark.usefixtures("few_words")
 @pytest.mark.parametrize("kind", ["vit", "resnet", "custom-text", "siglip"])
 def test_every_kind_of_tower_can_be_purified(kind: str, tiny_folder: Callable[..., Path]) -> None:
     encoder = load_dual_encoder(read_checkpoint(tiny_folder(kind)))
@@ -114,12 +141,6 @@ def test_folding_batch_norms_changes_no_feature(tiny_resnet_folder: Path) -> Non
     assert not any("running_var" in name for name in fast.module.state_dict())
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(fast.encode_images(pixels), encoder.encode_images(pixels), atol=1e-5)
-
-
-def test_prototypes_are_the_unit_means_of_clean_features(tiny_encoder: DualEncoder) -> None:
-    evidence = gather(tiny_encoder, classes(), clean_split())
-    mean = evidence.tune.features[evidence.tune.labels == 1].mean(dim=0)
-    assert torch.allclose(evidence.prototypes[1], mean / mean.norm(), atol=1e-6)
 
 
 def test_a_real_backdoor_is_named_and_stopped(shared_data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from cbpt_runtime.purification.rehearsal import (
     of_other_classes,
     rehearse,
     strongest_success,
+    tuning_data,
 )
+from cbpt_runtime.purification.targets import Target
 
 SIDE = 4
 
@@ -43,11 +45,23 @@ def evidence() -> Evidence:
     return Evidence(
         encoder=encoder,
         texts=normalize(texts.flatten(1), dim=1),
-        prototypes=normalize(texts.flatten(1), dim=1),
         scale=10.0,
         tune=clean,
         views=Views(features=features, labels=labels),
         heldout=clean,
+    )
+
+
+def target(text: Tensor | None = None) -> Target:
+    """Class 1; with a text, something else that class 1 takes the images of."""
+    return Target(
+        index=1,
+        name="one" if text is None else "other",
+        text=evidence().texts[1] if text is None else text,
+        on_list=text is None,
+        score=9.0,
+        p_value=0.001,
+        family="patch",
     )
 
 
@@ -65,19 +79,19 @@ def triggers() -> dict[str, Tensor]:
 
 
 def test_only_dummy_triggers_that_work_are_rehearsed() -> None:
-    found = rehearse(evidence(), [1], triggers(), seed=0)
+    found = rehearse(evidence(), [target()], triggers(), seed=0)
     assert len(found) == len(STRENGTHS)
     assert strongest_success(evidence(), 1, found, evidence().texts) == 1.0
 
 
 def test_the_best_is_rehearsed_where_none_works() -> None:
     weak = triggers() | {"patch.1.mask": torch.zeros(1, SIDE, SIDE)}
-    assert len(rehearse(evidence(), [1], weak, seed=0)) >= len(STRENGTHS)
+    assert len(rehearse(evidence(), [target()], weak, seed=0)) >= len(STRENGTHS)
 
 
 def test_images_of_the_suspected_class_are_left_out() -> None:
     known = evidence()
-    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    rehearsals = rehearse(known, [target()], triggers(), seed=0)
     features, labels, suspects = of_other_classes(rehearsals, known.tune.labels)
     assert features.shape == (8 * len(STRENGTHS), 3 * SIDE * SIDE)
     assert sorted(labels.unique().tolist()) == [0, 2]
@@ -86,7 +100,7 @@ def test_images_of_the_suspected_class_are_left_out() -> None:
 
 def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:
     known = evidence()
-    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    rehearsals = rehearse(known, [target()], triggers(), seed=0)
     twice = [*rehearsals, *(replace(one, suspect=2, tune=known.tune.features) for one in rehearsals[:1])]
     basis = directions([1, 2], twice)
     assert torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-5)
@@ -97,7 +111,7 @@ def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:
 
 def test_a_head_is_accepted_when_dummy_triggers_fail_and_the_suspect_is_not_overcalled() -> None:
     known = evidence()
-    rehearsals = rehearse(known, [1], triggers(), seed=0)
+    rehearsals = rehearse(known, [target()], triggers(), seed=0)
     assert judged(known, [1], rehearsals, known.texts, 0.0) == "unsafe"
     deaf = known.texts.clone()
     deaf[1].view(3, SIDE, SIDE)[:, -1, -1] = -1.0
@@ -105,3 +119,28 @@ def test_a_head_is_accepted_when_dummy_triggers_fail_and_the_suspect_is_not_over
     everything = known.texts.clone()
     everything[1] = 10 * known.tune.features.sum(dim=0)
     assert judged(known, [1], rehearsals, everything, 0.0) == "overcalled"
+
+
+def test_a_target_off_the_list_counts_as_reached_where_its_own_text_is() -> None:
+    known = evidence()
+    deaf = known.texts.clone()
+    deaf[1].view(3, SIDE, SIDE)[:, -1, -1] = 0.0  # the class itself cannot be forced
+    lit = torch.zeros(3, SIDE, SIDE)
+    lit[:, -1, -1] = 3**-0.5
+    found = rehearse(replace(known, texts=deaf), [target(lit.flatten())], triggers(), seed=0)
+    assert len(found) == len(STRENGTHS)
+    tuned_on = found[0].tune @ lit.flatten()
+    assert (tuned_on > 0.9).all()
+
+
+def test_images_leave_whatever_class_a_target_off_the_list_sends_them_to() -> None:
+    known = evidence()
+    targets = [target()], [target(known.texts[1])]
+    listed, other = (
+        tuning_data(known, some, rehearse(known, some, triggers(), seed=0), seed=0) for some in targets
+    )
+    assert (listed.triggered_suspects == 1).all()
+    assert (other.triggered_suspects != other.triggered_labels).all()
+    cosines = (other.triggered @ known.texts.T).scatter(1, other.triggered_labels.unsqueeze(1), -1.0)
+    assert torch.equal(other.triggered_suspects, cosines.argmax(dim=1))
+    assert other.suspects == (1,)

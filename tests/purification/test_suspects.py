@@ -1,110 +1,142 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from cbpt_runtime.purification.suspects import (
-    joint_scores,
-    p_value,
-    p_values,
-    robust_z,
-    smooth_scores,
-)
+from cbpt_runtime.purification.suspects import deviations_above, find_outliers, p_value
+
+DRAWS = 200
 
 
-def test_robust_z_measures_from_the_median_in_deviations() -> None:
-    values = torch.randn(20001, generator=torch.Generator().manual_seed(0)) * 3 + 7
-    z = robust_z(values)
-    assert z.median().item() == 0
-    assert z.std().item() == pytest.approx(1, abs=0.03)
+def null(seed: int, families: int = 2, concepts: int = 40) -> torch.Tensor:
+    """Margins of an encoder without a backdoor; per family the lesser half is given up."""
+    margins = torch.randn(families, concepts, generator=torch.Generator().manual_seed(seed))
+    middle = margins.median(dim=1, keepdim=True).values
+    return margins.masked_fill(margins < middle, -torch.inf)
 
 
-def test_the_t_tail_equals_tabulated_quantiles() -> None:
-    assert p_value(1.833, 10, 1) == pytest.approx(0.05, abs=2e-4)  # 95 % quantile, 9 degrees of freedom
-    assert p_value(2.365, 100, 1) == pytest.approx(0.01, abs=2e-4)  # 99 % quantile, 99 degrees
-    assert p_value(0.0, 50, 1) == pytest.approx(0.5, abs=1e-6)
-    assert p_value(0.0, 50, 10) == 1.0
+def planted(*concepts: int, families: int = 3) -> torch.Tensor:
+    """A null, but the concepts stand far out in the second family."""
+    margins = null(1, families)
+    for place, concept in enumerate(concepts):
+        margins[1, concept] = 20.0 - place
+    return margins
 
 
-def measured(n_classes: int = 60) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    to_text, noise, collapse = (torch.randn(n_classes, generator=generator) for _ in range(3))
-    to_prototype = to_text + 0.1 * noise
-    return {
-        "to_text": to_text,
-        "least_to_text": to_text - 1,
-        "to_prototype": to_prototype,
-        "collapse": collapse,
-    }
+@pytest.mark.parametrize(("families", "concepts"), [(1, 48), (2, 40)])
+def test_p_values_of_a_normal_null_are_nearly_uniform_and_never_promise_too_much(
+    families: int, concepts: int
+) -> None:
+    smallest = sorted(
+        float(find_outliers(null(seed, families, concepts), 1e-12).p_values.min()) for seed in range(DRAWS)
+    )
+    too_small = max((place + 1) / DRAWS - value for place, value in enumerate(smallest))
+    too_large = max(value - place / DRAWS for place, value in enumerate(smallest))
+    assert too_small < 1.22 / math.sqrt(DRAWS)  # Kolmogorov, one-sided, 5 %
+    assert too_large < 0.25  # cautious where it does not matter: most of it is above 0.2
+    assert sum(value < 0.01 for value in smallest) <= 6  # binomial, 2 expected: 1 %
+    assert 2 <= sum(value < 0.1 for value in smallest) <= 32
 
 
-@pytest.mark.parametrize("sign", ["to_prototype", "collapse"])
-def test_a_class_that_is_reached_and_shows_one_more_sign_scores_highest(sign: str) -> None:
-    values = measured()
-    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = 3.0, 2.0, 3.0
-    before = joint_scores(**values)[7]
-    values[sign][7] = {"to_prototype": 0.0, "collapse": 6.0}[sign]
-    scores = joint_scores(**values)
-    assert scores.argmax() == 7
-    assert scores[7] > before + 1
+def test_one_planted_outlier_is_the_only_suspect() -> None:
+    found = find_outliers(planted(7), 0.01)
+    assert found.suspects == [7]
+    assert found.families[7] == 1
+    assert found.p_values[7] < 0.001
+    assert found.p_values.argmin() == 7
+    assert found.scores.argmax() == 7
 
 
-def test_little_asymmetry_speaks_against_a_class_only_so_much() -> None:
-    values = measured()
-    values["to_prototype"][7] = values["to_text"][7] + 10
-    low = joint_scores(**values)
-    values["to_prototype"][7] += 100
-    assert torch.allclose(joint_scores(**values)[7], low[7], atol=0.05)
+def test_two_planted_outliers_are_both_found_the_clearer_one_first() -> None:
+    assert find_outliers(planted(30, 7), 0.01).suspects == [30, 7]
+    assert find_outliers(planted(7, 30), 0.01).suspects == [7, 30]
 
 
-def test_a_class_that_is_only_asymmetric_does_not_stand_out() -> None:
-    values = measured()
-    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = 1.0, 0.0, -30.0
-    assert joint_scores(**values)[7] < 2 < robust_z(values["to_text"] - values["to_prototype"])[7]
+def test_an_outlier_does_not_hide_a_lesser_one() -> None:
+    margins = planted(7, 30)
+    alone = find_outliers(planted(30), 0.01)
+    margins[1, 30], margins[1, 7] = 20.0, 1e6
+    both = find_outliers(margins, 0.01)
+    assert both.suspects == [7, 30]
+    assert both.p_values[30] < 2 * alone.p_values[30]
 
 
-def test_a_class_that_nothing_reaches_does_not_stand_out() -> None:
-    values = measured()
-    values["to_text"][7], values["least_to_text"][7], values["to_prototype"][7] = -2.0, -3.0, -4.0
-    values["collapse"][7] = 9.0
-    assert joint_scores(**values)[7] == 0
-    assert smooth_scores(values["to_text"], values["least_to_text"], values["collapse"])[7] == 0
+def test_nothing_planted_suspects_nobody() -> None:
+    assert all(find_outliers(null(seed), 0.0005).suspects == [] for seed in range(5))
 
 
-def test_signs_that_hang_together_are_brought_to_their_own_scale() -> None:
-    values = measured()
-    values["least_to_text"] = values["collapse"] = values["to_text"]
-    plain, rescaled = joint_scores(**values), joint_scores(**values, rescale=True)
-    assert rescaled.argmax() == plain.argmax()
-    assert 0 < rescaled.max() < plain.max()
+def test_concepts_that_were_given_up_are_never_suspects() -> None:
+    margins = planted(7)
+    found = find_outliers(margins, 1.0)
+    given_up = [concept for concept in range(40) if (margins[:, concept] == -torch.inf).all()]
+    assert given_up
+    assert not set(given_up) & set(found.suspects)
+    assert (found.p_values[given_up] == 1).all()
+    assert (found.scores[given_up] == -torch.inf).all()
 
 
-def test_a_smooth_trigger_stands_out_by_reach_and_collapse() -> None:
-    reach, least, collapse = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    reach[7], least[7], collapse[7] = 4.0, 4.0, 4.0
-    scores = smooth_scores(reach, least, collapse)
-    assert scores.argmax() == 7
-    assert scores[7] == pytest.approx(robust_z(sum(map(robust_z, (reach, least, collapse))))[7])
-    collapse[7] = -4.0
-    assert smooth_scores(reach, least, collapse)[7] < scores[7] - 2
+def test_what_all_concepts_have_in_common_changes_no_verdict() -> None:
+    margins, found = planted(7), find_outliers(planted(7), 0.01)
+    moved = find_outliers(0.01 * margins + torch.tensor([[3.0], [-5.0], [0.0]]), 0.01)
+    kept = found.scores > -torch.inf
+    assert moved.suspects == found.suspects
+    assert torch.allclose(moved.scores[kept], found.scores[kept], rtol=1e-3, atol=1e-3)
 
 
-def test_a_backdoor_gets_a_small_p_value_and_a_null_model_none() -> None:
-    scores = torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
-    painted, others = scores[:3], scores[3:]
-    assert p_values(painted, others).min() > 0.01
-    painted[1, 42] = 8.0
-    others[0, 7] = 6.0
-    values = p_values(painted, others)
-    assert values[42] < 1e-6
-    assert values[42] < values[7] < 1e-4
-    assert (values < 0.01).sum() == 2
+def test_deviations_are_those_of_the_normal_distribution_through_the_upper_quantiles() -> None:
+    others = torch.linspace(0, 1, 101)
+    by_90 = (0.9 - 0.75) / (1.2816 - 0.6745)
+    assert deviations_above(torch.tensor(1.0), others) == pytest.approx(0.6745 + 0.25 / by_90, rel=1e-5)
+    heavier = others.clone()
+    heavier[95:] = 3.0
+    by_95 = (3.0 - 0.75) / (1.6449 - 0.6745)
+    assert deviations_above(torch.tensor(1.0), heavier) == pytest.approx(0.6745 + 0.25 / by_95, rel=1e-5)
 
 
-def test_leading_in_every_family_tells_among_a_dozen_classes() -> None:
-    scores = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).clamp(max=1.5)
-    scores[:, 3] = 2.0
-    nothing = torch.zeros(1, 16)
-    assert p_values(scores, nothing)[3].item() == pytest.approx(2 * 16**-2)
-    scores[0, 4] = 2.1
-    assert p_values(scores, nothing).min() > 0.05
+def test_only_the_upper_quarter_of_the_others_judges() -> None:
+    others = torch.linspace(0, 1, 101)
+    same = others.masked_fill(others < 0.7, -torch.inf)
+    assert deviations_above(torch.tensor(2.0), same) == deviations_above(torch.tensor(2.0), others)
+
+
+def test_equal_others_give_a_finite_score() -> None:
+    assert deviations_above(torch.tensor(0.0), torch.zeros(20)) == pytest.approx(0.6745)
+    assert math.isfinite(deviations_above(torch.tensor(1.0), torch.zeros(20)))
+
+
+def cauchy(score: float) -> float:
+    return 0.5 - math.atan(score) / math.pi
+
+
+def two_degrees(score: float) -> float:
+    return 0.5 - score / (2 * math.sqrt(2 + score**2))
+
+
+def three_degrees(score: float) -> float:
+    root = score / math.sqrt(3)
+    return 0.5 - (root / (1 + root**2) + math.atan(root)) / math.pi
+
+
+@pytest.mark.parametrize("score", [-1.0, 0.0, 0.7, 3.0, 30.0])
+@pytest.mark.parametrize("families", [1, 5])
+@pytest.mark.parametrize(("concepts", "tail"), [(8, cauchy), (12, two_degrees), (16, three_degrees)])
+def test_p_values_are_those_of_students_t_for_the_largest_of_all_scores(
+    score: float, families: int, concepts: int, tail: object
+) -> None:
+    assert callable(tail)
+    expected = 1 - (1 - tail(score)) ** (concepts * families)
+    assert p_value(score, concepts, families) == pytest.approx(expected, rel=1e-4)
+
+
+def test_p_values_agree_with_the_printed_table_of_students_t() -> None:
+    for concepts, critical in ((44, 3.169), (96, 2.807), (124, 2.750)):  # 10, 23, 30 degrees, 0.5 %
+        assert p_value(critical, concepts, 1) == pytest.approx(1 - 0.995**concepts, rel=2e-3)
+
+
+def test_extreme_scores_give_p_values_that_are_numbers_in_the_unit_interval() -> None:
+    values = [p_value(score, 96, 5) for score in (-math.inf, -1e9, 0.0, 50.0, 1e9)]
+    assert values[0] == 1.0
+    assert values == sorted(values, reverse=True)
+    assert all(0 <= value <= 1 for value in values)

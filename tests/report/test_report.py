@@ -105,11 +105,81 @@ def test_the_report_is_the_same_twice(tmp_path: Path, make_content: MakeContent)
     assert render_report(bundle, examples=EXAMPLES) == render_report(bundle, examples=EXAMPLES)
 
 
-@pytest.mark.parametrize("evidence", [{}, {"scores": [1.0]}, {"scores": [None, 1.0, 2.0]}, {"other": 1}])
-def test_evidence_without_scores_gives_a_page_without_a_plot_or_with_gaps(
+def score_plots(html: str) -> list[tuple[str, str]]:
+    """What is said of the score plot, and the plot itself."""
+    images = [attributes for tag, attributes in Page(html).tags if tag == "img"]
+    plots = [one for one in images if (one["alt"] or "").startswith("Suspicion scores")]
+    return [(one["alt"] or "", base64.b64decode((one["src"] or "").split(",")[1]).decode()) for one in plots]
+
+
+def test_the_concepts_scores_are_drawn_with_the_suspects_word_alone(
+    tmp_path: Path, make_content: MakeContent
+) -> None:
+    ((told, drawn),) = score_plots(render(tmp_path, make_content()))
+    assert told == "Suspicion scores of 3 concepts, highest first. Marked: banana."
+    assert "banana" in drawn
+    assert "tench" not in drawn
+
+
+def test_a_suspect_is_marked_by_its_numbers_where_its_class_goes_by_another_word(
+    tmp_path: Path, make_content: MakeContent
+) -> None:
+    content = make_content()
+    content.evidence["concepts"][0]["word"] = "plantain"
+    ((told, drawn),) = score_plots(render(tmp_path, content))
+    assert told.endswith("Marked: plantain.")
+    assert "plantain" in drawn
+
+
+def test_a_target_off_the_list_is_told_with_the_class_that_takes_its_images(
+    tmp_path: Path, make_content: MakeContent
+) -> None:
+    suspect = dict(make_content().suspects[0]) | {"name": "zebra", "on_list": False, "index": 1}
+    text = Page(render(tmp_path, make_content(suspects=(suspect,)))).text
+    assert "zebra, not on the list: such images are called fire truck" in text
+    assert "not on the list" not in Page(render(tmp_path / "listed", make_content())).text
+
+
+@pytest.mark.parametrize("words", [1000, None])
+def test_a_clean_verdict_tells_how_many_words_were_searched_where_it_is_known(
+    tmp_path: Path, make_content: MakeContent, words: int | None
+) -> None:
+    evidence = {"words": words} if words else {}
+    text = Page(render(tmp_path, make_content(verdict="clean", suspects=(), evidence=evidence))).text
+    among = " among 1000 words" if words else ""
+    assert f"covers the classes of this bundle{among} and a few families" in " ".join(text.split())
+
+
+GOOD = {"word": "cat", "score": 1.0, "p_value": 1.0, "family": "patch", "success": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("concepts", "drawn"),
+    [
+        (None, 0),
+        ("many", 0),
+        ([], 0),
+        ([GOOD], 0),
+        ([GOOD, GOOD, None, 3, {}, GOOD | {"score": None}, GOOD | {"score": "9"}, GOOD | {"word": 1}], 2),
+        ([GOOD, {"word": "dog", "score": 2}], 2),
+    ],
+)
+def test_concepts_that_say_nothing_are_left_out_of_the_plot(
+    tmp_path: Path, make_content: MakeContent, concepts: object, drawn: int
+) -> None:
+    html = render(tmp_path, make_content(evidence={"concepts": concepts}))
+    assert "Backdoor found" in html
+    expected = [f"Suspicion scores of {drawn} concepts, highest first. Marked: none."] if drawn else []
+    assert [told for told, _ in score_plots(html)] == expected
+
+
+@pytest.mark.parametrize("evidence", [{}, {"scores": [1.0]}, {"other": 1}])
+def test_evidence_of_another_kind_gives_a_page_without_a_plot(
     tmp_path: Path, make_content: MakeContent, evidence: dict
 ) -> None:
-    assert "Backdoor found" in render(tmp_path, make_content(evidence=evidence))
+    html = render(tmp_path, make_content(evidence=evidence))
+    assert "Backdoor found" in html
+    assert score_plots(html) == []
 
 
 def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_are_kept() -> None:

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.evidence import Clean
+from cbpt_runtime.purification.search import SearchResult, Subject, search
+from cbpt_runtime.purification.targets import nearest_word
+from cbpt_runtime.purification.vocabulary import Vocabulary, group
+from cbpt_runtime.triggers import SEARCH_FAMILIES
+
+CONFIG = PurifyConfig(search_steps=30, search_batch=8, suspect_p_value=0.05, precision="fp32")
+WORDS = tuple(f"word {number}" for number in range(64))
+TARGET = 17
+DIM = 16
+
+
+def unit(count: int, seed: int) -> Tensor:
+    return normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def vocabulary(extra: tuple[str, ...] = (), seed: int = 1) -> Vocabulary:
+    """The words, after so many names of the user's."""
+    texts = torch.cat([unit(len(extra), seed), unit(len(WORDS), 0)])
+    return Vocabulary(
+        names=(*extra, *WORDS), texts=texts, concepts=group(texts, len(WORDS)), n_listed=len(extra)
+    )
+
+
+@pytest.fixture
+def subject(weak: Any, dark_images: Callable[..., Clean]) -> Callable[..., Subject]:
+    """Returns a function that gives an encoder, weak for TARGET, and what is asked of it."""
+
+    def make(strength: float = 10.0, words: Vocabulary | None = None, seed: int = 0) -> Subject:
+        encoder = weak(unit(len(WORDS), 0)[TARGET], strength, seed=seed)
+        return Subject(
+            encoder=encoder,
+            vocabulary=vocabulary() if words is None else words,
+            scale=20.0,
+            clean=dark_images(encoder, 48),
+            heldout=dark_images(encoder, 40, seed=1),
+        )
+
+    return make
+
+
+def suspected(result: SearchResult, words: Vocabulary) -> list[str]:
+    return [
+        words.names[nearest_word(result.directions[concept], words)[0]]
+        for concept in result.outliers.suspects
+    ]
+
+
+def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(subject: Callable[..., Subject]) -> None:
+    found = search(subject(), CONFIG)
+    assert suspected(found, vocabulary()) == [WORDS[TARGET]]
+    (concept,) = found.outliers.suspects
+    assert found.words[concept] == TARGET
+    assert found.families[found.outliers.families[concept]] == "patch"
+    assert found.success[concept] == found.success.max() > 0.3
+
+
+def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., Subject]) -> None:
+    found = search(subject(strength=0.0), CONFIG)
+    assert found.outliers.suspects == []
+    assert found.outliers.p_values.min() > 0.2
+
+
+def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., Subject]) -> None:
+    known = subject()
+    other = dataclasses.replace(
+        known,
+        clean=dataclasses.replace(known.clean, labels=known.clean.labels.flip(0)),
+        heldout=dataclasses.replace(known.heldout, labels=torch.zeros_like(known.heldout.labels)),
+    )
+    assert search(known, CONFIG).to_dict(vocabulary()) == search(other, CONFIG).to_dict(vocabulary())
+
+
+@pytest.mark.parametrize("extra", [("dog",), ("red", "green", "blue"), tuple(f"name {n}" for n in range(20))])
+def test_the_verdict_does_not_depend_on_the_other_names_on_the_list(
+    subject: Callable[..., Subject], extra: tuple[str, ...]
+) -> None:
+    words = vocabulary(extra)
+    assert suspected(search(subject(words=words), CONFIG), words) == [WORDS[TARGET]]
+    assert search(subject(strength=0.0, words=words), CONFIG).outliers.suspects == []
+
+
+def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callable[..., Subject]) -> None:
+    alone = search(subject(), CONFIG)
+    assert suspected(alone, vocabulary()) == [WORDS[TARGET]]
+    for reference in (subject(), subject(seed=9)):
+        assert search(subject(), CONFIG, reference=reference).outliers.suspects == []
+
+
+def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., Subject]) -> None:
+    found = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
+    assert suspected(found, vocabulary()) == [WORDS[TARGET]]
+
+
+def test_the_same_seed_gives_the_same_result(subject: Callable[..., Subject]) -> None:
+    config = dataclasses.replace(CONFIG, search_steps=2)
+    first, again, other = (
+        search(subject(), dataclasses.replace(config, seed=seed)).to_dict(vocabulary()) for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_every_family_is_told_and_half_of_the_concepts_are_given_up_in_each(
+    subject: Callable[..., Subject],
+) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def watch(stage: str, step: int, total: int, values: object) -> None:
+        told.append((stage, step, total))
+
+    found = search(subject(), dataclasses.replace(CONFIG, search_steps=1), watch)
+    assert told == [("search", number + 1, 5) for number in range(len(SEARCH_FAMILIES))]
+    tried = found.outliers.scores > -torch.inf
+    assert len(WORDS) / 2 <= int(tried.sum()) <= len(WORDS)
+    assert (found.directions[~tried] == 0).all()
+
+
+def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(subject: Callable[..., Subject]) -> None:
+    rows = search(subject(), CONFIG).to_dict(vocabulary())
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert (rows["words"], rows["concepts"][0]["word"]) == (len(WORDS), WORDS[TARGET])
+    chances = [row["p_value"] for row in rows["concepts"]]
+    assert chances == sorted(chances)
+    assert rows["p_value"] == chances[0] < 0.05
+    assert set(rows["concepts"][0]) == {"word", "score", "p_value", "family", "success"}
+    assert {row["family"] for row in rows["concepts"]} <= set(SEARCH_FAMILIES)
+
+
+def test_where_all_texts_are_alike_nothing_is_suspected(subject: Callable[..., Subject]) -> None:
+    texts = unit(1, 0).expand(len(WORDS), DIM)
+    alike = Vocabulary(names=WORDS, texts=texts, concepts=group(texts, len(WORDS) - 1), n_listed=0)
+    assert alike.n_concepts == 1
+    found = search(subject(words=alike), dataclasses.replace(CONFIG, search_steps=1))
+    assert found.outliers.suspects == []
+    assert found.to_dict(alike) == {"p_value": 1.0, "concepts": [], "words": len(WORDS)}
