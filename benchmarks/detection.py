@@ -6,7 +6,7 @@
 
 VICTIMS holds open_clip folders with `attack.json` (`"target": null` for a clean one); the images are folders
 with `train/<class>` and `val/<class>`. A trial is checkpoint × class list × images × seed: the list is drawn
-at random among the classes with images (and, for more names than those, ImageNet's), with or without the target.
+at random among the classes with images (for more names also ImageNet's), with or without the target.
 Only the scoring reads `attack.json`. Trials that are in FILE are kept, so that an interrupted run goes on.
 """
 

@@ -13,6 +13,7 @@ _QUARTILE = (0.75, 0.6745)
 _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 """Quantiles of the others, and where a standard normal distribution has them."""
 
+_STEPS = 20001
 _UNREACHED = 3.0
 """Most that a concept scores which the trigger does not take most images to: not rare among so many."""
 
@@ -96,9 +97,18 @@ def _tested(
             left = [index for index in range(n_concepts) if index != concept and index not in before]
             if margins[family, concept] > -torch.inf and len(left) > 3:
                 scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
+    together = scores.clamp(min=0).sum(dim=0)
+    joint = torch.full((1, n_concepts), -torch.inf)
+    for concept in range(n_concepts):
+        before = suspects[: suspects.index(concept)] if concept in suspects else suspects
+        left = [index for index in range(n_concepts) if index != concept and index not in before]
+        if together[concept] > 0 and len(left) > 3:
+            joint[0, concept] = deviations_above(together[concept], together[left])
+    scores = torch.cat([scores, joint])
+    reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
     scores = torch.where(reached, scores, scores.clamp(max=_UNREACHED))
     best, families = scores.max(dim=0)
-    chances = torch.tensor([p_value(float(score), n_concepts * n_families) for score in best])
+    chances = torch.tensor([p_value(float(score), n_concepts) for score in best])
     return best, families.tolist(), chances
 
 
@@ -124,9 +134,24 @@ def _upper_quantile(descending: Float[Tensor, " others"], share: float) -> float
     return float(torch.lerp(descending[low], descending[high], place - low))
 
 
-def p_value(score: float, n_tests: int) -> float:
-    """Chance that the largest of so many independent standard normal values lies above the score."""
+def p_value(score: float, n_concepts: int) -> float:
+    """Chance that the largest score of a family lies so high, had no concept a backdoor.
+
+    Scores follow Student's t with half as many degrees of freedom as there are concepts: the half that scores
+    are judged by. Families are not counted. They are far from independent, and on clean models the
+    largest score of all families is smaller than this chance says of one; `docs/method.md` has the figures.
+
+    Args:
+        score: Deviations above the median.
+        n_concepts: Concepts in each family.
+    """
     if score == -math.inf:
         return 1.0
-    tail = 0.5 * math.erfc(score / math.sqrt(2))
-    return -math.expm1(n_tests * math.log1p(-min(tail, 1 - 1e-12)))
+    tail = _student_tail(score, max(1, n_concepts // 2))
+    return -math.expm1(n_concepts * math.log1p(-min(tail, 1 - 1e-12)))
+
+
+def _student_tail(score: float, freedom: int) -> float:
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    angle = torch.linspace(math.atan(score / math.sqrt(freedom)), math.pi / 2, _STEPS, dtype=torch.float64)
+    return constant * float(torch.trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle))

@@ -25,7 +25,6 @@ CLASSES = ClassList(names=("red_square", "green disc", "Blue Stripes"), template
 def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     words = vocabulary.background_words()[:200:8]
     monkeypatch.setattr(vocabulary, "background_words", lambda: words)
-    monkeypatch.setattr(search, "_ALIKE", 2.0)  # a random model moves all images alike
 
 
 @pytest.fixture(scope="module")
