@@ -96,13 +96,23 @@ def _tested(
     for family in range(n_families):
         for concept in range(n_concepts):
             before = suspects[: suspects.index(concept)] if concept in suspects else suspects
-            others = ~alike[family, concept]
-            others[[concept, *before]] = False
+            others = _witnesses(margins[family], alike[family, concept], [concept, *before])
             if margins[family, concept] > -torch.inf and int(others.sum()) > 3:
                 scores[family, concept] = deviations_above(margins[family, concept], margins[family, others])
     best, families = scores.max(dim=0)
     chances = torch.tensor([p_value(float(score), n_concepts, n_families) for score in best])
     return best, families.tolist(), chances
+
+
+def _witnesses(
+    margins: Float[Tensor, " concepts"], alike: Bool[Tensor, " concepts"], out: list[int]
+) -> Bool[Tensor, " concepts"]:
+    """The concepts that one is judged by; those alike, too, where few others were followed up."""
+    everybody = torch.ones_like(alike)
+    everybody[out] = False
+    others = everybody & ~alike
+    followed = int((others & (margins > -torch.inf)).sum())
+    return others if followed > math.ceil((1 - _QUARTILE[0]) * int(others.sum())) else everybody
 
 
 def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:
