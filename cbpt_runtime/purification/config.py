@@ -41,6 +41,8 @@ class PurifyConfig:
         parameterization: Tune the class embeddings, or one context per class through the text tower.
         precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
             instructions for it, twice as fast. Whatever is measured is measured in float32.
+        background_words: Search for open_clip's ImageNet names, too, and judge by them. Without them only for an
+            encoder that knows nothing but the classes of the list.
         search_concepts: Groups of words that are searched, in every search family; at least 8, because each
             is judged by the others.
         search_steps: Steps of the short inversion, the second half of them for the better half of the
@@ -67,6 +69,7 @@ class PurifyConfig:
     seed: int = 0
     parameterization: Parameterization = "embedding"
     precision: Precision = "auto"
+    background_words: bool = True
     search_concepts: int = 80
     search_steps: int = 30
     search_batch: int = 4
@@ -89,6 +92,8 @@ class PurifyConfig:
         for name, choices in (("parameterization", Parameterization), ("precision", Precision)):
             if getattr(self, name) not in get_args(choices):
                 raise _bad(name, "one of " + ", ".join(get_args(choices)), getattr(self, name))
+        if not isinstance(self.background_words, bool):
+            raise _bad("background_words", "true or false", self.background_words)
         _check("seed", self.seed, int, 0, "a whole number of at least 0")
         _check(
             "search_concepts",

@@ -139,7 +139,9 @@ def _search(
     progress: Progress | None,
 ) -> Stage:
     """What the search says of every concept, and the targets it points to, with their texts."""
-    vocabulary = build_vocabulary(encoder, classes, evidence.texts, config.search_concepts)
+    vocabulary = build_vocabulary(
+        encoder, classes, evidence.texts, config.search_concepts, background=config.background_words
+    )
     subject = Subject(
         encoder=evidence.encoder,
         vocabulary=vocabulary,

@@ -62,11 +62,18 @@ def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: Subject
     """
     fast = arranged_for_speed(encoder.image_encoder)
     listed = None if classes is None else encoder.class_embeddings(classes)
-    concepts = suspect.vocabulary.n_concepts
+    asked = suspect.vocabulary
     clean = _seen(fast, suspect.clean)
     return Subject(
         encoder=fast,
-        vocabulary=build_vocabulary(encoder, classes, listed, concepts, like=suspect.vocabulary),
+        vocabulary=build_vocabulary(
+            encoder,
+            classes,
+            listed,
+            asked.n_concepts,
+            background=len(asked.names) > asked.n_listed,
+            like=asked,
+        ),
         scale=encoder.logit_scale,
         clean=clean,
         heldout=clean if suspect.heldout is suspect.clean else _seen(fast, suspect.heldout),

@@ -157,7 +157,13 @@ def _subject(
     heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
     return Subject(
         encoder=fast,
-        vocabulary=build_vocabulary(encoder, listed, texts, config.search_concepts),
+        vocabulary=build_vocabulary(
+            encoder,
+            listed,
+            texts,
+            config.search_concepts,
+            background=config.background_words or listed is None,
+        ),
         scale=encoder.logit_scale,
         clean=clean.part(~heldout),
         heldout=clean.part(heldout),

@@ -14,6 +14,7 @@ _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 """Quantiles of the others, and where a standard normal distribution has them."""
 
 _STEPS = 20001
+_FEWEST_OTHERS = 3
 _UNREACHED = 3.0
 """Most that a concept scores which the trigger does not take most images to: not rare among so many."""
 
@@ -50,9 +51,10 @@ class Outliers:
     """How far each concept stands out from the others.
 
     Attributes:
-        scores: Distance from the others in deviations, the largest over the families.
-        families: Which family that is.
-        p_values: Of each concept, corrected for concepts and families.
+        scores: Distance from the others in deviations: the largest over the families and over their sum, in
+            which a concept stands out that does so a little everywhere.
+        families: The family that shows it best.
+        p_values: Of each concept, corrected for the number of concepts.
         suspects: Concepts whose p-value is below the level, the smallest first.
     """
 
@@ -89,27 +91,25 @@ def _tested(
     reached: Bool[Tensor, "families concepts"],
     suspects: list[int],
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
-    n_families, n_concepts = margins.shape
-    scores = torch.full_like(margins, -torch.inf)
-    for family in range(n_families):
-        for concept in range(n_concepts):
-            before = suspects[: suspects.index(concept)] if concept in suspects else suspects
-            left = [index for index in range(n_concepts) if index != concept and index not in before]
-            if margins[family, concept] > -torch.inf and len(left) > 3:
-                scores[family, concept] = deviations_above(margins[family, concept], margins[family, left])
-    together = scores.clamp(min=0).sum(dim=0)
-    joint = torch.full((1, n_concepts), -torch.inf)
-    for concept in range(n_concepts):
-        before = suspects[: suspects.index(concept)] if concept in suspects else suspects
-        left = [index for index in range(n_concepts) if index != concept and index not in before]
-        if together[concept] > 0 and len(left) > 3:
-            joint[0, concept] = deviations_above(together[concept], together[left])
-    scores = torch.cat([scores, joint])
+    singly = torch.stack([_deviations(family, suspects) for family in margins])
+    jointly = _deviations(singly.clamp(min=0).sum(dim=0), suspects)
+    scores = torch.cat([singly, jointly.masked_fill(singly.amax(dim=0) == -torch.inf, -torch.inf)[None]])
     reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
-    scores = torch.where(reached, scores, scores.clamp(max=_UNREACHED))
-    best, families = scores.max(dim=0)
-    chances = torch.tensor([p_value(float(score), n_concepts) for score in best])
-    return best, families.tolist(), chances
+    best = torch.where(reached, scores, scores.clamp(max=_UNREACHED)).amax(dim=0)
+    chances = torch.tensor([p_value(float(score), margins.shape[1]) for score in best])
+    return best, singly.argmax(dim=0).tolist(), chances
+
+
+def _deviations(values: Float[Tensor, " concepts"], suspects: list[int]) -> Float[Tensor, " concepts"]:
+    """How far each value stands out from the others, suspects that were found before left out."""
+    scores = torch.full_like(values, -torch.inf)
+    for concept in range(len(values)):
+        before = suspects[: suspects.index(concept)] if concept in suspects else suspects
+        others = torch.ones(len(values), dtype=torch.bool)
+        others[[concept, *before]] = False
+        if values[concept] > -torch.inf and int(others.sum()) > _FEWEST_OTHERS:
+            scores[concept] = deviations_above(values[concept], values[others])
+    return scores
 
 
 def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:

@@ -63,6 +63,7 @@ def build_vocabulary(
     listed: Float[Tensor, "classes dim"] | None,
     n_concepts: int,
     *,
+    background: bool = True,
     like: Vocabulary | None = None,
 ) -> Vocabulary:
     """The user's classes and open_clip's ImageNet names, in the words of the user's templates.
@@ -72,6 +73,7 @@ def build_vocabulary(
         classes: The user's classes; None for a search without a class list.
         listed: Their embeddings.
         n_concepts: Most concepts to make.
+        background: Add the background words.
         like: Take the concepts of this one, of the same words in another encoder.
     """
     names: tuple[str, ...] = ()
@@ -81,19 +83,18 @@ def build_vocabulary(
         names, templates = classes.names, classes.templates[0]
         parts.append(listed)
     taken = {spoken(name).casefold() for name in names}
-    background = tuple(word for word in background_words() if word.casefold() not in taken)
-    few = templates[:: max(1, -(-len(templates) // _TEMPLATES))]
-    if len(background) > 1:
-        words = ClassList(names=background, templates=(few,) * len(background))
+    others = tuple(word for word in background_words() if background and word.casefold() not in taken)
+    if len(others) > 1:  # else all of them are on the list
+        few = templates[:: max(1, -(-len(templates) // _TEMPLATES))]
+        words = ClassList(names=others, templates=(few,) * len(others))
         parts.append(encoder.class_embeddings(words))
-    else:  # all of them are on the list
-        background = ()
+        names += others
     texts = torch.cat(parts)
     return Vocabulary(
-        names=names + background,
+        names=names,
         texts=texts,
         concepts=group(texts.cpu(), n_concepts).to(texts.device) if like is None else like.concepts,
-        n_listed=len(names),
+        n_listed=0 if listed is None else len(listed),
     )
 
 

@@ -11,7 +11,7 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split
 from cbpt_runtime.purification import purify as purification
-from cbpt_runtime.purification import search, vocabulary
+from cbpt_runtime.purification import vocabulary
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import clean_images
 from cbpt_runtime.purification.purify import purify

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cbpt_runtime.purification.suspects import deviations_above, find_outliers, p_value
+from cbpt_runtime.purification.suspects import Outliers, deviations_above, p_value
+from cbpt_runtime.purification.suspects import find_outliers as find_among
 
 DRAWS = 200
 
@@ -15,6 +16,11 @@ def null(seed: int, families: int = 2, concepts: int = 40) -> torch.Tensor:
     margins = torch.randn(families, concepts, generator=torch.Generator().manual_seed(seed))
     middle = margins.median(dim=1, keepdim=True).values
     return margins.masked_fill(margins < middle, -torch.inf)
+
+
+def find_outliers(margins: torch.Tensor, level: float) -> Outliers:
+    """No two triggers are alike, but each to itself."""
+    return find_among(margins, torch.eye(margins.shape[1]).bool().expand(len(margins), -1, -1), level)
 
 
 def planted(*concepts: int, families: int = 3) -> torch.Tensor:
@@ -61,6 +67,26 @@ def test_an_outlier_does_not_hide_a_lesser_one() -> None:
     both = find_outliers(margins, 0.01)
     assert both.suspects == [7, 30]
     assert both.p_values[30] < 2 * alone.p_values[30]
+
+
+def test_triggers_that_are_alike_do_not_witness_against_each_other() -> None:
+    margins = planted(7)
+    margins[1, [3, 11, 19, 30]] = 20.0  # four other concepts' triggers are the same one
+    alike = torch.eye(40).bool().repeat(3, 1, 1)
+    assert find_among(margins, alike, 0.01).suspects == []
+    same = torch.tensor([3, 7, 11, 19, 30])
+    alike[1, same.unsqueeze(1), same] = True
+    assert 7 in find_among(margins, alike, 0.01).suspects
+
+
+def test_where_nearly_all_triggers_are_alike_scores_stay_numbers_and_nothing_is_suspected() -> None:
+    margins = null(1, 3)
+    alike = torch.ones(3, 40, 40).bool()
+    alike[:, :, (margins == -torch.inf).all(dim=0)] = False
+    found = find_among(margins, alike, 0.01)
+    assert not found.scores.isnan().any()
+    assert found.p_values.isfinite().all()
+    assert found.suspects == []
 
 
 def test_nothing_planted_suspects_nobody() -> None:
