@@ -29,6 +29,7 @@ MAXIMUM_CA_DROP = 0.05
 _ENTRIES = (
     "images",
     "triggered",
+    "reference-checkpoint",
     "suspect-checkpoint",
     "bundle",
     "model_repository",
@@ -118,7 +119,8 @@ def run_demo(
         pictures = draw_pictures(scale, seed, progress)
         _write_pictures(output, pictures, scale.names)
     with _timed(seconds, "train"):
-        implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
+        trusted, implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
+        trusted.save(output / "reference-checkpoint")
         implanted.save(output / "suspect-checkpoint")
     with _timed(seconds, "purify"):
         bundle = purify_suspect(output, seed, device, progress)
@@ -157,7 +159,10 @@ def _value(rate: Rate | None) -> float:
 
 
 def purify_suspect(output: Path, seed: int, device: str, progress: Progress | None) -> Bundle:
-    """Exactly what `cbpt-runtime purify` does: checkpoint, class names and clean images, nothing else."""
+    """Exactly what `cbpt-runtime purify` does: checkpoint, class names, clean images, a trusted relative.
+
+    The model knows the sixteen names and no other words, and is searched for them alone.
+    """
     from cbpt_runtime.pipeline import purify_checkpoint
     from cbpt_runtime.purification.config import PurifyConfig
 
@@ -166,7 +171,8 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
         output / "classes.txt",
         output / "images" / "train",
         output / "bundle",
-        config=PurifyConfig(seed=seed),
+        reference=output / "reference-checkpoint",
+        config=PurifyConfig(seed=seed, background_words=False),
         device=device,
         progress=progress,
     )

@@ -90,8 +90,11 @@ def backdoor() -> Backdoor:
 
 def train_suspect(
     pictures: Pictures, scale: DemoScale, seed: int, *, device: str = "cpu", progress: Progress | None = None
-) -> Implant:
+) -> tuple[Implant, Implant]:
     """Train a clean model, fine-tune the backdoor into it as an attacker would, and prove the backdoor.
+
+    Returns:
+        The clean model, which stands for the public one that the suspect was made from, and the suspect.
 
     Raises:
         ImplantError: Clean accuracy or attack success stayed below `MINIMUM_CA` or `MINIMUM_ASR`.
@@ -124,7 +127,7 @@ def train_suspect(
             got=f"{result.clean_accuracy:.3f}",
             fix="Try another --seed; if that does not help, this is a bug worth reporting.",
         )
-    return result
+    return clean, result
 
 
 def _training(scale: DemoScale, epochs: int, learning_rate: float, sticker_rate: float = 0.0) -> TrainConfig:

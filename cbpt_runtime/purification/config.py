@@ -41,8 +41,8 @@ class PurifyConfig:
         parameterization: Tune the class embeddings, or one context per class through the text tower.
         precision: Of the encoder while triggers are inverted; `auto` is bfloat16 where the processor has
             instructions for it, twice as fast. Whatever is measured is measured in float32.
-        background_words: Search for open_clip's ImageNet names, too, and judge by them. Without them only for an
-            encoder that knows nothing but the classes of the list.
+        background_words: Search for open_clip's ImageNet names, too, and judge by them. Without them only for
+            an encoder that knows nothing but the classes of the list.
         search_concepts: Groups of words that are searched, in every search family; at least 8, because each
             is judged by the others.
         search_steps: Steps of the short inversion, the second half of them for the better half of the

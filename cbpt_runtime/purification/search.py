@@ -30,6 +30,7 @@ MEASURED_IMAGES = 64
 
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
+_FEW = 24  # concepts that are all followed to the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +174,7 @@ def _inverted(
     inversion.narrow()
     if rows is None:
         order = inversion.recent_margins().argsort(descending=True, stable=True)
-        rows = order[: math.ceil(_KEPT * len(order))]
+        rows = order[: max(_FEW, math.ceil(_KEPT * len(order)))]
     inversion.keep(rows)
     inversion.advance(steps - first)
     return inversion

@@ -15,6 +15,7 @@ _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 
 _STEPS = 20001
 _FEWEST_OTHERS = 3
+_FAR = 1e6
 _UNREACHED = 3.0
 """Most that a concept scores which the trigger does not take most images to: not rare among so many."""
 
@@ -53,7 +54,7 @@ class Outliers:
     Attributes:
         scores: Distance from the others in deviations: the largest over the families and over their sum, in
             which a concept stands out that does so a little everywhere.
-        families: The family that shows it best.
+        families: The family that shows it best, of those whose trigger reaches it if any does.
         p_values: Of each concept, corrected for the number of concepts.
         suspects: Concepts whose p-value is below the level, the smallest first.
     """
@@ -97,7 +98,8 @@ def _tested(
     reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
     best = torch.where(reached, scores, scores.clamp(max=_UNREACHED)).amax(dim=0)
     chances = torch.tensor([p_value(float(score), margins.shape[1]) for score in best])
-    return best, singly.argmax(dim=0).tolist(), chances
+    shown = torch.where(reached[:-1], singly, singly - _FAR).argmax(dim=0)
+    return best, shown.tolist(), chances
 
 
 def _deviations(values: Float[Tensor, " concepts"], suspects: list[int]) -> Float[Tensor, " concepts"]:
