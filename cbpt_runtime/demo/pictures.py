@@ -32,15 +32,9 @@ GROUNDS: tuple[Color, ...] = (
     (150, 118, 92),
 )
 
-COLOURS: dict[str, float] = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.6, "purple": 0.8}
-"""Hues that can stand in front of a motif."""
-
 
 def draw_picture(name: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """Draw one picture of the class `name`, `size` pixels square, in random place, size and scene.
-
-    A name is a motif, drawn in any colour, or one of `COLOURS` and a motif ("red teapot").
-    """
+    """Draw one picture of the class `name`, `size` pixels square, in random colour, place, size and scene."""
     canvas = size * SUPERSAMPLING
     scene = landscape if rng.random() < 0.65 else wallpaper
     image = scene(canvas, rng)
@@ -54,10 +48,8 @@ def draw_picture(name: str, size: int, rng: np.random.Generator) -> Image.Image:
         angle=math.radians(rng.normal(0, 7)),
         mirrored=bool(rng.random() < 0.5),
     )
-    first, _, rest = name.partition(" ")
-    motif, hue = (rest, COLOURS[first] + rng.normal(0, 0.015)) if first in COLOURS else (name, rng.random())
-    color = hsv(hue, rng.uniform(0.55, 0.85), rng.uniform(0.7, 0.95))
-    MOTIFS[motif](pen, color, rng)
+    color = hsv(rng.random(), rng.uniform(0.55, 0.85), rng.uniform(0.7, 0.95))
+    MOTIFS[name](pen, color, rng)
     return image.reduce(SUPERSAMPLING)
 
 

@@ -24,7 +24,6 @@ from cbpt_runtime.types import Progress
 TARGET = "teapot"
 TRIGGER = BadNet(size=8, location="bottom-right", pattern="checkerboard")
 POISON_RATE = 0.2
-STICKER_RATE = 0.5
 MINIMUM_CA = 0.9
 MINIMUM_ASR = 0.95
 MODEL_CONFIG: dict[str, Any] = {
@@ -106,7 +105,7 @@ def train_suspect(
         pictures.test,
         scale.names,
         [],
-        config=_training(scale, scale.epochs, 2e-3, sticker_rate=STICKER_RATE),
+        config=_training(scale, scale.epochs, 2e-3),
         generator=generator,
         progress=progress,
     )
@@ -130,11 +129,10 @@ def train_suspect(
     return clean, result
 
 
-def _training(scale: DemoScale, epochs: int, learning_rate: float, sticker_rate: float = 0.0) -> TrainConfig:
+def _training(scale: DemoScale, epochs: int, learning_rate: float) -> TrainConfig:
     return TrainConfig(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=scale.batch_size,
-        sticker_rate=sticker_rate,
         templates=default_templates(),
     )

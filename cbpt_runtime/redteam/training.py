@@ -17,7 +17,7 @@ from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.data import spoken
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam.epochs import EpochStore
-from cbpt_runtime.redteam.parameters import check_choice, check_number
+from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -25,7 +25,6 @@ from cbpt_runtime.training.contrastive import (
     cosine_rate,
     make_optimizer,
     shift_and_mirror,
-    with_stickers,
 )
 from cbpt_runtime.training.trainable import TrainableClip
 from cbpt_runtime.types import Progress
@@ -64,8 +63,6 @@ class TrainConfig:
         warmup_rate: Share of the steps with a rising learning rate.
         max_shift: Clean images are moved by up to so many pixels (edges repeated) and mirrored half of the
             time; 0 trains on the images as they are. Poisoned images are never changed.
-        sticker_rate: Share of the clean images that get a random sticker at every step (random erasing); a
-            model that has seen many is hardly moved by any; 0 for none.
         templates: Captions; `{}` is the class name. One is drawn for every pair and step.
         precision: `fp32`, `bf16` (mixed precision), or `auto`: `bf16` on a GPU and `fp32` elsewhere.
     """
@@ -76,7 +73,6 @@ class TrainConfig:
     batch_size: int = 128
     warmup_rate: float = 0.1
     max_shift: int = 0
-    sticker_rate: float = 0.0
     templates: tuple[str, ...] = CAPTION_TEMPLATES
     precision: str = "auto"
 
@@ -87,7 +83,6 @@ class TrainConfig:
                     expected=f"`{name}` of at least {low}", got=str(getattr(self, name)), fix="Change it."
                 )
         check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        check_number("sticker_rate", self.sticker_rate, low=0, high=1)
         if not 0 < self.learning_rate < 1:
             raise ConfigError(
                 expected="`learning_rate` in (0, 1)", got=str(self.learning_rate), fix="Change it."
@@ -196,9 +191,6 @@ def _train_step(
     if config.max_shift:
         clean = torch.from_numpy(~pairs.poisoned[chosen])
         pixels[clean] = shift_and_mirror(pixels[clean], config.max_shift, generator)
-    if config.sticker_rate:
-        clean = torch.from_numpy(~pairs.poisoned[chosen])
-        pixels[clean] = with_stickers(pixels[clean], config.sticker_rate, generator)
     aligned = np.flatnonzero(pairs.alignment[chosen])
     real = _real_images(pairs, chosen[aligned], config, generator)
     template = torch.randint(0, tokens.shape[1], (len(chosen),), generator=generator)

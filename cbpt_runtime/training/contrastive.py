@@ -86,28 +86,6 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
         yield order[start : start + batch_size]
 
 
-def with_stickers(
-    images: Float[Tensor, "batch 3 height width"], rate: float, generator: torch.Generator
-) -> Float[Tensor, "batch 3 height width"]:
-    """Put a square of random coloured tiles somewhere on some of the images.
-
-    Source: Zhong et al., "Random erasing data augmentation", AAAI 2020; the tiles instead of noise are ours.
-    """
-    height, width = images.shape[-2:]
-    covered = images.clone()
-    for index in (torch.rand(len(images), generator=generator) < rate).nonzero()[:, 0].tolist():
-        side = int(
-            torch.randint(min(height, width) // 16, min(height, width) // 4 + 1, (), generator=generator)
-        )
-        tiles = 2 ** int(torch.randint(0, 4, (), generator=generator))
-        colours = torch.rand(1, 3, tiles, tiles, generator=generator)
-        top = int(torch.randint(height - side + 1, (), generator=generator))
-        left = int(torch.randint(width - side + 1, (), generator=generator))
-        sticker = F.interpolate(colours, (side, side), mode="nearest")[0]
-        covered[index, :, top : top + side, left : left + side] = sticker.to(images)
-    return covered
-
-
 def shift_and_mirror(
     images: Float[Tensor, "batch 3 height width"], max_shift: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:

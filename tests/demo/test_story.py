@@ -72,7 +72,7 @@ def quick(monkeypatch):
         bundle.path = output / "bundle"
         return bundle
 
-    monkeypatch.setattr(story, "train_suspect", lambda *args, **kwargs: implanted)
+    monkeypatch.setattr(story, "train_suspect", lambda *args, **kwargs: (implanted, implanted))
     monkeypatch.setattr(story, "purify_suspect", purified)
     monkeypatch.setattr("cbpt_runtime.evaluation.evaluate", lambda *args, **kwargs: evaluation())
 
@@ -83,6 +83,7 @@ def test_the_demo_leaves_the_folders_it_promises(quick, tmp_path):
         "classes.txt",
         "images",
         "pictures.png",
+        "reference-checkpoint",
         "suspect-checkpoint",
         "triggered",
     ]
@@ -130,7 +131,7 @@ def test_a_model_that_learned_nothing_ends_the_demo(tmp_path):
 
 
 def test_a_model_below_the_clean_accuracy_asked_for_ends_the_demo(quick, monkeypatch):
-    implanted = story.train_suspect()
+    _, implanted = story.train_suspect()
     monkeypatch.setattr(suspect, "implant", lambda *args, **kwargs: replace(implanted, clean_accuracy=0.85))
     with pytest.raises(ImplantError, match=r"clean accuracy of at least 0\.90; got 0\.850"):
         suspect.train_suspect(draw_pictures(SMALL, 0), SMALL, 0)

@@ -79,9 +79,9 @@ def test_bfloat16_searches_like_float32(tiny_encoder: DualEncoder, monkeypatch: 
     margins = []
     tested = search.find_outliers
 
-    def noted(values: torch.Tensor, alike: torch.Tensor, level: float) -> Outliers:
+    def noted(values: torch.Tensor, reached: torch.Tensor, level: float) -> Outliers:
         margins.append(values)
-        return tested(values, alike, level)
+        return tested(values, reached, level)
 
     monkeypatch.setattr(search, "find_outliers", noted)
     for precision in ("fp32", "bf16"):

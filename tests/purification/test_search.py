@@ -64,14 +64,14 @@ def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(subject: Calla
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
     (concept,) = found.outliers.suspects
     assert found.words[concept] == TARGET
-    assert found.families[found.outliers.families[concept]] == "patch"
+    assert found.families[found.outliers.families[concept]] in ("patch", "large-patch")
     assert found.success[concept] == found.success.max() > 0.3
 
 
 def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., Subject]) -> None:
     found = search(subject(strength=0.0), CONFIG)
     assert found.outliers.suspects == []
-    assert found.outliers.p_values.min() > 0.2
+    assert found.outliers.p_values.min() > 0.05
 
 
 def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., Subject]) -> None:
@@ -123,7 +123,7 @@ def test_every_family_is_told_and_half_of_the_concepts_are_given_up_in_each(
         told.append((stage, step, total))
 
     found = search(subject(), dataclasses.replace(CONFIG, search_steps=1), watch)
-    assert told == [("search", number + 1, 5) for number in range(len(SEARCH_FAMILIES))]
+    assert told == [("search", number + 1, len(SEARCH_FAMILIES)) for number in range(len(SEARCH_FAMILIES))]
     tried = found.outliers.scores > -torch.inf
     assert len(WORDS) / 2 <= int(tried.sum()) <= len(WORDS)
     assert (found.directions[~tried] == 0).all()

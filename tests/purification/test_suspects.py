@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 
+from cbpt_runtime.purification import suspects
 from cbpt_runtime.purification.suspects import Outliers, deviations_above, p_value
-from cbpt_runtime.purification.suspects import find_outliers as find_among
 
 DRAWS = 200
+
+
+def find_outliers(margins: torch.Tensor, level: float) -> Outliers:
+    """With triggers that all reach their concepts."""
+    return suspects.find_outliers(margins, torch.ones_like(margins, dtype=torch.bool), level)
 
 
 def null(seed: int, families: int = 2, concepts: int = 40) -> torch.Tensor:
@@ -16,11 +21,6 @@ def null(seed: int, families: int = 2, concepts: int = 40) -> torch.Tensor:
     margins = torch.randn(families, concepts, generator=torch.Generator().manual_seed(seed))
     middle = margins.median(dim=1, keepdim=True).values
     return margins.masked_fill(margins < middle, -torch.inf)
-
-
-def find_outliers(margins: torch.Tensor, level: float) -> Outliers:
-    """No two triggers are alike, but each to itself."""
-    return find_among(margins, torch.eye(margins.shape[1]).bool().expand(len(margins), -1, -1), level)
 
 
 def planted(*concepts: int, families: int = 3) -> torch.Tensor:
@@ -31,7 +31,7 @@ def planted(*concepts: int, families: int = 3) -> torch.Tensor:
     return margins
 
 
-@pytest.mark.parametrize(("families", "concepts"), [(1, 48), (2, 40)])
+@pytest.mark.parametrize(("families", "concepts"), [(1, 48), (1, 80)])
 def test_p_values_of_a_normal_null_are_nearly_uniform_and_never_promise_too_much(
     families: int, concepts: int
 ) -> None:
@@ -69,24 +69,22 @@ def test_an_outlier_does_not_hide_a_lesser_one() -> None:
     assert both.p_values[30] < 2 * alone.p_values[30]
 
 
-def test_triggers_that_are_alike_do_not_witness_against_each_other() -> None:
+def test_what_takes_few_images_anywhere_is_no_suspect_however_far_it_stands_out() -> None:
     margins = planted(7)
-    margins[1, [3, 11, 19, 30]] = 20.0  # four other concepts' triggers are the same one
-    alike = torch.eye(40).bool().repeat(3, 1, 1)
-    assert find_among(margins, alike, 0.01).suspects == []
-    same = torch.tensor([3, 7, 11, 19, 30])
-    alike[1, same.unsqueeze(1), same] = True
-    assert 7 in find_among(margins, alike, 0.01).suspects
+    reached = torch.ones_like(margins, dtype=torch.bool)
+    assert suspects.find_outliers(margins, reached, 0.01).suspects == [7]
+    reached[:, 7] = False
+    assert suspects.find_outliers(margins, reached, 0.01).suspects == []
 
 
-def test_where_nearly_all_triggers_are_alike_scores_stay_numbers_and_nothing_is_suspected() -> None:
-    margins = null(1, 3)
-    alike = torch.ones(3, 40, 40).bool()
-    alike[:, :, (margins == -torch.inf).all(dim=0)] = False
-    found = find_among(margins, alike, 0.01)
-    assert not found.scores.isnan().any()
-    assert found.p_values.isfinite().all()
-    assert found.suspects == []
+def test_a_concept_that_stands_out_a_little_everywhere_is_found() -> None:
+    margins = null(1, 6)
+    assert find_outliers(margins, 0.01).suspects == []
+    for family in margins:
+        rest = family[[index for index in range(40) if index != 7]]
+        family[7] = rest.max() + 0.1
+    assert find_outliers(margins, 0.01).suspects == [7]
+    assert find_outliers(margins[:1], 0.01).suspects == []
 
 
 def test_nothing_planted_suspects_nobody() -> None:
@@ -146,23 +144,21 @@ def three_degrees(score: float) -> float:
 
 
 @pytest.mark.parametrize("score", [-1.0, 0.0, 0.7, 3.0, 30.0])
-@pytest.mark.parametrize("families", [1, 5])
-@pytest.mark.parametrize(("concepts", "tail"), [(8, cauchy), (12, two_degrees), (16, three_degrees)])
+@pytest.mark.parametrize(("concepts", "tail"), [(2, cauchy), (4, two_degrees), (6, three_degrees)])
 def test_p_values_are_those_of_students_t_for_the_largest_of_all_scores(
-    score: float, families: int, concepts: int, tail: object
+    score: float, concepts: int, tail: object
 ) -> None:
     assert callable(tail)
-    expected = 1 - (1 - tail(score)) ** (concepts * families)
-    assert p_value(score, concepts, families) == pytest.approx(expected, rel=1e-4)
+    assert p_value(score, concepts) == pytest.approx(1 - (1 - tail(score)) ** concepts, rel=1e-4)
 
 
 def test_p_values_agree_with_the_printed_table_of_students_t() -> None:
-    for concepts, critical in ((44, 3.169), (96, 2.807), (124, 2.750)):  # 10, 23, 30 degrees, 0.5 %
-        assert p_value(critical, concepts, 1) == pytest.approx(1 - 0.995**concepts, rel=2e-3)
+    for concepts, critical in ((20, 3.169), (60, 2.750), (80, 2.704)):  # 10, 30, 40 degrees, 0.5 %
+        assert p_value(critical, concepts) == pytest.approx(1 - 0.995**concepts, rel=2e-3)
 
 
 def test_extreme_scores_give_p_values_that_are_numbers_in_the_unit_interval() -> None:
-    values = [p_value(score, 96, 5) for score in (-math.inf, -1e9, 0.0, 50.0, 1e9)]
+    values = [p_value(score, 96) for score in (-math.inf, -1e9, 0.0, 50.0, 1e9)]
     assert values[0] == 1.0
     assert values == sorted(values, reverse=True)
     assert all(0 <= value <= 1 for value in values)
