@@ -282,5 +282,6 @@ REFINE_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),
     "mask": Patch(area=0.15),
     "patch": Patch(area=0.04),
+    "small-patch": Patch(area=0.015, step_size=0.15),
 }
 """Budgets in which the dummy triggers of suspected classes are inverted, from generous to tight."""

@@ -13,7 +13,7 @@ _QUARTILE = (0.75, 0.6745)
 _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 """Quantiles of the others, and where a standard normal distribution has them."""
 
-_STEPS = 20001
+_STEPS = 2001
 _FEWEST_OTHERS = 3
 _FAR = 1e6
 _UNREACHED = 3.0
@@ -93,12 +93,15 @@ def _tested(
     suspects: list[int],
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
     singly = torch.stack([_deviations(family, suspects) for family in margins])
-    jointly = _deviations(singly.clamp(min=0).sum(dim=0), suspects)
-    scores = torch.cat([singly, jointly.masked_fill(singly.amax(dim=0) == -torch.inf, -torch.inf)[None]])
-    reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
+    scores = singly
+    if len(singly) > 1:
+        jointly = _deviations(singly.clamp(min=0).sum(dim=0), suspects)
+        jointly = jointly.masked_fill(singly.amax(dim=0) == -torch.inf, -torch.inf)
+        scores = torch.cat([singly, jointly.unsqueeze(0)])
+        reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
     best = torch.where(reached, scores, scores.clamp(max=_UNREACHED)).amax(dim=0)
     chances = torch.tensor([p_value(float(score), margins.shape[1]) for score in best])
-    shown = torch.where(reached[:-1], singly, singly - _FAR).argmax(dim=0)
+    shown = torch.where(reached[: len(singly)], singly, singly - _FAR).argmax(dim=0)
     return best, shown.tolist(), chances
 
 

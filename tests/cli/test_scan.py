@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cbpt_runtime.purification import search, vocabulary
+from cbpt_runtime.purification import vocabulary
 
 FEW = {"search_concepts": 8, "search_steps": 2, "search_batch": 2}
 FIELDS = {"name", "on_list", "p_value", "score", "family", "success"}
@@ -47,7 +47,7 @@ def test_a_clean_verdict_exits_0_and_names_what_comes_nearest(scan: Callable) ->
     assert list(lines) == ["verdict", "p-value", "images", "most suspicious words"]
     assert (lines["verdict"].strip(), lines["images"].strip()) == ("clean", "36")
     assert 1 <= lines["most suspicious words"].count("(") <= 5
-    assert "search 5/5" in done.err
+    assert "search 6/6" in done.err
 
 
 def test_a_backdoor_exits_3_and_shows_the_suspects(scan: Callable, tiny_class_file: Path) -> None:
@@ -148,15 +148,6 @@ def test_images_are_needed_and_not_too_few(scan: Callable, tmp_path: Path) -> No
     assert (few.code, few.out) == (2, "")
     assert "16 images or more" in few.err
     assert "got 3" in few.err
-
-
-def test_a_model_that_answers_all_alike_gets_no_verdict(
-    scan: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search, "_ALIKE", -2.0)
-    done = scan("--json")
-    assert (done.code, done.out) == (1, "")
-    assert "got 8 concepts, none of which could be told from the others" in done.err
 
 
 def test_an_unknown_setting_is_refused(

@@ -70,7 +70,14 @@ def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameteri
     assert set(first.triggers) == {
         f"{parameter.replace('.', f'.{suspect.index}.')}"
         for suspect in first.suspects
-        for parameter in ("blend.pattern", "mask.mask", "mask.pattern", "patch.mask", "patch.pattern")
+        for parameter in (
+            "blend.pattern",
+            *(
+                f"{family}.{name}"
+                for family in ("mask", "patch", "small-patch")
+                for name in ("mask", "pattern")
+            ),
+        )
     }
 
 

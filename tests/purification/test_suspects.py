@@ -8,7 +8,7 @@ import torch
 from cbpt_runtime.purification import suspects
 from cbpt_runtime.purification.suspects import Outliers, deviations_above, p_value
 
-DRAWS = 200
+DRAWS = 100
 
 
 def find_outliers(margins: torch.Tensor, level: float) -> Outliers:
@@ -31,19 +31,13 @@ def planted(*concepts: int, families: int = 3) -> torch.Tensor:
     return margins
 
 
-@pytest.mark.parametrize(("families", "concepts"), [(1, 48), (1, 80)])
-def test_p_values_of_a_normal_null_are_nearly_uniform_and_never_promise_too_much(
-    families: int, concepts: int
-) -> None:
-    smallest = sorted(
-        float(find_outliers(null(seed, families, concepts), 1e-12).p_values.min()) for seed in range(DRAWS)
-    )
-    too_small = max((place + 1) / DRAWS - value for place, value in enumerate(smallest))
-    too_large = max(value - place / DRAWS for place, value in enumerate(smallest))
-    assert too_small < 1.22 / math.sqrt(DRAWS)  # Kolmogorov, one-sided, 5 %
-    assert too_large < 0.25  # cautious where it does not matter: most of it is above 0.2
-    assert sum(value < 0.01 for value in smallest) <= 6  # binomial, 2 expected: 1 %
-    assert 2 <= sum(value < 0.1 for value in smallest) <= 32
+@pytest.mark.parametrize("concepts", [48, 80])
+def test_p_values_of_a_normal_null_are_seldom_small(concepts: int) -> None:
+    smallest = [float(find_outliers(null(seed, 1, concepts), 1e-12).p_values.min()) for seed in range(DRAWS)]
+    assert sum(value < 0.01 for value in smallest) <= 0.03 * DRAWS
+    assert sum(value < 0.05 for value in smallest) <= 0.12 * DRAWS
+    assert 0.02 * DRAWS <= sum(value < 0.1 for value in smallest) <= 0.25 * DRAWS
+    assert sum(value > 0.5 for value in smallest) >= 0.3 * DRAWS
 
 
 def test_one_planted_outlier_is_the_only_suspect() -> None:
