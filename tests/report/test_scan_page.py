@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from html import unescape
@@ -67,7 +68,7 @@ def test_everything_the_verdict_rests_on_is_there() -> None:
     for value in (found.sha256, "suspect & co", "512 of 5000 images were drawn", "load 1.0, search 99.5"):
         assert value in text
     for name, value in found.config.to_dict().items():
-        assert f'"{name}": ' + (f'"{value}"' if isinstance(value, str) else str(value)) in text
+        assert f'"{name}": {json.dumps(value)}' in text
     for row in CONCEPTS:
         assert f"{row['word']} {row['score']:.4g} {row['p_value']:.4g}" in text
 
