@@ -169,7 +169,7 @@ def test_the_demo_uses_no_global_random_numbers(quick, tmp_path):
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_demo_ends_with_the_backdoor_gone(tmp_path):
     result = run_demo(tmp_path / "demo", seed=0)
     assert result.implanted_attack_success_rate >= 0.95

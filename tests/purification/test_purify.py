@@ -150,6 +150,7 @@ def test_folding_batch_norms_changes_no_feature(tiny_resnet_folder: Path) -> Non
     assert torch.allclose(fast.encode_images(pixels), encoder.encode_images(pixels), atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_real_backdoor_is_named_and_stopped(shared_data: Path, tmp_path: Path) -> None:
     victim = shared_data / "victims" / "tiny-badnet"
     for archive in (shared_data / "data" / "tiny-imagenet-100.zip", victim / "test-triggered.zip"):
