@@ -129,7 +129,8 @@ def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:
     deviation = max(
         (_upper_quantile(descending, share) - quartile) / (normal - _QUARTILE[1]) for share, normal in _TAIL
     )
-    return _QUARTILE[1] + (float(value) - quartile) / max(deviation, 1e-9)
+    score = _QUARTILE[1] + (float(value) - quartile) / max(deviation, 1e-9)
+    return score if math.isfinite(score) else -math.inf  # too few others were followed to judge by
 
 
 def _upper_quantile(descending: Float[Tensor, " others"], share: float) -> float:

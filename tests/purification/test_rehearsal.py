@@ -72,6 +72,8 @@ def triggers() -> dict[str, Tensor]:
     return {
         "patch.1.mask": lit,
         "patch.1.pattern": torch.ones(3, SIDE, SIDE),
+        "small-patch.1.mask": torch.zeros(1, SIDE, SIDE),
+        "small-patch.1.pattern": torch.ones(3, SIDE, SIDE),
         "mask.1.mask": torch.zeros(1, SIDE, SIDE),
         "mask.1.pattern": torch.ones(3, SIDE, SIDE),
         "blend.1.pattern": torch.full((3, SIDE, SIDE), -5.0),

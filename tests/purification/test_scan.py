@@ -97,21 +97,6 @@ def test_the_same_seed_gives_the_same_scan(tiny_checkpoint_folder: Path, tiny_im
     assert first["evidence"] != other["evidence"]
 
 
-def test_a_reference_that_is_the_suspect_itself_clears_it(
-    tiny_checkpoint_folder: Path, tiny_image_folder: Path
-) -> None:
-    found = scan(
-        tiny_checkpoint_folder,
-        tiny_image_folder,
-        reference=tiny_checkpoint_folder,
-        config=dataclasses.replace(QUICK, suspect_p_value=0.9),
-        device="cpu",
-    )
-    assert found.verdict == "clean"
-    scores = {concept["score"] for concept in found.evidence["concepts"]}
-    assert len(scores) == 1  # nothing differs, so nothing stands out
-
-
 def test_too_few_images_are_an_error(
     tiny_checkpoint_folder: Path, tiny_image_folder: Path, tmp_path: Path
 ) -> None:
