@@ -109,7 +109,7 @@ class SearchResult:
                 "success": float(self.success[concept]),
             }
             for concept in order
-            if self.outliers.scores[concept] > -torch.inf
+            if math.isfinite(self.outliers.scores[concept])
         ]
         smallest = rows[0]["p_value"] if rows else 1.0  # none where all texts are alike
         return {"p_value": smallest, "concepts": rows, "words": len(vocabulary.names)}
