@@ -82,7 +82,8 @@ def find_outliers(
         scores, families, p_values = _tested(margins, reached, suspects)
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
-        if not float(p_values[best]) < level or len(suspects) + 2 >= len(p_values):
+        judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
+        if not judged or len(suspects) + 2 >= len(p_values):
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)
 
