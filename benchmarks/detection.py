@@ -28,7 +28,7 @@ import torch
 
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
-from cbpt_runtime.models.data import ClassList, default_templates, read_images, spoken
+from cbpt_runtime.models.data import ClassList, class_key, default_templates, read_images, spoken
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
 from cbpt_runtime.purification.search import Subject, search
@@ -141,8 +141,8 @@ def draw_list(trial: Trial, images: Path) -> tuple[list[str], list[str]]:
     folder_of_target = [name for name in folders if spoken(name) == target]
     first = folder_of_target if trial.listed else []
     shown = [*first, *map(str, pool)][: trial.size]
-    taken = {spoken(name).casefold() for name in [*folders, *([target] if target else [])]}
-    others = [word for word in background_words() if spoken(word).casefold() not in taken]
+    taken = {class_key(name) for name in [*folders, *([target] if target else [])]}
+    others = [word for word in background_words() if class_key(word) not in taken]
     more = [str(word) for word in rng.permutation(others)[: max(0, trial.size - len(shown))]]
     return [spoken(name) for name in shown] + more, shown
 
@@ -200,9 +200,9 @@ def is_right(trial: dict[str, Any]) -> bool:
     """Whether the first suspect is a true target: by name, or off the list by whatever word lies nearest."""
     if not trial["suspects"]:
         return False
-    names = {spoken(name).casefold() for name in trial["targets"]}
+    names = {class_key(name) for name in trial["targets"]}
     first = trial["suspects"][0]
-    return spoken(first["name"]).casefold() in names or (not trial["listed"] and not first["on_list"])
+    return class_key(first["name"]) in names or (not trial["listed"] and not first["on_list"])
 
 
 def table(trials: list[dict[str, Any]]) -> str:

@@ -6,7 +6,6 @@ and where it is sure it is right more often than elsewhere. How often depends on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ from cbpt_runtime.models.data import (
     check_draw,
     first_few,
     parts_of_class,
+    split_digest,
 )
 from cbpt_runtime.models.image_folder import UnlabelledImages
 
@@ -171,4 +171,4 @@ def _digest(
 ) -> str:
     """SHA-256 over paths, bytes and labels of the used images, and over which are tuned on."""
     lines = [f"{drawn.files[i]}\0{drawn.digests[i]}\0{labels[i]}" for i in (*tune, *heldout)]
-    return hashlib.sha256("\n".join([str(len(tune)), *lines]).encode()).hexdigest()
+    return split_digest(lines, len(tune))

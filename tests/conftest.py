@@ -149,6 +149,16 @@ def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def flat(tiny_image_folder: Path, tmp_path: Path) -> Path:
+    """All 36 images of the tiny image folder in one folder."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for index, path in enumerate(sorted(tiny_image_folder.glob("*/*.png"))):
+        shutil.copy(path, folder / f"{index:02}.png")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_class_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLASS_NAMES, one per line."""

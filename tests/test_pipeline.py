@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import html
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,14 +108,12 @@ def purify_tiny(
 
 
 @pytest.fixture
-def flat(tiny_image_folder: Path, tmp_path: Path) -> Path:
-    """The images of the tiny image folder without their class folders, and a file that is none."""
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    for index, path in enumerate(sorted(tiny_image_folder.glob("*/*.png"))):
-        shutil.copy(path, folder / f"{index:02}")
-    (folder / "list.csv").write_text("x")
-    return folder
+def flat(flat: Path) -> Path:
+    """The images without a suffix, and a file that is none."""
+    for path in list(flat.iterdir()):
+        path.rename(path.with_suffix(""))
+    (flat / "list.csv").write_text("x")
+    return flat
 
 
 @pytest.fixture

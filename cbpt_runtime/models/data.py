@@ -45,8 +45,8 @@ class ClassList:
     def __post_init__(self) -> None:
         _require(len(self.names) >= 2, "two or more classes", first_few(list(self.names)) or "an empty list")
         _require(all(name.strip() for name in self.names), "a name for every class", "an empty name")
-        counts = Counter(map(_key, self.names))
-        equal = [name for name in self.names if counts[_key(name)] > 1]
+        counts = Counter(map(class_key, self.names))
+        equal = [name for name in self.names if counts[class_key(name)] > 1]
         _require(not equal, "every class name once (case, '_' and ' ' make no difference)", first_few(equal))
         _require(
             len(self.templates) == len(self.names),
@@ -157,16 +157,18 @@ def find_class_folders(
     """
     names = classes.names if isinstance(classes, ClassList) else tuple(classes)
     folders = _folders_by_key(root)
-    wanted = {_key(name): name for name in names}
+    wanted = {class_key(name): name for name in names}
     problems = {
         "missing": [name for key, name in wanted.items() if key not in folders and not allow_missing],
         "not in the class list": [found[0].name for key, found in folders.items() if key not in wanted],
         "doubled": [f"{found[0].name} = {found[1].name}" for found in folders.values() if len(found) > 1],
     }
-    files = [_image_files(folders[_key(name)][0]) if _key(name) in folders else [] for name in names]
+    files = [
+        _image_files(folders[class_key(name)][0]) if class_key(name) in folders else [] for name in names
+    ]
     if not allow_missing:
         problems["without images"] = [
-            name for name, own in zip(names, files, strict=True) if not own and _key(name) in folders
+            name for name, own in zip(names, files, strict=True) if not own and class_key(name) in folders
         ]
     found_problems = [f"{kind}: {first_few(which)}" for kind, which in problems.items() if which]
     if not found_problems and not any(files):
@@ -231,12 +233,16 @@ def draw_clean_split(
             f"{len(shared)} files are in both the tuning and the held-out part under different names"
         )
     labels = np.array([label for _, label in tune + heldout], dtype=np.int64)
+    lines = [
+        f"{path.relative_to(root).as_posix()}\0{digest}"
+        for (path, _), digest in zip(tune + heldout, digests, strict=True)
+    ]
     return CleanSplit(
         tune_images=images[: len(tune)],
         tune_labels=labels[: len(tune)],
         heldout_images=images[len(tune) :],
         heldout_labels=labels[len(tune) :],
-        digest=_split_digest(root, [path for path, _ in tune + heldout], digests, len(tune)),
+        digest=split_digest(lines, len(tune)),
         notes=tuple(notes),
     )
 
@@ -346,7 +352,7 @@ def _folders_by_key(root: Path) -> dict[str, list[Path]]:
     folders = defaultdict(list)
     for path in visible_entries(root, "a folder of class folders"):
         if path.is_dir():
-            folders[_key(path.name)].append(path)
+            folders[class_key(path.name)].append(path)
     return dict(folders)
 
 
@@ -373,14 +379,13 @@ def _load(
     return stacked([entry[0] for entry in good], preprocess), [entry[1] for entry in good]
 
 
-def _split_digest(root: Path, paths: Sequence[Path], digests: Sequence[str], n_tune: int) -> str:
-    lines = [
-        f"{path.relative_to(root).as_posix()}\0{digest}" for path, digest in zip(paths, digests, strict=True)
-    ]
+def split_digest(lines: Sequence[str], n_tune: int) -> str:
+    """SHA-256 over a line for each file of a split, those to tune on first, and how many these are."""
     return hashlib.sha256("\n".join([str(n_tune), *lines]).encode()).hexdigest()
 
 
-def _key(name: str) -> str:
+def class_key(name: str) -> str:
+    """What two names of the same class have in common: case, '_', ' ' and '/' make no difference."""
     return unicodedata.normalize("NFC", spoken(name.replace("/", " "))).casefold()
 
 

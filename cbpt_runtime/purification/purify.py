@@ -168,16 +168,16 @@ def _search(
 
 
 def _target(result: SearchResult, vocabulary: Vocabulary, concept: int) -> Target:
-    direction = result.directions[concept]
+    direction, facts = result.directions[concept], result.facts(concept)
     word, on_list = nearest_word(direction, vocabulary)
     return Target(
         index=word if on_list else landing(direction, vocabulary.texts[: vocabulary.n_listed]),
         name=vocabulary.names[word],
         text=vocabulary.texts[word],
         on_list=on_list,
-        score=float(result.outliers.scores[concept]),
-        p_value=float(result.outliers.p_values[concept]),
-        family=result.families[result.outliers.families[concept]],
+        score=facts["score"],
+        p_value=facts["p_value"],
+        family=facts["family"],
     )
 
 

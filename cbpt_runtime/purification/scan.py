@@ -36,7 +36,7 @@ class ScanSuspect:
     Attributes:
         name: The word that lies nearest to where triggered images go.
         on_list: Whether it is one of the classes given; None if none were.
-        p_value: Corrected for all concepts and families.
+        p_value: Corrected for the number of concepts.
         score: Distance from the other concepts, in deviations.
         family: The trigger family that shows it best.
         success: Share of held-out images that a short dummy trigger takes there.
@@ -201,10 +201,7 @@ def _suspects(
             ScanSuspect(
                 name=vocabulary.names[word],
                 on_list=None if listed is None else on_list,
-                p_value=float(found.outliers.p_values[concept]),
-                score=float(found.outliers.scores[concept]),
-                family=found.families[found.outliers.families[concept]],
-                success=float(found.success[concept]),
+                **found.facts(concept),
             )
         )
     return tuple(suspects)

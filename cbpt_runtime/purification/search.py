@@ -97,17 +97,20 @@ class SearchResult:
     words: list[int]
     families: tuple[str, ...]
 
+    def facts(self, concept: int) -> dict[str, Any]:
+        """What is to be said of one concept, as plain values."""
+        return {
+            "score": float(self.outliers.scores[concept]),
+            "p_value": float(self.outliers.p_values[concept]),
+            "family": self.families[self.outliers.families[concept]],
+            "success": float(self.success[concept]),
+        }
+
     def to_dict(self, vocabulary: Vocabulary) -> dict[str, Any]:
         """As plain values: one row per concept, the most suspicious first."""
         order = self.outliers.p_values.argsort(stable=True).tolist()
         rows = [
-            {
-                "word": vocabulary.names[self.words[concept]],
-                "score": float(self.outliers.scores[concept]),
-                "p_value": float(self.outliers.p_values[concept]),
-                "family": self.families[self.outliers.families[concept]],
-                "success": float(self.success[concept]),
-            }
+            {"word": vocabulary.names[self.words[concept]], **self.facts(concept)}
             for concept in order
             if math.isfinite(self.outliers.scores[concept])
         ]

@@ -29,8 +29,8 @@ class Suspect:
             to a target that is not on the list.
         name: The target's name, a class of the list or another word.
         on_list: Whether the target is a class of the list.
-        score: Distance from the other concepts, in deviations, in the family that shows it best.
-        p_value: Chance of such a score in any concept and family if the encoder had no backdoor.
+        score: Distance from the other concepts, in deviations.
+        p_value: Chance of such a score in any concept if the encoder had no backdoor; see `p_value`.
         family: The trigger family that shows it best.
         success_before: Share of held-out images of other classes that the reference head calls the class
             under the strongest dummy trigger.

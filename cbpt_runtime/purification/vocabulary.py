@@ -6,7 +6,6 @@ which also supplies what a verdict needs: many targets that have no backdoor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import DualEncoder
-from cbpt_runtime.models.data import ClassList, default_templates, spoken
+from cbpt_runtime.models.data import ClassList, class_key, default_templates
 
 NEAR = 0.85
 """Cosine from which on two texts are taken for the same: neither is a rival of the other."""
@@ -82,8 +81,8 @@ def build_vocabulary(
     if classes is not None and listed is not None:
         names, templates = classes.names, classes.templates[0]
         parts.append(listed)
-    taken = {spoken(name).casefold() for name in names}
-    others = tuple(word for word in background_words() if background and word.casefold() not in taken)
+    taken = set(map(class_key, names))
+    others = tuple(word for word in background_words() if background and class_key(word) not in taken)
     if len(others) > 1:  # else all of them are on the list
         few = templates[:: max(1, -(-len(templates) // _TEMPLATES))]
         words = ClassList(names=others, templates=(few,) * len(others))
@@ -102,14 +101,10 @@ def background_words() -> tuple[str, ...]:
     """open_clip's names of the ImageNet classes, each once."""
     from open_clip import IMAGENET_CLASSNAMES
 
-    return tuple(_once(IMAGENET_CLASSNAMES))
-
-
-def _once(words: Iterable[str]) -> list[str]:
     seen: dict[str, str] = {}
-    for word in words:
-        seen.setdefault(spoken(word).casefold(), word)
-    return list(seen.values())
+    for word in IMAGENET_CLASSNAMES:
+        seen.setdefault(class_key(word), word)
+    return tuple(seen.values())
 
 
 def group(texts: Float[Tensor, "words dim"], n_concepts: int) -> Int[Tensor, " words"]:

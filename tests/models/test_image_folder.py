@@ -14,16 +14,6 @@ from cbpt_runtime.models.preprocess import Preprocess
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
 
 
-@pytest.fixture
-def flat(tiny_image_folder: Path, tmp_path: Path) -> Path:
-    """All 36 images of the tiny image folder in one folder."""
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    for index, path in enumerate(sorted(tiny_image_folder.glob("*/*.png"))):
-        shutil.copy(path, folder / f"{index:02}.png")
-    return folder
-
-
 def names(paths: list[Path], root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in paths]
 
