@@ -30,13 +30,13 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, class_key, default_templates, read_images, spoken
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
-from cbpt_runtime.purification.search import Subject, search
+from cbpt_runtime.purification.scan import unlabelled_subject
+from cbpt_runtime.purification.search import search
 from cbpt_runtime.purification.targets import nearest_word
-from cbpt_runtime.purification.vocabulary import background_words, build_vocabulary
+from cbpt_runtime.purification.vocabulary import background_words
 
 SIZES = (2, 5, 10, 20, 50, 100, 1000)
-SHOTS, HELDOUT, MOST_IMAGES = 16, 8, 400
+PER_CLASS, MOST_IMAGES = 24, 400
 LEVEL = 0.01
 
 
@@ -94,12 +94,11 @@ def run_victim(
         return
     checkpoint = read_checkpoint(victim)
     encoder = load_dual_encoder(checkpoint, device=options.device)
-    fast = arranged_for_speed(encoder.image_encoder)
     for trial in missing:
         names, shown = draw_list(trial, images)
         pixels = read_images(draw_files(trial, images, shown), checkpoint.preprocess)
         start = time.perf_counter()
-        found = searched(encoder, fast, names, pixels, trial.seed, options.precision)
+        found = searched(encoder, names, pixels, trial.seed, options.precision)
         yield {
             **asdict(trial),
             "images": len(pixels),
@@ -150,7 +149,7 @@ def draw_list(trial: Trial, images: Path) -> tuple[list[str], list[str]]:
 def draw_files(trial: Trial, images: Path, shown: list[str]) -> list[Path]:
     """A few files of each class; fewer of each where there are many classes."""
     rng = np.random.default_rng(trial.seed + 1)
-    each = max(2, min(SHOTS + HELDOUT, MOST_IMAGES // len(shown)))
+    each = max(2, min(PER_CLASS, MOST_IMAGES // len(shown)))
     drawn: list[Path] = []
     for name in shown:
         files = sorted((images / trial.split / name).iterdir())
@@ -159,23 +158,13 @@ def draw_files(trial: Trial, images: Path, shown: list[str]) -> list[Path]:
 
 
 def searched(
-    encoder: DualEncoder, fast: Any, names: list[str], pixels: np.ndarray, seed: int, precision: str
+    encoder: DualEncoder, names: list[str], pixels: np.ndarray, seed: int, precision: str
 ) -> dict[str, Any]:
-    """What the search says, exactly as `purify` and `scan` run it."""
+    """What the search says, as `scan` runs it."""
     config = PurifyConfig(seed=seed, precision=precision)  # type: ignore[arg-type]
-    templates = default_templates()[::20]
-    classes = ClassList(names=tuple(names), templates=(templates,) * len(names))
-    vocabulary = build_vocabulary(encoder, classes, encoder.class_embeddings(classes), config.search_concepts)
-    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
-    heldout = torch.arange(len(pixels)) < len(pixels) * HELDOUT // (SHOTS + HELDOUT)
-    subject = Subject(
-        encoder=fast,
-        vocabulary=vocabulary,
-        scale=encoder.logit_scale,
-        clean=clean.part(~heldout),
-        heldout=clean.part(heldout),
-    )
-    result = search(subject, config)
+    classes = ClassList(names=tuple(names), templates=(default_templates()[::20],) * len(names))
+    subject = unlabelled_subject(encoder, classes, pixels, config)
+    vocabulary, result = subject.vocabulary, search(subject, config)
     words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
     evidence = result.to_dict(vocabulary)
     return {

@@ -121,7 +121,7 @@ def scan(
     drawn = _draw_images(Path(images), suspect, config.seed)
     _tell(progress, "read images")
     encoder = load_dual_encoder(suspect, device=place)
-    subject = _subject(encoder, listed, drawn.images, config)
+    subject = unlabelled_subject(encoder, listed, drawn.images, config)
     other = None
     if trusted is not None:
         other = comparison(load_dual_encoder(trusted, device=place), listed, subject)
@@ -145,12 +145,13 @@ def scan(
     )
 
 
-def _subject(
+def unlabelled_subject(
     encoder: DualEncoder,
     listed: ClassList | None,
     pixels: UInt8[np.ndarray, "batch height width 3"],
     config: PurifyConfig,
 ) -> Subject:
+    """What the search is asked with images that nobody has labelled; the first quarter is held out."""
     texts = None if listed is None else encoder.class_embeddings(listed)
     fast = arranged_for_speed(encoder.image_encoder)
     clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
