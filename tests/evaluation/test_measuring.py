@@ -19,6 +19,7 @@ from cbpt_runtime.redteam.patch_triggers import BadNet, BadNetRandom
 from cbpt_runtime.redteam.triggers import apply_trigger
 
 TARGET = "blue_stripes"
+LOGIT_ROUNDING = 100 * float(np.finfo(np.float32).eps)
 
 
 @pytest.fixture
@@ -75,8 +76,9 @@ def test_all_rates_agree_with_an_independent_recomputation(
     pairs = np.sign(alarms[1][:, None] - alarms[0][None, :])
     assert result.alarm_auroc == pytest.approx(((pairs + 1) / 2).mean(), abs=1e-12)
     level = np.sort(alarms[1])[14 - 14]  # 95 % of 14 images are all of them
-    assert result.alarm.threshold == pytest.approx(level)
-    assert result.alarm.false_alarm_rate.rate == np.mean(alarms[0] >= level * (1 - 1e-6))
+    # Features in batches of another size differ in their last float32 bit; the logit scale of 100 stretches that.
+    assert result.alarm.threshold == pytest.approx(level, rel=LOGIT_ROUNDING)
+    assert result.alarm.false_alarm_rate.rate == np.mean(alarms[0] >= level * (1 - LOGIT_ROUNDING))
 
 
 def test_images_of_the_target_count_only_in_the_inclusive_rate(

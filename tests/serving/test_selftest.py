@@ -69,10 +69,14 @@ def test_a_server_that_starts_tells_the_note(
     told: list[str] = []
     process = SimpleNamespace(log=SimpleNamespace(listen=lambda: None))
     plain = SelfTest(images=4, largest_difference=0.0, note=None)
+    monkeypatch.setattr(startup, "private_endpoint", lambda: "endpoint")
     monkeypatch.setattr(startup, "_launch", lambda *_: process)
     monkeypatch.setattr(startup, "_wait_until_ready", lambda *_: "2")
     monkeypatch.setattr(startup, "run_selftest", lambda *_: replace(plain, note=note))
     monkeypatch.setattr(startup, "backend_processes", lambda _: frozenset())
     plan: Any = SimpleNamespace(repository=None, config=None)
-    startup.start_server(plan, tmp_path, told.append, lambda: True)
+    led_to: list[str] = []
+    guard: Any = SimpleNamespace(lead_to=led_to.append)
+    startup.start_server(plan, guard, tmp_path, told.append, lambda: True)
+    assert led_to == ["endpoint"]
     assert told == ([] if note is None else [f"note: {note}"])
