@@ -78,14 +78,18 @@ def find_outliers(
         level: p-value below which a concept is suspected.
     """
     suspects: list[int] = []
+    suspected: list[tuple[float, int, float]] = []
     while True:
         scores, families, p_values = _tested(margins, reached, suspects)
+        for index, (score, family, chance) in zip(suspects, suspected, strict=True):
+            scores[index], families[index], p_values[index] = score, family, chance
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
         if not judged or len(suspects) + 2 >= len(p_values):
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)
+        suspected.append((float(scores[best]), families[best], float(p_values[best])))
 
 
 def _tested(

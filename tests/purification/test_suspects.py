@@ -81,6 +81,15 @@ def test_a_concept_that_stands_out_a_little_everywhere_is_found() -> None:
     assert find_outliers(margins[:1], 0.01).suspects == []
 
 
+def test_a_suspect_keeps_the_p_value_it_was_suspected_for() -> None:
+    for seed in range(20):
+        margins = null(seed, 6)
+        margins[:, 7] = margins.amax(dim=1) + 0.1
+        found = find_outliers(margins, 0.01)
+        assert found.suspects
+        assert (found.p_values[found.suspects] < 0.01).all()
+
+
 def test_nothing_planted_suspects_nobody() -> None:
     assert all(find_outliers(null(seed), 0.0005).suspects == [] for seed in range(5))
 
