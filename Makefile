@@ -2,6 +2,7 @@
 # make test   what CI runs
 # make nightly  the tests that take minutes each
 # make check  lint and types only
+# make docs   docs/cli.md again, from --help
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ comma := ,
 INSTALL = { $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e $(1) || \
 	$(BIN)/pip install -c constraints.txt -e $(1); } && touch $@
 
-.PHONY: demo test nightly check constraints clean
+.PHONY: demo test nightly check docs constraints clean
 
 demo: $(VENV)/installed
 	$(BIN)/cbpt-runtime demo --force
@@ -26,6 +27,9 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-test
+	$(BIN)/typer cbpt_runtime.cli.app utils docs --name cbpt-runtime --output docs/cli.md
 
 constraints: $(VENV)/uv
 	$(BIN)/uv pip compile --python-version 3.11 --extra server --extra test --extra dev --no-annotate --no-header \

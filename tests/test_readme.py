@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.cli
 import typer.main
+from typer.testing import CliRunner
 
 from cbpt_runtime.cli.app import app
 
@@ -89,6 +91,13 @@ def run_help(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
         return capsys.readouterr().out
 
     return help_of
+
+
+def test_the_command_page_is_what_help_says() -> None:
+    words = ["cbpt_runtime.cli.app", "utils", "docs", "--name", "cbpt-runtime"]
+    printed = CliRunner().invoke(typer.cli.app, words).stdout
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert printed.strip() == written.strip(), "run make docs"
 
 
 def test_links_lead_somewhere() -> None:

@@ -14,9 +14,7 @@ from cbpt_runtime.cli.settings import named_trigger, parsed_settings
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.implant import Implant
 
-app = typer.Typer(
-    help="Red team: attack your own models, to measure a defence.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="Attack your own models, to measure.", no_args_is_help=True, add_completion=False)
 
 Settings = Annotated[
     list[str] | None,

@@ -76,7 +76,7 @@ def test_all_rates_agree_with_an_independent_recomputation(
     pairs = np.sign(alarms[1][:, None] - alarms[0][None, :])
     assert result.alarm_auroc == pytest.approx(((pairs + 1) / 2).mean(), abs=1e-12)
     level = np.sort(alarms[1])[14 - 14]  # 95 % of 14 images are all of them
-    # Features in batches of another size differ in their last float32 bit; the logit scale of 100 stretches that.
+    # Features in batches of another size differ in their last float32 bit, which the logit scale stretches.
     assert result.alarm.threshold == pytest.approx(level, rel=LOGIT_ROUNDING)
     assert result.alarm.false_alarm_rate.rate == np.mean(alarms[0] >= level * (1 - LOGIT_ROUNDING))
 
