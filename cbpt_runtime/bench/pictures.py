@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.names import name_bytes
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
 
@@ -44,7 +45,7 @@ class Pictures:
         formats: Counter[str] = Counter()
         sizes = []
         for name, file in zip(self.names, self.files, strict=True):
-            digest.update(name.encode() + b"\0" + hashlib.sha256(file).digest())
+            digest.update(name_bytes(name) + b"\0" + hashlib.sha256(file).digest())
             with Image.open(BytesIO(file)) as image:
                 formats[str(image.format)] += 1
                 sizes.append(image.width * image.height)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from cbpt_runtime.bundle.reading import (
     read_bundle,
 )
 from cbpt_runtime.errors import OutputError
+from cbpt_runtime.names import json_text, readable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,7 @@ def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle]
     _write_manifest(folder, content, files)
     if report is not None:
         text = report(read_bundle(folder, verify=False))
-        files[REPORT] = _write(folder / REPORT, text.encode())
+        files[REPORT] = _write(folder / REPORT, readable(text).encode())
         _write_manifest(folder, content, files)
 
 
@@ -220,7 +220,7 @@ def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, An
         "versions": content.versions,
         "files": files,
     }
-    text = json.dumps(_jsonable(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(_jsonable(manifest), indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

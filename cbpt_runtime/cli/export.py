@@ -9,6 +9,7 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.names import shell_line
 
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported
@@ -73,7 +74,7 @@ def print_exported(exported: Exported) -> None:
             "parity": f"passed on {exported.parity['provider']}, {_SOURCES[exported.parity['images']]}",
             "repository": exported.path,
             "digest": exported.digest,
-            "next": f"cbpt-runtime verify {exported.path}",
+            "next": shell_line("cbpt-runtime", "verify", exported.path),
         }
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Int, UInt8
 
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.names import name_bytes
 
 _IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -381,7 +382,7 @@ def _load(
 
 def split_digest(lines: Sequence[str], n_tune: int) -> str:
     """SHA-256 over a line for each file of a split, those to tune on first, and how many these are."""
-    return hashlib.sha256("\n".join([str(n_tune), *lines]).encode()).hexdigest()
+    return hashlib.sha256(name_bytes("\n".join([str(n_tune), *lines]))).hexdigest()
 
 
 def class_key(name: str) -> str:
