@@ -17,6 +17,24 @@ from pathlib import Path
 PLAINER = "plainer"
 """Error handler for text streams: what they cannot hold is written more plainly, and never an error."""
 
+_LITTER = frozenset(
+    {
+        "$RECYCLE.BIN",
+        ".DS_Store",
+        ".Spotlight-V100",
+        ".Trashes",
+        ".directory",
+        ".fseventsd",
+        ".snapshot",
+        "@eaDir",
+        "System Volume Information",
+        "Thumbs.db",
+        "__MACOSX",
+        "desktop.ini",
+        "lost+found",
+    }
+)
+_LITTER_PREFIXES = ("._", ".Trash-", ".nfs", ".fuse_hidden")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAINER = {
     "→": "->",
@@ -30,6 +48,11 @@ _PLAINER = {
     "≤": "<=",
     "\N{NO-BREAK SPACE}": " ",
 }
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is one that file systems, desktops and archivers leave everywhere."""
+    return name in _LITTER or name.startswith(_LITTER_PREFIXES)
 
 
 def readable(text: str) -> str:

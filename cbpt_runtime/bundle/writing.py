@@ -42,6 +42,7 @@ class BundleContent:
             checkpoint; ``preprocess`` as `Preprocess.to_dict` gives it.
         class_names: In the order of the rows of both heads.
         templates: Prompt templates of each class, ``{}`` standing for the name.
+        class_folders: Names of the classes' image folders, where they may be others than the classes'.
         method: ``name``, ``config``, ``seed`` and ``parameterization``.
         suspects: One dict per suspected target, at least ``index``, ``name`` and ``score``.
         metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
@@ -71,6 +72,7 @@ class BundleContent:
     encoder: Mapping[str, np.ndarray] = field(default_factory=dict)
     triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
     images: CleanImages | None = None
+    class_folders: tuple[str, ...] = ()
     suspects: tuple[Mapping[str, Any], ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -207,11 +209,12 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, Any]) -> None:
+    folders = {"folders": content.class_folders} if content.class_folders else {}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "verdict": content.verdict,
         "model": content.model,
-        "classes": {"names": content.class_names, "templates": content.templates},
+        "classes": {"names": content.class_names, "templates": content.templates, **folders},
         "method": content.method,
         "suspects": content.suspects,
         "metrics": content.metrics,

@@ -37,6 +37,9 @@ def command(
         Path | None,
         typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -53,8 +56,11 @@ def command(
             profile=settings,
             calibration=calibration,
             force=force,
+            skip_unreadable=skip_unreadable,
             progress=progress,
         )
+    for note in exported.notes:
+        print_note(f"note: {note}")
     if exported.parity["images"] == "drawn":
         print_note("note: the gate looked at drawn pictures; --calibration makes it look at your images")
     if as_json:

@@ -13,8 +13,9 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, read_class_list
+from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
