@@ -29,6 +29,7 @@ from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
+from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
@@ -124,6 +125,7 @@ def purify_checkpoint(
     encoder, split = _encoder_and_split(
         suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
     )
+    words = prompt_notes(class_list, encoder.tokenizer)
 
     partial = output.with_name(output.name + ".partial")
     if not resume:
@@ -143,7 +145,7 @@ def purify_checkpoint(
             raise output_error(partial, error) from error
     result = _result(repaired, found)
     method = _method(config, defense, repaired)
-    notes = [*suspect.notes, *split.notes, *([] if trusted is None else [reference_note(trusted)])]
+    notes = [*suspect.notes, *split.notes, *words, *([] if trusted is None else [reference_note(trusted)])]
     method |= {"shots": shots, "notes": notes}
     content = _content(suspect, encoder, class_list, split, method, result)
     if keep_images:

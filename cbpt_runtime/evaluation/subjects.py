@@ -179,9 +179,11 @@ def _checkpoint_subject(
 ) -> Subject:
     from cbpt_runtime.models.checkpoint import read_checkpoint
     from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
+    from cbpt_runtime.models.prompt_tokens import prompt_notes
 
     checkpoint = read_checkpoint(source, model=model)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
+    notes = prompt_notes(classes, encoder.tokenizer)
     head = encoder.class_embeddings(classes).cpu().numpy()
     score = None if detector is None else bdetclip(encoder, classes.names)
 
@@ -201,7 +203,7 @@ def _checkpoint_subject(
         call=call,
         detector=detector,
         class_folders=classes.folders,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *notes),
     )
 
 
