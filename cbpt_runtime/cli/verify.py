@@ -32,6 +32,8 @@ def command(
     found = verify_repository(repository, bundle, provider=provider, images=images)
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
+    if found.ignored:
+        print_note(f"note: ignored, as systems leave them everywhere: {', '.join(found.ignored)}")
     if as_json:
         print_json(asdict(found))
         return
@@ -41,7 +43,8 @@ def command(
         {
             "repository": found.repository,
             "digest": found.digest,
-            "files": f"{found.files} with the right hash, no others",
+            "files": f"{found.files} with the right hash, no others"
+            + (" that count" if found.ignored else ""),
             "golden answers": f"{found.golden_images} images on {found.provider}, "
             f"largest difference {found.golden_difference:.2g}",
             "verdict": "intact",
