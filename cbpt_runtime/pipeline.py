@@ -25,9 +25,11 @@ from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.labelling import images_to_draw, label_images
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, read_class_list
+from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
+from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
@@ -63,6 +65,7 @@ def purify_checkpoint(
     force: bool = False,
     resume: bool = False,
     keep_images: bool = True,
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Turn a suspect checkpoint, class names and a few clean images into a purified classifier.
@@ -91,6 +94,7 @@ def purify_checkpoint(
         resume: Continue from the finished stages of an interrupted run with the same input.
         keep_images: Put some of the clean images into the bundle and its report, for exports to calibrate and
             measure on, at most 640 and 96 MiB.
+        skip_unreadable: Do without clean images that cannot be read; the notes count and name them.
         progress: Told how far the work is.
 
     Returns:
@@ -118,7 +122,10 @@ def purify_checkpoint(
     suspect = read_checkpoint(checkpoint, model=model)
     trusted = None if reference is None else read_reference(reference, suspect, model=model)
     tell("read checkpoint", 1, 1, {})
-    encoder, split = _encoder_and_split(suspect, Path(images), class_list, shots, seed, str(place), tell)
+    encoder, split = _encoder_and_split(
+        suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
+    )
+    words = prompt_notes(class_list, encoder.tokenizer)
 
     partial = output.with_name(output.name + ".partial")
     if not resume:
@@ -138,7 +145,7 @@ def purify_checkpoint(
             raise output_error(partial, error) from error
     result = _result(repaired, found)
     method = _method(config, defense, repaired)
-    notes = [*suspect.notes, *split.notes, *([] if trusted is None else [reference_note(trusted)])]
+    notes = [*suspect.notes, *split.notes, *words, *([] if trusted is None else [reference_note(trusted)])]
     method |= {"shots": shots, "notes": notes}
     content = _content(suspect, encoder, class_list, split, method, result)
     if keep_images:
@@ -161,10 +168,14 @@ def _encoder_and_split(
     seed: int,
     device: str,
     tell: Progress,
+    *,
+    skip_unreadable: bool,
 ) -> tuple[DualEncoder, CleanSplit]:
     """The suspect's frozen model and the clean images, which it has to label where nobody has."""
     if not is_flat(images):
-        split = draw_clean_split(images, classes, suspect.preprocess, shots=shots, seed=seed)
+        split = draw_clean_split(
+            images, classes, suspect.preprocess, shots=shots, seed=seed, skip_unreadable=skip_unreadable
+        )
         tell("read images", 1, 1, {})
         return load_dual_encoder(suspect, device=device), split
     count = images_to_draw(len(classes.names), shots=shots)
@@ -326,6 +337,7 @@ def _content(
         model=_model(suspect),
         class_names=classes.names,
         templates=classes.templates,
+        class_folders=classes.folders,
         method={
             **method,
             "tune_images": len(split.tune_images),

@@ -11,6 +11,7 @@ from typing import Any
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.bundle import check_output, move_into_place, output_error
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.names import json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
@@ -37,12 +38,12 @@ def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json_text(result, indent=1)
         (staging / RESULT).write_text(text + "\n", encoding="utf-8")
         for plot in draw_plots(result):
             (staging / f"{plot.name}.svg").write_bytes(plot.svg)
             (staging / f"{plot.name}.png").write_bytes(plot.png)
-        (staging / PAGE).write_text(render_bench(result), encoding="utf-8")
+        (staging / PAGE).write_text(readable(render_bench(result)), encoding="utf-8")
         check_results_folder(output, force=force)
         move_into_place(staging, output)
     except OSError as error:

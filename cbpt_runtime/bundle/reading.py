@@ -70,6 +70,11 @@ class Bundle:
         return tuple(self.manifest["classes"]["names"])
 
     @property
+    def class_folders(self) -> tuple[str, ...]:
+        """Names of the classes' image folders, where the class list gave others than the classes'."""
+        return tuple(self.manifest["classes"].get("folders", ()))
+
+    @property
     def preprocess(self) -> Preprocess:
         """How an image becomes the model's pixels."""
         return Preprocess.from_dict(self.manifest["model"]["preprocess"])

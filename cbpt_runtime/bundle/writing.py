@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from cbpt_runtime.bundle.reading import (
     read_bundle,
 )
 from cbpt_runtime.errors import OutputError
+from cbpt_runtime.names import json_text, readable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,7 @@ class BundleContent:
             checkpoint; ``preprocess`` as `Preprocess.to_dict` gives it.
         class_names: In the order of the rows of both heads.
         templates: Prompt templates of each class, ``{}`` standing for the name.
+        class_folders: Names of the classes' image folders, where they may be others than the classes'.
         method: ``name``, ``config``, ``seed`` and ``parameterization``.
         suspects: One dict per suspected target, at least ``index``, ``name`` and ``score``.
         metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
@@ -71,6 +72,7 @@ class BundleContent:
     encoder: Mapping[str, np.ndarray] = field(default_factory=dict)
     triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
     images: CleanImages | None = None
+    class_folders: tuple[str, ...] = ()
     suspects: tuple[Mapping[str, Any], ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -184,7 +186,7 @@ def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle]
     _write_manifest(folder, content, files)
     if report is not None:
         text = report(read_bundle(folder, verify=False))
-        files[REPORT] = _write(folder / REPORT, text.encode())
+        files[REPORT] = _write(folder / REPORT, readable(text).encode())
         _write_manifest(folder, content, files)
 
 
@@ -207,11 +209,12 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, Any]) -> None:
+    folders = {"folders": content.class_folders} if content.class_folders else {}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "verdict": content.verdict,
         "model": content.model,
-        "classes": {"names": content.class_names, "templates": content.templates},
+        "classes": {"names": content.class_names, "templates": content.templates, **folders},
         "method": content.method,
         "suspects": content.suspects,
         "metrics": content.metrics,
@@ -220,7 +223,7 @@ def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, An
         "versions": content.versions,
         "files": files,
     }
-    text = json.dumps(_jsonable(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(_jsonable(manifest), indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

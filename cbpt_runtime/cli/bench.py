@@ -85,6 +85,9 @@ def command(
     different_hardware: Annotated[
         bool, typer.Option("--different-hardware", help="compare: although the machines differ.")
     ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure latency and throughput honestly, and that the answers stay right."""
@@ -110,6 +113,7 @@ def command(
         timeout_s=timeout_s,
         clients=clients,
         max_images=max_images,
+        skip_unreadable=skip_unreadable,
         seed=seed,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )

@@ -68,6 +68,9 @@ def command(
         Literal["bdetclip"] | None,
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
     output_format: Annotated[
@@ -77,7 +80,7 @@ def command(
 ) -> None:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images."""
     from cbpt_runtime.evaluation import evaluate_all
-    from cbpt_runtime.models.data import read_class_list
+    from cbpt_runtime.models.class_lists import read_class_list
 
     if report is not None:
         check_page(report, force=force)
@@ -93,8 +96,11 @@ def command(
             model=model,
             device=device,
             detector=detector,
+            skip_unreadable=skip_unreadable,
             progress=progress,
         )
+    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
+        print_note(f"note: {note}")
     _print(evaluations, Format.JSON if as_json else output_format)
     if report is not None:
         from cbpt_runtime.report import render_evaluation

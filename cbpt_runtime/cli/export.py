@@ -9,6 +9,7 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.names import shell_line
 
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported
@@ -36,6 +37,9 @@ def command(
         Path | None,
         typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -52,8 +56,11 @@ def command(
             profile=settings,
             calibration=calibration,
             force=force,
+            skip_unreadable=skip_unreadable,
             progress=progress,
         )
+    for note in exported.notes:
+        print_note(f"note: {note}")
     if exported.parity["images"] == "drawn":
         print_note("note: the gate looked at drawn pictures; --calibration makes it look at your images")
     if as_json:
@@ -73,7 +80,7 @@ def print_exported(exported: Exported) -> None:
             "parity": f"passed on {exported.parity['provider']}, {_SOURCES[exported.parity['images']]}",
             "repository": exported.path,
             "digest": exported.digest,
-            "next": f"cbpt-runtime verify {exported.path}",
+            "next": shell_line("cbpt-runtime", "verify", exported.path),
         }
     )
 

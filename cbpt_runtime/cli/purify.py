@@ -59,6 +59,9 @@ def command(
     no_images: Annotated[
         bool, typer.Option("--no-images", help="Keep no clean images in the bundle: exports then need some.")
     ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
@@ -87,6 +90,7 @@ def command(
                 force=force,
                 resume=resume,
                 keep_images=not no_images,
+                skip_unreadable=skip_unreadable,
                 progress=progress,
             )
     except KeyboardInterrupt:

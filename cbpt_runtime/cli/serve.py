@@ -183,6 +183,8 @@ def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
     else:
         typer.echo(shell_text(arguments))
     print_note("note: by itself its HTTP answers any web page; `serve` puts a guard in front")
+    if plan.repository.ignored:
+        print_note(f"note: by itself it minds what `serve` ignores: {', '.join(plan.repository.ignored)}")
     if plan.placement.configs:
         print_note("note: by itself it uses the instances and threads of the repository, not of this machine")
     if plan.server.wheel is not None:

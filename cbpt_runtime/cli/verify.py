@@ -32,6 +32,8 @@ def command(
     found = verify_repository(repository, bundle, provider=provider, images=images)
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
+    if found.ignored:
+        print_note(f"note: ignored, as systems leave them everywhere: {', '.join(found.ignored)}")
     if as_json:
         print_json(asdict(found))
         return

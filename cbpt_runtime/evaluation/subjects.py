@@ -46,6 +46,8 @@ class Subject:
         call: From uint8 RGB images at the model's size to classes.
         encoder: 'untouched', or what a method made of the image tower of a bundle.
         detector: What the alarm of `call` is: 'alarm' of a bundle with suspects, 'bdetclip', or None.
+        class_folders: Names of the classes' image folders, where they may be others than the classes'.
+        notes: What was adapted while reading a checkpoint.
     """
 
     source: str
@@ -58,6 +60,8 @@ class Subject:
     suspects: tuple[str, ...] = ()
     encoder: str = "untouched"
     detector: str | None = None
+    class_folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def find_target(self, target: str) -> int:
         """Index of a class by its name; case, '_' and ' ' make no difference.
@@ -135,7 +139,11 @@ def _read_if_bundle(source: Bundle | str | Path) -> Bundle | str | Path:
 
 def _class_list(bundle: Bundle) -> ClassList:
     groups = bundle.manifest["classes"]["templates"]
-    return ClassList(names=bundle.class_names, templates=tuple(tuple(group) for group in groups))
+    return ClassList(
+        names=bundle.class_names,
+        templates=tuple(tuple(group) for group in groups),
+        folders=bundle.class_folders,
+    )
 
 
 def _bundle_subject(bundle: Bundle, device: str) -> Subject:
@@ -158,6 +166,7 @@ def _bundle_subject(bundle: Bundle, device: str) -> Subject:
         suspects=tuple(str(suspect["name"]) for suspect in bundle.suspects),
         encoder=bundle.encoder,
         detector="alarm" if bundle.suspects else None,
+        class_folders=bundle.class_folders,
     )
 
 
@@ -170,9 +179,11 @@ def _checkpoint_subject(
 ) -> Subject:
     from cbpt_runtime.models.checkpoint import read_checkpoint
     from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
+    from cbpt_runtime.models.prompt_tokens import prompt_notes
 
     checkpoint = read_checkpoint(source, model=model)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
+    notes = prompt_notes(classes, encoder.tokenizer)
     head = encoder.class_embeddings(classes).cpu().numpy()
     score = None if detector is None else bdetclip(encoder, classes.names)
 
@@ -191,6 +202,8 @@ def _checkpoint_subject(
         preprocess=checkpoint.preprocess,
         call=call,
         detector=detector,
+        class_folders=classes.folders,
+        notes=(*checkpoint.notes, *notes),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.names import is_litter
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -18,6 +19,7 @@ KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
 _KEYS = ("name", "models", "classes", "preprocess", "profile", "bundle_digest", "graph_sha256", "files")
 _MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
+_MOVE = "Move them elsewhere: a repository holds what `cbpt-runtime export` wrote and nothing else."
 _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intact copy."
 
 
@@ -29,11 +31,13 @@ class Repository:
         path: Its folder.
         manifest: The whole of ``manifest.json``.
         digest: SHA-256 of it, hence of everything in the repository.
+        ignored: What systems leave everywhere, such as `lost+found`; nobody reads it.
     """
 
     path: Path
     manifest: dict[str, Any]
     digest: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,8 +94,9 @@ def read_repository(path: str | Path) -> Repository:
     path = Path(path)
     raw, manifest = _read(path)
     listed, there = manifest["files"], set(_list(path))
+    foreign = sorted(name for name in there - set(listed) if not _is_litter_below(name))
     problems = [f"{name} is missing" for name in sorted(set(listed) - there)]
-    problems += [f"{name} is not in the manifest" for name in sorted(there - set(listed))]
+    problems += [f"{name} is not in the manifest" for name in foreign]
     for name in sorted(set(listed) & there):
         file = path / name
         if file.is_symlink() or not file.is_file():
@@ -102,9 +107,14 @@ def read_repository(path: str | Path) -> Repository:
         raise RepositoryError(
             expected=f"the files of {path / MANIFEST}, unchanged, and no others",
             got="; ".join(problems[:10]) + (f" and {len(problems) - 10} more" if len(problems) > 10 else ""),
-            fix=_REMAKE,
+            fix=_MOVE if len(problems) == len(foreign) else _REMAKE,
         )
-    return Repository(path=path, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
+    return Repository(
+        path=path,
+        manifest=manifest,
+        digest=hashlib.sha256(raw).hexdigest(),
+        ignored=_litter(path),
+    )
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -143,6 +153,17 @@ def _list(folder: Path) -> list[str]:
     """Every file below a folder but the manifest itself, links and all, in order."""
     found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
     return sorted(name for file in found if (name := file.relative_to(folder).as_posix()) != MANIFEST)
+
+
+def _litter(folder: Path) -> tuple[str, ...]:
+    """What systems left in a folder; not what lies inside that."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if is_litter(path.name))
+    return tuple(sorted(path.as_posix() for path in found if not _is_litter_below(path.parent.as_posix())))
+
+
+def _is_litter_below(name: str) -> bool:
+    """Whether a path is, or lies in, something that systems leave everywhere."""
+    return any(map(is_litter, PurePosixPath(name).parts))
 
 
 def _as_list(value: object) -> list[object]:

@@ -86,12 +86,14 @@ class Exported:
         name: Of the model that takes image files.
         digest: SHA-256 of its manifest.
         parity: What the gate saw, as in ``parity.json``.
+        notes: Remarks for the user: which of the images given were left out.
     """
 
     path: Path
     name: str
     digest: str
     parity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -102,6 +104,7 @@ def export_bundle(
     profile: Profile | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Export the classifier of a bundle and write a model repository, if and only if the gate passes.
@@ -114,6 +117,7 @@ def export_bundle(
         calibration: Labelled images, one folder per class: what the gate and the golden set use, instead of
             those the bundle carries. Without either, pictures are drawn; 'fp16' and 'int8' need real ones.
         force: Replace a model repository that is already at ``output``.
+        skip_unreadable: Do without images of ``calibration`` that cannot be read.
         progress: Told how far the work is.
 
     Raises:
@@ -126,7 +130,7 @@ def export_bundle(
     _check_request(output, name, profile, force)
     if not isinstance(bundle, Bundle):
         bundle = read_bundle(bundle)
-    images = find_gate_images(bundle, calibration)
+    images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
     module, classifier = load_served(bundle)
@@ -154,7 +158,7 @@ def export_bundle(
         parity=report,
     )
     digest = _write_whole(content, output, force)
-    return Exported(path=output, name=name, digest=digest, parity=report)
+    return Exported(path=output, name=name, digest=digest, parity=report, notes=images.notes)
 
 
 def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:

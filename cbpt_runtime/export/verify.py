@@ -39,6 +39,7 @@ class Verification:
         golden_difference: Largest difference in probability or alarm.
         golden_note: What differs, when int8 was exported on another kind of processor and something does.
         parity: The gate again, when a bundle was given.
+        ignored: What systems left in the folder, such as `lost+found`; nobody reads it.
     """
 
     repository: str
@@ -49,6 +50,7 @@ class Verification:
     golden_difference: float
     golden_note: str | None
     parity: dict[str, Any] | None
+    ignored: tuple[str, ...] = ()
 
 
 def verify_repository(
@@ -91,6 +93,7 @@ def verify_repository(
         golden_difference=checked.largest_difference,
         golden_note=checked.note,
         parity=None if bundle is None else _parity(repository, model, bundle, where, images),
+        ignored=repository.ignored,
     )
 
 

@@ -20,6 +20,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleFormatError, TensorReference
 from cbpt_runtime.models.state_dicts import UNUSUAL, StateDict, find_state_dicts, kind_of_stranger
 from cbpt_runtime.models.torch_files import NotDenseError, TorchFile, open_archive, open_sequence
+from cbpt_runtime.names import name_bytes, utf8_path
 
 # Entries of OpenAI's original archives that are settings, not weights.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
@@ -74,7 +75,7 @@ def files_digest(paths: Sequence[Path]) -> str:
     if len(paths) == 1:
         return file_digest(paths[0])
     lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(name_bytes(lines)).hexdigest()
 
 
 def read_weights(*paths: Path, name: str | None = None) -> Weights:
@@ -135,7 +136,8 @@ def _is_safetensors(head: bytes) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         # Copied out of the file's memory mapping: the weights must not change when the file does.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with utf8_path(path) as name:
+            return {name: tensor.clone() for name, tensor in load_file(name).items()}
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             expected=f"a whole safetensors file in {path}",

@@ -13,9 +13,11 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, read_class_list
+from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
+from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
@@ -121,6 +123,7 @@ def scan(
     drawn = _draw_images(Path(images), suspect, config.seed)
     _tell(progress, "read images")
     encoder = load_dual_encoder(suspect, device=place)
+    words = () if listed is None else prompt_notes(listed, encoder.tokenizer)
     subject = unlabelled_subject(encoder, listed, drawn.images, config)
     other = None
     if trusted is not None:
@@ -139,7 +142,7 @@ def scan(
         suspects=suspects,
         images=len(drawn.images),
         evidence=evidence,
-        notes=_notes(suspect, trusted, drawn),
+        notes=(*_notes(suspect, trusted, drawn), *words),
         config=config,
         stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
-from cbpt_runtime.models.data import read_class_list
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.folders import read_labelled
@@ -45,6 +46,8 @@ def implant_checkpoint(
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
+    skip_unreadable: bool = False,
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Implant:
     """Fine-tune a backdoor into a checkpoint, prove it on held-out images, and write the victim.
@@ -68,6 +71,8 @@ def implant_checkpoint(
         device: 'auto', 'cpu' or 'cuda'.
         force: Replace an existing folder.
         resume: Go on from the last whole epoch of an interrupted run with the same input.
+        skip_unreadable: Do without images that cannot be read.
+        tell: Told which files were left out.
         progress: Told how far the work is.
 
     Raises:
@@ -79,12 +84,24 @@ def implant_checkpoint(
             expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
         )
     attacks = _read_attacks(attack, targets, parameters or {})
-    names = read_class_list(classes).names
+    class_list = read_class_list(classes)
+    names = class_list.names
     for target in targets:
         target_index(names, target)
     clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
     generator = torch.Generator().manual_seed(seed)
-    training, proof = _read_images(clip, images, heldout, names, generator)
+    read = partial(
+        read_labelled,
+        classes=class_list,
+        preprocess=clip.preprocess,
+        skip_unreadable=skip_unreadable,
+        tell=tell,
+    )
+    training = read(images)
+    if heldout is None:
+        training, proof = split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
+    else:
+        proof = read(heldout)
     config = TrainConfig() if config is None else config
     backdoors = [
         make_backdoor(
@@ -101,9 +118,9 @@ def implant_checkpoint(
         )
         for (name, own), target in zip(attacks, targets, strict=True)
     ]
-    partial = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(output.name + ".partial")
     if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     settings = {
         "attack": attack,
         "targets": list(targets),
@@ -122,10 +139,10 @@ def implant_checkpoint(
         minimum_asr=minimum_asr,
         maximum_ca_drop=maximum_ca_drop,
         progress=progress,
-        store=EpochStore(folder=partial, fingerprint=_fingerprint(clip, training, settings)),
+        store=EpochStore(folder=unfinished, fingerprint=_fingerprint(clip, training, settings)),
     )
     result.save(output, force=force)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
 
@@ -163,15 +180,6 @@ def _rate(parameters: Mapping[str, object], common: float | None) -> float | Non
     if own is not None and (not isinstance(own, (int, float)) or isinstance(own, bool)):
         raise ConfigError(expected="a poison rate in (0, 1]", got=repr(own), fix="Give a number.")
     return own
-
-
-def _read_images(
-    clip: TrainableClip, images: Path, heldout: Path | None, names: Sequence[str], generator: torch.Generator
-) -> tuple[LabelledImages, LabelledImages]:
-    training = read_labelled(images, names, clip.preprocess)
-    if heldout is None:
-        return split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
-    return training, read_labelled(heldout, names, clip.preprocess)
 
 
 def _fingerprint(clip: TrainableClip, training: LabelledImages, settings: Mapping[str, object]) -> str:

@@ -21,6 +21,7 @@ from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.metrics import Rate
+from cbpt_runtime.names import readable
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
@@ -150,7 +151,7 @@ def write_page(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(readable(text), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise output_error(path, error) from error

@@ -280,8 +280,7 @@ def _require_all(named: Sequence[tuple[str, object]], found: Sequence[Answer | R
         (name, item) for (name, _), item in zip(named, found, strict=True) if isinstance(item, RequestError)
     ]
     if refused:
-        shown = "; ".join(f"{name}: {error.got}" for name, error in refused[:10])
-        more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
+        shown = "; ".join(f"{name}: {error.got}" for name, error in refused)
         raise RequestError(
-            expected="images the server can read", got=shown + more, fix="Leave them out or repair them."
+            expected="images the server can read", got=shown, fix="Leave them out or repair them."
         )

@@ -202,6 +202,8 @@ def running_server(
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
     plan = make_plan(repository, config or ServeConfig())
+    if plan.repository.ignored and tell is not None:
+        tell(f"note: ignored, as systems leave them everywhere: {', '.join(plan.repository.ignored)}")
     sweep()
     with (
         tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,

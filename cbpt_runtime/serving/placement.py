@@ -12,7 +12,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbpt_runtime.cpus import usable_cpus
@@ -106,9 +106,10 @@ def lay_out(repository: Repository, placement: Placement, folder: Path) -> Path:
     """The folder to name as `--model-repository`: a view of the repository in `folder`."""
     for model in repository.manifest["models"]:
         (folder / model).mkdir(parents=True)
-        for entry in sorted((repository.path / model).iterdir()):
-            if entry.name not in ("config.pbtxt", "configs"):
-                (folder / model / entry.name).symlink_to(entry.absolute())
+        paths = (PurePosixPath(name).parts for name in repository.manifest["files"])
+        entries = {parts[1] for parts in paths if parts[0] == model and len(parts) > 1}
+        for name in sorted(entries - {"config.pbtxt", "configs"}):
+            (folder / model / name).symlink_to((repository.path / model / name).absolute())
         chosen = _config_file(repository, model, placement.config_name)
         text = placement.configs.get(model) or chosen.read_text(encoding="utf-8")
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import CheckpointError, OutputError
@@ -205,6 +205,6 @@ def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, by
         for key, value in clip.model.state_dict().items()
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(state, folder / WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).write_bytes(save(state))  # not save_file, whose files only their owner may read
     for name, content in extra_files.items():
         (folder / name).write_bytes(content)
