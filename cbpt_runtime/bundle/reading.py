@@ -25,6 +25,7 @@ ENCODER = "encoder.safetensors"
 TRIGGERS = "triggers.safetensors"
 IMAGES = "images.safetensors"
 REPORT = "report.html"
+MAX_MANIFEST_BYTES = 256 << 20
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
 _REQUIRED_KEYS = ("verdict", "model", "classes", "method", "suspects", "metrics", "versions", "files")

@@ -8,14 +8,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
+from cbpt_runtime.artifacts import Kind, check_files, hash_files, list_files, read_regular_file
 from cbpt_runtime.errors import RepositoryError
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
+_MAX_MANIFEST_BYTES = 64 << 20
 _KEYS = ("name", "models", "classes", "preprocess", "profile", "bundle_digest", "graph_sha256", "files")
 _MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
 _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intact copy."
@@ -63,21 +65,29 @@ def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     Returns:
         SHA-256 of the manifest.
     """
-    files = {name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size}
-             for name in _list(folder)}  # fmt: skip
+    files = hash_files(folder, list_files(folder))
     manifest = {"kind": KIND, "schema_version": SCHEMA_VERSION, **summary, "files": files}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _own_files(path: Path) -> list[str] | None:
+    """The files the manifest of a repository lists, damaged or not; None for what is no repository."""
+    try:
+        manifest = json.loads(read_regular_file(path / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == KIND else None
+    return [MANIFEST, *files] if isinstance(files, dict) else None
+
+
 def is_repository(path: Path) -> bool:
     """Whether a folder is a model repository by the looks of its manifest, damaged or not."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == KIND
+    return _own_files(path) is not None
+
+
+MODEL_REPOSITORY: Final = Kind(name="model repository", own_files=_own_files)
 
 
 def read_repository(path: str | Path) -> Repository:
@@ -89,15 +99,7 @@ def read_repository(path: str | Path) -> Repository:
     """
     path = Path(path)
     raw, manifest = _read(path)
-    listed, there = manifest["files"], set(_list(path))
-    problems = [f"{name} is missing" for name in sorted(set(listed) - there)]
-    problems += [f"{name} is not in the manifest" for name in sorted(there - set(listed))]
-    for name in sorted(set(listed) & there):
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            problems.append(f"{name} is not a plain file")
-        elif _sha256(file) != listed[name].get("sha256"):
-            problems.append(f"{name} was changed")
+    problems = check_files(path, manifest["files"], besides=(MANIFEST,))
     if problems:
         raise RepositoryError(
             expected=f"the files of {path / MANIFEST}, unchanged, and no others",
@@ -139,12 +141,6 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     return raw, manifest
 
 
-def _list(folder: Path) -> list[str]:
-    """Every file below a folder but the manifest itself, links and all, in order."""
-    found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-    return sorted(name for file in found if (name := file.relative_to(folder).as_posix()) != MANIFEST)
-
-
 def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
@@ -157,8 +153,3 @@ def _are_names(values: list[object]) -> bool:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.artifacts import reserved
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.clip import resolve_device
 from cbpt_runtime.models.data import read_class_list
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
@@ -20,7 +20,7 @@ from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
 from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
 from cbpt_runtime.redteam.training import TrainConfig
-from cbpt_runtime.training.trainable import TrainableClip, load_trainable
+from cbpt_runtime.training.trainable import CHECKPOINT, TrainableClip, load_trainable
 from cbpt_runtime.types import Progress
 
 HELDOUT_RATE = 0.1
@@ -66,7 +66,7 @@ def implant_checkpoint(
         maximum_ca_drop: Clean accuracy it may cost.
         seed: Seed of every random choice.
         device: 'auto', 'cpu' or 'cuda'.
-        force: Replace an existing folder.
+        force: Replace a victim that is already there.
         resume: Go on from the last whole epoch of an interrupted run with the same input.
         progress: Told how far the work is.
 
@@ -74,59 +74,52 @@ def implant_checkpoint(
         InputError: Something given is wrong.
         ImplantError: The backdoor did not take; nothing is written.
     """
-    if output.exists() and not force:
-        raise OutputError(
-            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
-        )
     attacks = _read_attacks(attack, targets, parameters or {})
     names = read_class_list(classes).names
     for target in targets:
         target_index(names, target)
-    clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
-    generator = torch.Generator().manual_seed(seed)
-    training, proof = _read_images(clip, images, heldout, names, generator)
-    config = TrainConfig() if config is None else config
-    backdoors = [
-        make_backdoor(
-            name,
-            target,
+    with reserved(output, CHECKPOINT, force=force, resume=resume) as kept:
+        clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
+        generator = torch.Generator().manual_seed(seed)
+        training, proof = _read_images(clip, images, heldout, names, generator)
+        config = TrainConfig() if config is None else config
+        backdoors = [
+            make_backdoor(
+                name,
+                target,
+                clip,
+                training,
+                names,
+                config.templates,
+                poison_rate=_rate(own, poison_rate),
+                parameters={key: value for key, value in own.items() if key != "poison_rate"},
+                generator=generator,
+                progress=progress,
+            )
+            for (name, own), target in zip(attacks, targets, strict=True)
+        ]
+        settings = {
+            "attack": attack,
+            "targets": list(targets),
+            "parameters": dict(parameters or {}),
+            "seed": seed,
+        }
+        settings |= {"poison_rate": poison_rate, "config": asdict(config)}
+        result = implant(
             clip,
             training,
+            proof,
             names,
-            config.templates,
-            poison_rate=_rate(own, poison_rate),
-            parameters={key: value for key, value in own.items() if key != "poison_rate"},
+            backdoors,
+            config=config,
             generator=generator,
+            minimum_asr=minimum_asr,
+            maximum_ca_drop=maximum_ca_drop,
             progress=progress,
+            store=EpochStore(folder=kept, fingerprint=_fingerprint(clip, training, settings)),
         )
-        for (name, own), target in zip(attacks, targets, strict=True)
-    ]
-    partial = output.with_name(output.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    settings = {
-        "attack": attack,
-        "targets": list(targets),
-        "parameters": dict(parameters or {}),
-        "seed": seed,
-    }
-    settings |= {"poison_rate": poison_rate, "config": asdict(config)}
-    result = implant(
-        clip,
-        training,
-        proof,
-        names,
-        backdoors,
-        config=config,
-        generator=generator,
-        minimum_asr=minimum_asr,
-        maximum_ca_drop=maximum_ca_drop,
-        progress=progress,
-        store=EpochStore(folder=partial, fingerprint=_fingerprint(clip, training, settings)),
-    )
-    result.save(output, force=force)
-    shutil.rmtree(partial, ignore_errors=True)
-    return result
+        result.save(output, force=force)
+        return result
 
 
 def _read_attacks(
