@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from cbpt_runtime.artifacts import claimed
+from cbpt_runtime.artifacts.folders import WORK
 from cbpt_runtime.bundle import Bundle
 
 WRITERS = {
