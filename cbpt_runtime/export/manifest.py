@@ -53,6 +53,11 @@ class Repository:
         return self.path / self.name / "1" / "golden"
 
     @property
+    def inner_models(self) -> tuple[str, ...]:
+        """Models that only the one that takes image files asks."""
+        return f"{self.name}_preprocess", f"{self.name}_alarm"
+
+    @property
     def made_on(self) -> str | None:
         """Processor the gate ran on, where the answers depend on it: int8."""
         processor = self.manifest.get("processor")

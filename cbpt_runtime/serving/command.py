@@ -17,7 +17,7 @@ from cbpt_runtime.serving.placement import Placement
 from cbpt_runtime.serving.servers import OLDEST_VERSION, RELEASE, TritonServer
 
 _MIB = 2**20
-# Nobody needs these through the network; each is behind a secret that is made up here and told to no one.
+# Nobody needs these through the network; each is behind a header that nobody can send.
 _CLOSED_ENDPOINTS = "shared-memory,trace,logging"
 _GUARDED_ENDPOINTS = (
     "health,metadata,inference,model-config,model-repository,statistics"  # all others there are
@@ -157,6 +157,14 @@ def _listening(config: ServeConfig, endpoint: Endpoint) -> list[tuple[str, str]]
     return [*endpoints, ("--allow-sagemaker", "false"), ("--allow-vertex-ai", "false")]
 
 
+def _closed() -> str:
+    """Endpoints that want a header made up here; whoever reads it off the command line cannot send it.
+
+    No line of HTTP/1 and no metadata of gRPC holds a line feed.
+    """
+    return f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}\n"
+
+
 def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> list[tuple[str, str | None]]:
     guarded = f"{_GUARDED_ENDPOINTS}:{SECRET_HEADER}={endpoint.secret}"
     return [
@@ -165,7 +173,7 @@ def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> li
         ("--allow-client-shm", "false"),
         ("--http-max-input-size", str(config.max_request_bytes)),
         ("--grpc-max-response-pool-size", "16"),
-        ("--http-restricted-api", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
+        ("--http-restricted-api", _closed()),
         ("--http-restricted-api", guarded if endpoint.secret is not None else None),
-        ("--grpc-restricted-protocol", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
+        ("--grpc-restricted-protocol", _closed()),
     ]
