@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -70,6 +72,30 @@ def read_regular_file(path: Path, *, max_bytes: int) -> bytes:
         if facts.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"Larger than {max_bytes} bytes", str(path))
         return file.read(facts.st_size)
+
+
+def read_json_file(path: Path, *, max_bytes: int) -> tuple[bytes, Any]:
+    """Read JSON that a stranger may have written; the bytes and the value.
+
+    Raises:
+        OSError: As `read_regular_file`.
+        ValueError: Not JSON in UTF-8, nested too deeply, or with what JSON has no word for: NaN, infinity,
+            half a character.
+    """
+    raw = read_regular_file(path, max_bytes=max_bytes)
+    try:
+        value = json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return raw, value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]}, which is no finite number")
+    return number
 
 
 def _is_as_listed(file: Path, entry: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbpt_runtime.artifacts.file_table import list_files, read_regular_file
+from cbpt_runtime.artifacts.file_table import list_files, read_json_file
 
 MARKER = ".cbpt-runtime.json"
 """In folders whose files do not say themselves who made them; hidden, so that no reader of images minds."""
@@ -65,8 +65,8 @@ def write_marker(folder: Path, name: str) -> None:
 def read_marker(folder: Path, name: str) -> list[str] | None:
     """The files a marker lists; None where there is none, or one of another kind."""
     try:
-        content = json.loads(read_regular_file(folder / MARKER, max_bytes=_MAX_MARKER_BYTES))
-    except (OSError, ValueError, RecursionError):
+        _, content = read_json_file(folder / MARKER, max_bytes=_MAX_MARKER_BYTES)
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or content.get("kind") != f"cbpt-runtime {name}":
         return None

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.artifacts import Kind, new_folder, read_regular_file
+from cbpt_runtime.artifacts import Kind, new_folder, read_json_file
 from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
@@ -79,8 +79,8 @@ class BundleContent:
 def _own_files(path: Path) -> list[str] | None:
     """The files the manifest of a bundle lists, damaged or not; None for what is no bundle."""
     try:
-        manifest = json.loads(read_regular_file(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        _, manifest = read_json_file(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
         return None
     files = manifest.get("files") if isinstance(manifest, dict) and "verdict" in manifest else None
     return [MANIFEST, *files] if isinstance(files, dict) and HEAD in files else None

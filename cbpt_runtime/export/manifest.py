@@ -10,15 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from cbpt_runtime.artifacts import Kind, check_files, hash_files, list_files, read_regular_file
-from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.artifacts import Kind, check_files, hash_files, list_files, read_json_file, shape_problems
+from cbpt_runtime.errors import ConfigError, RepositoryError
+from cbpt_runtime.models.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
 _MAX_MANIFEST_BYTES = 64 << 20
-_KEYS = ("name", "models", "classes", "preprocess", "profile", "bundle_digest", "graph_sha256", "files")
+_PARTS = ("_preprocess", "_classifier", "_alarm")
+_PROVIDERS = ("cpu", "cuda", "tensorrt")  # as the modules say that need onnxruntime
+_PRECISIONS = ("fp32", "fp16", "int8")
+_RANGES = {
+    "max_batch": (1, 4096),
+    "instances": (1, 64),
+    "threads": (0, 1024),
+    "decoders": (0, 256),
+    "max_image_bytes": (1, 10**9),
+}
+_SHAPE = {
+    "name": str,
+    "models": [str],
+    "classes": int,
+    "preprocess": dict,
+    "profile": {"provider": str, "precision": str, **dict.fromkeys(_RANGES, int)},
+    "bundle_digest": str,
+    "graph_sha256": str,
+    "files": {str: {"sha256": str, "size_bytes": int}},
+}
 _MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
 _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intact copy."
 
@@ -80,8 +100,8 @@ def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
 def _own_files(path: Path) -> list[str] | None:
     """The files the manifest of a repository lists, damaged or not; None for what is no repository."""
     try:
-        manifest = json.loads(read_regular_file(path / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        _, manifest = read_json_file(path / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
         return None
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == KIND else None
     return [MANIFEST, *files] if isinstance(files, dict) else None
@@ -117,8 +137,7 @@ def read_repository(path: str | Path) -> Repository:
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
-        manifest = json.loads(raw)
+        raw, manifest = read_json_file(file, max_bytes=_MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RepositoryError(
@@ -133,26 +152,27 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             got="something else",
             fix="Give the folder that `cbpt-runtime export --output` wrote.",
         )
-    problems = [f"no {key!r}" for key in _KEYS if key not in manifest]
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        problems.append("'files' is not an object of objects")
-    elif not all(_is_inside(name) for name in files):
-        problems.append("a file name that leaves the repository")
-    if not _are_names([manifest.get("name"), *_as_list(manifest.get("models"))]):
-        problems.append("the name of a model that is none")
+    problems = shape_problems(manifest, _SHAPE)
+    if not problems:
+        name, profile = manifest["name"], manifest["profile"]
+        if not all(_is_inside(file) for file in manifest["files"]):
+            problems.append("a file name that leaves the repository")
+        if not _MODEL_NAME.fullmatch(name) or manifest["models"] != [name, *(name + end for end in _PARTS)]:
+            problems.append("the name of a model that is none")
+        if profile["provider"] not in _PROVIDERS or profile["precision"] not in _PRECISIONS:
+            problems.append("a provider or a precision that is none")
+        problems += [
+            f"profile.{key} is {profile[key]:.3g}, not from {low} to {high:,}"
+            for key, (low, high) in _RANGES.items()
+            if not low <= profile[key] <= high
+        ]
+        try:
+            Preprocess.from_dict(manifest["preprocess"])
+        except ConfigError as error:
+            problems.append(f"preprocessing: {error.got} instead of {error.expected}")
     if problems:
         raise RepositoryError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
     return raw, manifest
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
-
-
-def _are_names(values: list[object]) -> bool:
-    """Whether all are names of models as `export` makes them: folders, and words of a shell's command."""
-    return all(isinstance(value, str) and _MODEL_NAME.fullmatch(value) for value in values)
 
 
 def _is_inside(name: str) -> bool:
