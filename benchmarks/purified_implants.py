@@ -92,7 +92,9 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             attacks.append({"attack": door["attack"], "target": door["target"], **rates(*pair)})
             if arguments.reports is not None:
-                write_page(arguments.reports / f"{name}-{path.stem}.html", render_evaluation(pair))
+                write_page(
+                    arguments.reports / f"{name}-{path.stem}.html", render_evaluation(pair), force=True
+                )
         if not doors:
             (alone,) = evaluate_all([bundle], arguments.heldout, device="cpu", progress=progress)
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})

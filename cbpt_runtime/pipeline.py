@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from cbpt_runtime.artifacts import check_output, reserved, writing
 from cbpt_runtime.bundle import (
+    BUNDLE,
     Bundle,
     BundleContent,
-    check_output,
     choose_clean_images,
-    output_error,
     write_bundle,
 )
 from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
@@ -105,7 +104,7 @@ def purify_checkpoint(
         PurificationError: Purification did not reach a usable result.
     """
     output = Path(output)
-    check_output(output, force=force)
+    check_output(output, BUNDLE, force=force)
     if defense is None:
         config = PurifyConfig() if config is None else config
     elif reference is not None and config is None:
@@ -118,46 +117,41 @@ def purify_checkpoint(
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
-    tell("read checkpoint", 0, 1, {})
-    suspect = read_checkpoint(checkpoint, model=model)
-    trusted = None if reference is None else read_reference(reference, suspect, model=model)
-    tell("read checkpoint", 1, 1, {})
-    encoder, split = _encoder_and_split(
-        suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
-    )
-    words = prompt_notes(class_list, encoder.tokenizer)
+    with reserved(output, BUNDLE, force=force, resume=resume) as kept:
+        tell("read checkpoint", 0, 1, {})
+        suspect = read_checkpoint(checkpoint, model=model)
+        trusted = None if reference is None else read_reference(reference, suspect, model=model)
+        tell("read checkpoint", 1, 1, {})
+        encoder, split = _encoder_and_split(
+            suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
+        )
+        words = prompt_notes(class_list, encoder.tokenizer)
 
-    partial = output.with_name(output.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    repaired, found = None, None
-    if defense is not None:
-        repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
-        encoder = repaired.encoder
-    if config is not None:
-        stages = StageStore(partial, _fingerprint(suspect, trusted, class_list, split, config, defense))
-        relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
-        try:
-            found = purify(
-                encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
-            )
-        except OSError as error:  # nothing but the stages is written
-            raise output_error(partial, error) from error
-    result = _result(repaired, found)
-    method = _method(config, defense, repaired)
-    notes = [*suspect.notes, *split.notes, *words, *([] if trusted is None else [reference_note(trusted)])]
-    method |= {"shots": shots, "notes": notes}
-    content = _content(suspect, encoder, class_list, split, method, result)
-    if keep_images:
-        content = replace(content, images=choose_clean_images(split))
-    bundle = write_bundle(
-        output,
-        content=content,
-        force=force,
-        report=lambda bundle: _report(bundle, split, keep_images, str(place)),
-    )
-    shutil.rmtree(partial, ignore_errors=True)
-    return bundle
+        repaired, found = None, None
+        if defense is not None:
+            repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
+            encoder = repaired.encoder
+        if config is not None:
+            stages = StageStore(kept, _fingerprint(suspect, trusted, class_list, split, config, defense))
+            relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
+            with writing(kept):  # nothing but the stages is written
+                found = purify(
+                    encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
+                )
+        result = _result(repaired, found)
+        method = _method(config, defense, repaired)
+        known = [] if trusted is None else [reference_note(trusted)]
+        notes = [*suspect.notes, *split.notes, *words, *known]
+        method |= {"shots": shots, "notes": notes}
+        content = _content(suspect, encoder, class_list, split, method, result)
+        if keep_images:
+            content = replace(content, images=choose_clean_images(split))
+        return write_bundle(
+            output,
+            content=content,
+            force=force,
+            report=lambda bundle: _report(bundle, split, keep_images, str(place)),
+        )
 
 
 def _encoder_and_split(

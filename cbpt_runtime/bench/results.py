@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from cbpt_runtime.artifacts import Kind, marked, new_folder
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
-from cbpt_runtime.bundle import check_output, move_into_place, output_error
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.names import json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
-
-
-def check_results_folder(output: Path, *, force: bool) -> None:
-    """Refuse a folder that could not be written later; called before anything is measured.
-
-    Raises:
-        OutputError: It exists, or cannot be written.
-    """
-    check_output(output, force=force, kind="folder of bench results", is_kind=is_results)
+RESULTS: Final[Kind] = marked("folder of bench results")
 
 
 def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
@@ -34,31 +24,13 @@ def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
     """
     from cbpt_runtime.report.speed import draw_plots, render_bench
 
-    staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+    with new_folder(output, RESULTS, force=force) as staging:
         text = json_text(result, indent=1)
         (staging / RESULT).write_text(text + "\n", encoding="utf-8")
         for plot in draw_plots(result):
             (staging / f"{plot.name}.svg").write_bytes(plot.svg)
             (staging / f"{plot.name}.png").write_bytes(plot.png)
         (staging / PAGE).write_text(readable(render_bench(result)), encoding="utf-8")
-        check_results_folder(output, force=force)
-        move_into_place(staging, output)
-    except OSError as error:
-        raise output_error(output, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def is_results(path: Path) -> bool:
-    """Whether a folder holds results of a run."""
-    try:
-        content = json.loads((path / RESULT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

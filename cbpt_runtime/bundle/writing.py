@@ -1,34 +1,32 @@
-"""Writing a bundle: to a temporary sibling, read back, renamed into place."""
+"""Writing a bundle: staged, read back, moved into place."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
+from cbpt_runtime.artifacts import Kind, new_folder, read_json_file
 from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
     HEAD,
     IMAGES,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     REPORT,
     SCHEMA_VERSION,
     TRIGGERS,
     Bundle,
     read_bundle,
 )
-from cbpt_runtime.errors import OutputError
 from cbpt_runtime.names import json_text, readable
 
 
@@ -80,57 +78,17 @@ class BundleContent:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle by the looks of it, damaged or not."""
-    return (path / MANIFEST).is_file() and (path / HEAD).is_file()
-
-
-def check_output(
-    path: Path, *, force: bool = False, kind: str = "bundle", is_kind: Callable[[Path], bool] = is_bundle
-) -> None:
-    """Refuse an output folder that could not be written later; called before any work is done.
-
-    Args:
-        path: Where the folder is to be written.
-        force: Whether one of the same kind that is already there may be replaced. Nothing else ever is.
-        kind: What is to be written, in words.
-        is_kind: Whether a folder is one.
-
-    Raises:
-        OutputError: The path exists, or its parent folder cannot be written.
-    """
-    if path.is_symlink() or path.exists():
-        if not force:
-            raise OutputError(
-                expected="an output path that does not exist yet",
-                got=f"{path}, which exists",
-                fix=f"Choose another --output, or replace the {kind} there with --force.",
-            )
-        if path.is_symlink() or not path.is_dir() or not (is_kind(path) or not any(path.iterdir())):
-            raise OutputError(
-                expected=f"a {kind} or an empty folder to replace",
-                got=f"{path}, which is something else",
-                fix=f"Choose another --output; --force replaces a {kind} only.",
-            )
-    nearest = next((parent for parent in path.parents if parent.exists()), path.parent)
-    probe = nearest / f".{path.name}.{secrets.token_hex(4)}.probe"
+def _own_files(path: Path) -> list[str] | None:
+    """The files the manifest of a bundle lists, damaged or not; None for what is no bundle."""
     try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise output_error(path, error) from error
+        _, manifest = read_json_file(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) and "verdict" in manifest else None
+    return [MANIFEST, *files] if isinstance(files, dict) and HEAD in files else None
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """The OutputError that tells what went wrong when writing below a path."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "Free some space or choose an --output on another disk, then run again."
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "Choose an --output in a folder you may write to."
-    else:
-        fix = "Choose another --output."
-    reason = error.strerror or type(error).__name__
-    return OutputError(expected=f"to be able to write {path}", got=reason, fix=fix)
+BUNDLE: Final = Kind(name="bundle", own_files=_own_files)
 
 
 def write_bundle(
@@ -156,18 +114,9 @@ def write_bundle(
         BundleError: The content contradicts itself, for example NaN in a head.
     """
     path = Path(path)
-    check_output(path, force=force)
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+    with new_folder(path, BUNDLE, force=force) as staging:
         _write_files(staging, content, report)
         read_bundle(staging)
-        move_into_place(staging, path)
-    except OSError as error:
-        raise output_error(path, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return read_bundle(path, verify=False)
 
 
@@ -238,18 +187,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def move_into_place(staging: Path, path: Path) -> None:
-    """Rename a finished folder to its name; one that is there is kept until the new one has its place."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
-    path.rename(aside)
-    try:
-        staging.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,19 +140,20 @@ def _measure(
     force: bool,
 ) -> dict[str, Any]:
     """Everything that takes time, after everything that can be refused."""
+    from cbpt_runtime.artifacts import reserved
     from cbpt_runtime.bench.peer import find_peer
-    from cbpt_runtime.bench.results import check_results_folder, write_results
+    from cbpt_runtime.bench.results import RESULTS, write_results
     from cbpt_runtime.bench.run import add_peer, bench
 
     if tool is not None:
         find_peer()
+    with nullcontext() if output is None else reserved(output, RESULTS, force=force):
+        result = bench(targets, images, config, tell=print_note, **attack, **options)
+        if tool is not None:
+            add_peer(result, images, config)
+        if output is not None:
+            write_results(result, output, force=force)
     if output is not None:
-        check_results_folder(output, force=force)
-    result = bench(targets, images, config, tell=print_note, **attack, **options)
-    if tool is not None:
-        add_peer(result, images, config)
-    if output is not None:
-        write_results(result, output, force=force)
         print_note(f"written: {output}/bench.json, plots, report.html")
     return result
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
-from cbpt_runtime.cli.pages import check_page, save_page
+from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -82,30 +82,29 @@ def command(
     from cbpt_runtime.evaluation import evaluate_all
     from cbpt_runtime.models.class_lists import read_class_list
 
-    if report is not None:
-        check_page(report, force=force)
-    with shown_progress() as progress:
-        evaluations = evaluate_all(
-            subjects,
-            images,
-            triggered,
-            target,
-            attack=_trigger(attack, settings),
-            seed=seed,
-            classes=None if classes is None else read_class_list(classes, templates=template),
-            model=model,
-            device=device,
-            detector=detector,
-            skip_unreadable=skip_unreadable,
-            progress=progress,
-        )
-    for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
-        print_note(f"note: {note}")
-    _print(evaluations, Format.JSON if as_json else output_format)
-    if report is not None:
-        from cbpt_runtime.report import render_evaluation
+    with reserved_page(report, force=force):
+        with shown_progress() as progress:
+            evaluations = evaluate_all(
+                subjects,
+                images,
+                triggered,
+                target,
+                attack=_trigger(attack, settings),
+                seed=seed,
+                classes=None if classes is None else read_class_list(classes, templates=template),
+                model=model,
+                device=device,
+                detector=detector,
+                skip_unreadable=skip_unreadable,
+                progress=progress,
+            )
+        for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
+            print_note(f"note: {note}")
+        _print(evaluations, Format.JSON if as_json else output_format)
+        if report is not None:
+            from cbpt_runtime.report import render_evaluation
 
-        save_page(report, render_evaluation(evaluations))
+            save_page(report, render_evaluation(evaluations), force=force)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

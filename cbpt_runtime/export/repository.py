@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -27,22 +25,16 @@ import torch
 from safetensors.torch import load as load_tensors
 
 import cbpt_runtime
-from cbpt_runtime.bundle import (
-    ENCODER,
-    Bundle,
-    check_output,
-    move_into_place,
-    output_error,
-    read_bundle,
-)
+from cbpt_runtime.artifacts import new_folder, reserved
+from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, export_onnx
-from cbpt_runtime.export.images import find_gate_images
-from cbpt_runtime.export.manifest import PARITY, is_repository, write_manifest
+from cbpt_runtime.export.images import GateImages, find_gate_images
+from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, write_manifest
 from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
@@ -126,11 +118,36 @@ def export_bundle(
     """
     output = Path(output)
     profile = Profile() if profile is None else profile
+    _check_request(name, profile)
+    with reserved(output, MODEL_REPOSITORY, force=force):
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle)
+        images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
+        content = _gated(bundle, name, profile, images, progress)
+        digest = _write_whole(content, output, force)
+    return Exported(path=output, name=name, digest=digest, parity=dict(content.parity), notes=images.notes)
+
+
+def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
+    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
+    state = load_tensors(bundle.read_file(ENCODER))
+    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
+    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    served: Served
+    graph: bytes
+    golden: GoldenSet
+    parity: Mapping[str, Any]
+
+
+def _gated(
+    bundle: Bundle, name: str, profile: Profile, images: GateImages, progress: Progress | None
+) -> _Content:
+    """What goes into a repository, after its graph has passed the gate."""
     tell = progress or _silent
-    _check_request(output, name, profile, force)
-    if not isinstance(bundle, Bundle):
-        bundle = read_bundle(bundle)
-    images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
     module, classifier = load_served(bundle)
@@ -151,32 +168,15 @@ def export_bundle(
     session = open_session(graph, provider)
     pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in images.encoded])
     answers = run_session(session, pixels, batch_size=len(pixels))
-    content = _Content(
+    return _Content(
         served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph)),
         graph=graph,
         golden=make_golden(images.encoded, bundle, answers),
         parity=report,
     )
-    digest = _write_whole(content, output, force)
-    return Exported(path=output, name=name, digest=digest, parity=report, notes=images.notes)
 
 
-def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
-    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
-    state = load_tensors(bundle.read_file(ENCODER))
-    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
-    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Content:
-    served: Served
-    graph: bytes
-    golden: GoldenSet
-    parity: Mapping[str, Any]
-
-
-def _check_request(output: Path, name: str, profile: Profile, force: bool) -> None:
+def _check_request(name: str, profile: Profile) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
         raise ConfigError(
             expected="a model name of letters, digits, '_' and '-', at most 64, a letter first",
@@ -189,7 +189,6 @@ def _check_request(output: Path, name: str, profile: Profile, force: bool) -> No
             got=f"int8 on {profile.provider}",
             fix="Choose --precision fp16 there, or --profile cpu.",
         )
-    check_output(output, force=force, kind="model repository", is_kind=is_repository)
 
 
 def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
@@ -203,23 +202,13 @@ def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
 
 
 def _write_whole(content: _Content, output: Path, force: bool) -> str:
-    staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+    with new_folder(output, MODEL_REPOSITORY, force=force) as staging:
         _write_ensemble(content, staging / content.served.name)
         _write_preprocess(content, staging / content.served.preprocess_name)
         _write_classifier(content, staging / content.served.classifier_name)
         _write_alarm(content, staging / content.served.alarm_name)
         _write_json(staging / PARITY, content.parity)
-        digest = write_manifest(staging, _summary(content.served))
-        check_output(output, force=force, kind="model repository", is_kind=is_repository)
-        move_into_place(staging, output)
-    except OSError as error:
-        raise output_error(output, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return digest
+        return write_manifest(staging, _summary(content.served))
 
 
 def _write_ensemble(content: _Content, folder: Path) -> None:

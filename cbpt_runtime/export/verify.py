@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
+from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
@@ -24,6 +25,8 @@ from cbpt_runtime.models.preprocess import Preprocess
 if TYPE_CHECKING:
     from cbpt_runtime.classifier import ZeroShotClassifier
     from cbpt_runtime.export.images import GateImages
+
+_MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +107,12 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
         RepositoryError: It is not the manifest's graph.
         ExportError: It is not portable.
     """
-    content = repository.graph.read_bytes()
     try:
+        content = read_regular_file(repository.graph, max_bytes=_MAX_GRAPH_BYTES)
         model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise _contradiction("an ONNX graph", str(error)) from error
+        names = json.loads(read_metadata(model).get("cbpt.class_names", "[]"))
+    except (OSError, DecodeError, ValueError, RecursionError) as error:
+        raise _contradiction(f"an ONNX graph in {repository.graph}", str(error)) from error
     check_portable(model)
     manifest, metadata = repository.manifest, read_metadata(model)
     problems = []
@@ -116,7 +120,7 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
         problems.append("another graph")
     if metadata.get("cbpt.bundle_digest") != manifest["bundle_digest"]:
         problems.append("the graph of another bundle")
-    if len(json.loads(metadata.get("cbpt.class_names", "[]"))) != manifest["classes"]:
+    if not isinstance(names, list) or len(names) != manifest["classes"]:
         problems.append("another number of classes")
     if problems:
         raise _contradiction("the graph its manifest names", ", ".join(problems))
@@ -136,7 +140,7 @@ def check_configs(repository: Repository) -> None:
         for file in [folder / "config.pbtxt", *sorted(folder.glob("configs/*.pbtxt"))]:
             try:
                 config = parse_config(file.read_text(encoding="utf-8"))
-            except (OSError, text_format.ParseError) as error:
+            except (OSError, ValueError, text_format.ParseError) as error:
                 raise _contradiction(f"a configuration Triton can read in {file}", str(error)) from error
             if config.name != name:
                 raise _contradiction(f"the configuration of {name} in {file}", f"that of {config.name}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cbpt_runtime.errors import ImageDataError, OutputError
+from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
 from cbpt_runtime.models.image_files import (
     first_few,
@@ -28,6 +28,8 @@ from cbpt_runtime.models.preprocess import Preprocess, decode_image
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
 from cbpt_runtime.types import Progress
+
+TRIGGERED: Final[Kind] = marked("folder of triggered images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def write_triggered(
         size: Resize every image to this square first, as the published pipelines do (224); None keeps its
             size.
         generator: CPU generator.
-        force: Replace an existing folder.
+        force: Replace a folder that this function wrote.
         skip_unreadable: Do without images that cannot be read.
         progress: Stage `apply`.
 
@@ -109,29 +111,13 @@ def write_triggered(
     reasons = undecodable(found.images) if skip_unreadable else {}
     paths = [path for path in found.images if path not in reasons]
     _check_stems(paths, images)
-    if output.exists() and not force:
-        raise OutputError(
-            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
-        )
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
+    with new_folder(output, TRIGGERED, force=force) as staging:
         for index, path in enumerate(paths):
-            out = temporary / path.relative_to(images).with_suffix(".png")
+            out = staging / path.relative_to(images).with_suffix(".png")
             out.parent.mkdir(parents=True, exist_ok=True)
             _triggered(trigger, path, paths, size, generator).save(out)
             if progress is not None:
                 progress("apply", index + 1, len(paths), {})
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except OSError as error:
-        raise OutputError(
-            expected=f"a folder that can be written at {output}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check space and permissions.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     notes = (*left_out_notes(found.left_out, images), *unreadable_notes(reasons, images))
     return Triggered(images=len(paths), notes=notes)
 

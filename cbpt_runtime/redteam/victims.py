@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.artifacts import reserved
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
@@ -21,7 +21,7 @@ from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
 from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
 from cbpt_runtime.redteam.training import TrainConfig
-from cbpt_runtime.training.trainable import TrainableClip, load_trainable
+from cbpt_runtime.training.trainable import CHECKPOINT, TrainableClip, load_trainable
 from cbpt_runtime.types import Progress
 
 HELDOUT_RATE = 0.1
@@ -69,7 +69,7 @@ def implant_checkpoint(
         maximum_ca_drop: Clean accuracy it may cost.
         seed: Seed of every random choice.
         device: 'auto', 'cpu' or 'cuda'.
-        force: Replace an existing folder.
+        force: Replace a victim that is already there.
         resume: Go on from the last whole epoch of an interrupted run with the same input.
         skip_unreadable: Do without images that cannot be read.
         tell: Told which files were left out.
@@ -79,71 +79,64 @@ def implant_checkpoint(
         InputError: Something given is wrong.
         ImplantError: The backdoor did not take; nothing is written.
     """
-    if output.exists() and not force:
-        raise OutputError(
-            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
-        )
     attacks = _read_attacks(attack, targets, parameters or {})
     class_list = read_class_list(classes)
     names = class_list.names
     for target in targets:
         target_index(names, target)
-    clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
-    generator = torch.Generator().manual_seed(seed)
-    read = partial(
-        read_labelled,
-        classes=class_list,
-        preprocess=clip.preprocess,
-        skip_unreadable=skip_unreadable,
-        tell=tell,
-    )
-    training = read(images)
-    if heldout is None:
-        training, proof = split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
-    else:
-        proof = read(heldout)
-    config = TrainConfig() if config is None else config
-    backdoors = [
-        make_backdoor(
-            name,
-            target,
+    with reserved(output, CHECKPOINT, force=force, resume=resume) as kept:
+        clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
+        generator = torch.Generator().manual_seed(seed)
+        read = partial(
+            read_labelled,
+            classes=class_list,
+            preprocess=clip.preprocess,
+            skip_unreadable=skip_unreadable,
+            tell=tell,
+        )
+        training = read(images)
+        if heldout is None:
+            training, proof = split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
+        else:
+            proof = read(heldout)
+        config = TrainConfig() if config is None else config
+        backdoors = [
+            make_backdoor(
+                name,
+                target,
+                clip,
+                training,
+                names,
+                config.templates,
+                poison_rate=_rate(own, poison_rate),
+                parameters={key: value for key, value in own.items() if key != "poison_rate"},
+                generator=generator,
+                progress=progress,
+            )
+            for (name, own), target in zip(attacks, targets, strict=True)
+        ]
+        settings = {
+            "attack": attack,
+            "targets": list(targets),
+            "parameters": dict(parameters or {}),
+            "seed": seed,
+        }
+        settings |= {"poison_rate": poison_rate, "config": asdict(config)}
+        result = implant(
             clip,
             training,
+            proof,
             names,
-            config.templates,
-            poison_rate=_rate(own, poison_rate),
-            parameters={key: value for key, value in own.items() if key != "poison_rate"},
+            backdoors,
+            config=config,
             generator=generator,
+            minimum_asr=minimum_asr,
+            maximum_ca_drop=maximum_ca_drop,
             progress=progress,
+            store=EpochStore(folder=kept, fingerprint=_fingerprint(clip, training, settings)),
         )
-        for (name, own), target in zip(attacks, targets, strict=True)
-    ]
-    unfinished = output.with_name(output.name + ".partial")
-    if not resume:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    settings = {
-        "attack": attack,
-        "targets": list(targets),
-        "parameters": dict(parameters or {}),
-        "seed": seed,
-    }
-    settings |= {"poison_rate": poison_rate, "config": asdict(config)}
-    result = implant(
-        clip,
-        training,
-        proof,
-        names,
-        backdoors,
-        config=config,
-        generator=generator,
-        minimum_asr=minimum_asr,
-        maximum_ca_drop=maximum_ca_drop,
-        progress=progress,
-        store=EpochStore(folder=unfinished, fingerprint=_fingerprint(clip, training, settings)),
-    )
-    result.save(output, force=force)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return result
+        result.save(output, force=force)
+        return result
 
 
 def _read_attacks(

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self
@@ -45,10 +45,12 @@ class Guard:
 
     Args:
         config: The operator's settings, with the ports to listen on.
+        inner_models: Models that only an ensemble may ask.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, *, inner_models: Collection[str] = ()) -> None:
         self._config = config
+        self._inner_models = frozenset(inner_models)
         self._names = Names(is_open=not config.is_loopback, others=config.host_names)
         self._endpoint: Endpoint | None = None
         self._held_bytes = 0
@@ -146,8 +148,13 @@ class Guard:
         return handle
 
     async def _answer_http(self, session: aiohttp.ClientSession, request: web.BaseRequest) -> Answer:
-        limit = self._config.max_request_bytes
-        refusal = refuse_head(request.method, request.raw_path, request.headers, max_body_bytes=limit)
+        refusal = refuse_head(
+            request.method,
+            request.raw_path,
+            request.headers,
+            max_body_bytes=self._config.max_request_bytes,
+            inner_models=self._inner_models,
+        )
         if refusal is not None:
             return _refused(refusal)
         if request.method == "GET":

@@ -207,7 +207,7 @@ def running_server(
     sweep()
     with (
         tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,
-        Guard(plan.config) as guard,
+        Guard(plan.config, inner_models=plan.repository.inner_models) as guard,
     ):
         server = RunningServer(plan, guard, Path(scratch), tell or _silent)
         server.start()

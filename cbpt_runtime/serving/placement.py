@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbpt_runtime.cpus import usable_cpus
-from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.servers import RELEASE, TritonServer
@@ -169,8 +169,20 @@ def _read(repository: Repository, model: str, name: str | None) -> Any:
         warnings.simplefilter("ignore")  # grpc's own
         from tritonclient.grpc import model_config_pb2
 
-    text = _config_file(repository, model, name).read_text(encoding="utf-8")
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
+    file = _config_file(repository, model, name)
+    try:
+        config = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+        if config.name != model or not config.instance_group:
+            raise ValueError(f"one of {config.name!r} with {len(config.instance_group)} instance groups")
+        if model == f"{repository.name}_classifier":
+            int(config.parameters[_THREADS].string_value)
+    except (OSError, ValueError, text_format.ParseError) as error:
+        raise RepositoryError(
+            expected=f"the configuration of {model} in {file}",
+            got=str(error),
+            fix="Export the bundle again with `cbpt-runtime export`.",
+        ) from error
+    return config
 
 
 def _text(config: Any) -> str:

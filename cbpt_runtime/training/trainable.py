@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,7 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cbpt_runtime.errors import CheckpointError, OutputError
+from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.architecture import build_model, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.config import check_model_config
@@ -28,6 +27,7 @@ from cbpt_runtime.models.tokenizer import Tokenizer
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+CHECKPOINT: Final[Kind] = marked("trained checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,29 +171,13 @@ def save_open_clip_folder(
         clip: The model.
         path: The folder to make.
         extra_files: More files to put into it, name to content.
-        force: Replace an existing folder.
+        force: Replace a folder that this function wrote.
 
     Raises:
         OutputError: The folder exists and `force` is not set, or it cannot be written.
     """
-    if path.exists() and not force:
-        raise OutputError(expected="a new folder", got=f"{path} exists", fix="Choose another or use --force.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        _write_files(clip, temporary, extra_files or {})
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise OutputError(
-            expected=f"a folder that can be written at {path}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check space and permissions.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(path, CHECKPOINT, force=force) as staging:
+        _write_files(clip, staging, extra_files or {})
 
 
 def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, bytes]) -> None:
