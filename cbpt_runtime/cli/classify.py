@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbpt_runtime.cli.output import percent, print_json, print_table
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.answers import Answer
+    from cbpt_runtime.trust import Trust
 
 
 def command(
@@ -29,16 +31,20 @@ def command(
     model: Annotated[str | None, typer.Option(help="Served model, where a server has several.")] = None,
     timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Classify images with the purified head and show the alarm."""
+    asked = given_trust(trust, digest)
     if url is not None:
-        answers = _ask_server(url, arguments, model=model, timeout_s=timeout_s, top=top)
+        answers = _ask_server(url, arguments, asked, model=model, timeout_s=timeout_s, top=top)
         source = {"url": url}
     else:
-        bundle, *images = arguments
-        answers = _ask_bundle(bundle, images, top=top)
-        source = {"bundle": bundle}
+        path, *images = arguments
+        found, answers = _ask_bundle(path, images, asked, top=top)
+        source = {"bundle": path, "digest": found}
+        print_note(f"digest: {found}")
     if as_json:
         print_json({**source, "images": [answer.to_dict() for answer in answers]})
         return
@@ -62,20 +68,25 @@ def print_answers(answers: Sequence[Answer]) -> None:
     )
 
 
-def _ask_bundle(bundle: str, images: Sequence[str], *, top: int) -> list[Answer]:
+def _ask_bundle(path: str, images: Sequence[str], trust: Trust, *, top: int) -> tuple[str, list[Answer]]:
+    """The digest of a bundle and its answers."""
     if not images:
         raise typer.BadParameter("a bundle and at least one image, or --url and at least one image")
     from cbpt_runtime.classification import classify_images
+    from cbpt_runtime.trust import open_bundle
 
-    return classify_images(Path(bundle), _sources(images), top=top)
+    bundle = open_bundle(path, trust, verify=False)  # the files used are checked as they are read
+    return bundle.digest, classify_images(bundle, _sources(images), top=top)
 
 
 def _ask_server(
-    url: str, images: Sequence[str], *, model: str | None, timeout_s: float, top: int
+    url: str, images: Sequence[str], trust: Trust, *, model: str | None, timeout_s: float, top: int
 ) -> list[Answer]:
     from cbpt_runtime.cli.progress import shown_progress
     from cbpt_runtime.serving import Client
+    from cbpt_runtime.trust import refuse_untrusted
 
+    refuse_untrusted(url, trust)
     sources = _sources(images)
     with Client(url, model=model, timeout_s=timeout_s) as client:
         if len(sources) < 100:

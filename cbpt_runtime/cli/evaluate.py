@@ -11,6 +11,7 @@ import typer
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
 from cbpt_runtime.cli.pages import check_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,8 @@ def command(
         Literal["bdetclip"] | None,
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
     output_format: Annotated[
@@ -93,6 +96,7 @@ def command(
             model=model,
             device=device,
             detector=detector,
+            trust=given_trust(trust, digest),
             progress=progress,
         )
     _print(evaluations, Format.JSON if as_json else output_format)
@@ -114,7 +118,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             rows.append((label, *map(rate_text, rates), rates[-1].total))
     columns = ("rate, with 95 % confidence interval", *(head for head, _, _ in sides), "images")
     print_table(columns, rows)
-    facts: dict[str, object] = {}
+    facts: dict[str, object] = {"digest": evaluation.digest}
     if evaluation.kind == "bundle":
         facts |= {"verdict": evaluation.verdict, "suspects": evaluation.suspects}
     if evaluation.target is not None:
@@ -124,8 +128,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         detector = "the alarm" if evaluation.detector == "alarm" else evaluation.detector
         facts |= {f"AUROC of {detector}, triggered against clean": auroc}
         facts |= {f"false alarms where {detector} detects 95 %": false_alarms}
-    if facts:
-        print_pairs(facts)
+    print_pairs(facts)
 
 
 def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
@@ -144,6 +147,8 @@ def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
         case Format.TEXT:
             columns, rows = tables.table_rows(evaluations)
             print_table(columns, rows)
+            for evaluation in evaluations:
+                print_note(f"digest of {evaluation.source}: {evaluation.digest}")
             print_note(
                 "CA clean accuracy; ASR triggered images of other classes called the target; PA given their"
             )

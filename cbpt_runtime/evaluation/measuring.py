@@ -20,6 +20,7 @@ from cbpt_runtime.evaluation.detectors import Detector
 from cbpt_runtime.evaluation.results import Evaluation, Measured, summarise
 from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+from cbpt_runtime.trust import ANYONE, Trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.triggers import Trigger
@@ -61,6 +62,7 @@ def evaluate_all(
     device: str = "auto",
     batch_size: int = 64,
     detector: Detector | None = None,
+    trust: Trust = ANYONE,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images.
@@ -78,6 +80,7 @@ def evaluate_all(
         device: 'auto', 'cpu' or 'cuda'.
         batch_size: Images encoded at once.
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
+        trust: What every subject given by its path has to show; checkpoints can show nothing.
         progress: Told after every batch.
 
     Raises:
@@ -87,9 +90,12 @@ def evaluate_all(
         ConfigError: Triggered images without a target, or from two sources; a detector without a checkpoint.
         ImageDataError: An image folder does not fit the classes, an image cannot be read, or the trigger is
             larger than the model's input.
+        TrustError: A subject is not a trusted bundle.
     """
     _check_attack(triggered, target, attack)
-    opened = open_subjects(subjects, classes=classes, model=model, device=device, detector=detector)
+    opened = open_subjects(
+        subjects, classes=classes, model=model, device=device, detector=detector, trust=trust
+    )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
     names = opened[0].class_names
     work = _Work(

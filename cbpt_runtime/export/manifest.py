@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -140,9 +141,10 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _list(folder: Path) -> list[str]:
-    """Every file below a folder but the manifest itself, links and all, in order."""
+    """Every file below a folder but the manifest itself and its signature, links and all, in order."""
     found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-    return sorted(name for file in found if (name := file.relative_to(folder).as_posix()) != MANIFEST)
+    names = {file.relative_to(folder).as_posix() for file in found}
+    return sorted(names - {MANIFEST, SIGNATURE})
 
 
 def _as_list(value: object) -> list[object]:
