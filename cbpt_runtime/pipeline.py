@@ -28,6 +28,7 @@ from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, read_class_list
 from cbpt_runtime.models.image_folder import draw_images, is_flat
+from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
@@ -148,6 +149,7 @@ def purify_checkpoint(
         content=content,
         force=force,
         report=lambda bundle: _report(bundle, split, keep_images, str(place)),
+        papers=bundle_papers,
     )
     shutil.rmtree(partial, ignore_errors=True)
     return bundle

@@ -56,7 +56,8 @@ def sign_folder(folder: Path, *, key: Path, certificate: Path | None = None) -> 
         raise ConfigError(
             expected=f"{_CURVES} in {key}{beside}",
             got=_reason(error),
-            fix="Make one with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`.",
+            fix="Make one with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`; give an "
+            "encrypted one through a pipe, --key <(openssl pkey -in encrypted.pem).",
         ) from error
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, SIGNATURE)
@@ -186,5 +187,7 @@ def _reason(error: Exception) -> str:
     """One line out of an exception's text."""
     if isinstance(error, OSError):
         return (error.strerror or type(error).__name__).lower()
+    if isinstance(error, AttributeError):  # what the library meets where the signature lacks its half
+        return "a signature of the other kind: with a certificate where a key was named, or without one"
     text = " ".join(str(error).split()) or "a signature by another key"
     return text if len(text) <= 300 else text[:300] + " …"

@@ -215,6 +215,8 @@ def test_a_certificate_signs_and_its_authority_is_trusted(
     )
     with pytest.raises(TrustError, match="certificate"):
         open_bundle(signed, make_trust(stranger))
+    with pytest.raises(TrustError, match="of the other kind: with a certificate"):
+        open_bundle(signed, make_trust(tmp_path / "signer.pub"))
     append(HEAD)(signed)
     with pytest.raises(TrustError, match=HEAD):
         open_bundle(signed, make_trust(root))

@@ -137,6 +137,7 @@ def write_bundle(
     content: BundleContent,
     force: bool = False,
     report: Callable[[Bundle], str] | None = None,
+    papers: Callable[[Bundle], Mapping[str, str]] | None = None,
 ) -> Bundle:
     """Write a bundle whole, or not at all.
 
@@ -145,6 +146,7 @@ def write_bundle(
         content: What to write.
         force: Replace a bundle that is already there.
         report: Given the bundle so far, returns the text of ``report.html``.
+        papers: Given the bundle so far, returns further texts by file name.
 
     Returns:
         The bundle as read back from disk.
@@ -160,6 +162,7 @@ def write_bundle(
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         _write_files(staging, content, report)
+        _write_papers(staging, content, papers)
         read_bundle(staging)
         move_into_place(staging, path)
     except OSError as error:
@@ -185,6 +188,17 @@ def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle]
     if report is not None:
         text = report(read_bundle(folder, verify=False))
         files[REPORT] = _write(folder / REPORT, text.encode())
+        _write_manifest(folder, content, files)
+
+
+def _write_papers(
+    folder: Path, content: BundleContent, papers: Callable[[Bundle], Mapping[str, str]] | None
+) -> None:
+    if papers is not None:
+        bundle = read_bundle(folder, verify=False)
+        files = dict(bundle.manifest["files"])
+        for name, text in papers(bundle).items():
+            files[name] = _write(folder / name, text.encode())
         _write_manifest(folder, content, files)
 
 
