@@ -100,6 +100,8 @@ def command(
             progress=progress,
         )
     _print(evaluations, Format.JSON if as_json else output_format)
+    for evaluation in evaluations:
+        print_note(f"digest of {evaluation.source}: {evaluation.digest}")
     if report is not None:
         from cbpt_runtime.report import render_evaluation
 
@@ -118,7 +120,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             rows.append((label, *map(rate_text, rates), rates[-1].total))
     columns = ("rate, with 95 % confidence interval", *(head for head, _, _ in sides), "images")
     print_table(columns, rows)
-    facts: dict[str, object] = {"digest": evaluation.digest}
+    facts: dict[str, object] = {}
     if evaluation.kind == "bundle":
         facts |= {"verdict": evaluation.verdict, "suspects": evaluation.suspects}
     if evaluation.target is not None:
@@ -128,7 +130,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         detector = "the alarm" if evaluation.detector == "alarm" else evaluation.detector
         facts |= {f"AUROC of {detector}, triggered against clean": auroc}
         facts |= {f"false alarms where {detector} detects 95 %": false_alarms}
-    print_pairs(facts)
+    if facts:
+        print_pairs(facts)
 
 
 def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
@@ -147,8 +150,6 @@ def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
         case Format.TEXT:
             columns, rows = tables.table_rows(evaluations)
             print_table(columns, rows)
-            for evaluation in evaluations:
-                print_note(f"digest of {evaluation.source}: {evaluation.digest}")
             print_note(
                 "CA clean accuracy; ASR triggered images of other classes called the target; PA given their"
             )
