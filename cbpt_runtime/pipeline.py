@@ -29,6 +29,7 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
@@ -151,6 +152,7 @@ def purify_checkpoint(
             content=content,
             force=force,
             report=lambda bundle: _report(bundle, split, keep_images, str(place)),
+            papers=bundle_papers,
         )
 
 

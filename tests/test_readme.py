@@ -70,6 +70,7 @@ def test_flags_named_in_the_table_exist(run_help: Callable[[str], str]) -> None:
         "evaluate",
         "export",
         "verify",
+        "sign",
         "serve",
         "bench",
         "demo",

@@ -17,6 +17,7 @@ from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.session import Provider
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, open_repository, refuse_untrusted
 
 Pixels = UInt8[np.ndarray, "batch height width 3"]
 _URLS = ("grpc://", "grpcs://", "http://", "https://")
@@ -86,6 +87,7 @@ def open_target(
     provider: Provider = "cpu",
     threads: int | None = None,
     model: str | None = None,
+    trust: Trust = ANYONE,
 ) -> Target:
     """Open a bundle, an ONNX file, a model repository, or a server.
 
@@ -95,21 +97,24 @@ def open_target(
         provider: Of an ONNX file or repository.
         threads: Of both; all usable CPUs when None.
         model: Of a server that has several.
+        trust: What it has to show; an ONNX file or a server can show nothing.
 
     Raises:
-        InputError: It is none of these, or damaged.
+        InputError: It is none of these, damaged, or not the trusted one.
         ServingError: The server does not answer.
     """
     from cbpt_runtime.bundle import MANIFEST
     from cbpt_runtime.export.manifest import is_repository
 
     if source.startswith(_URLS):
+        refuse_untrusted(source, trust)
         return _open_url(source, model)
     path = Path(source)
     if is_repository(path):
-        return _open_repository(path, provider, threads)
+        return _open_repository(path, provider, threads, trust)
     if (path / MANIFEST).is_file():
-        return _open_bundle(path, device, threads)
+        return _open_bundle(path, device, threads, trust)
+    refuse_untrusted(source, trust)
     if path.suffix == ".onnx" and path.is_file():
         return _open_graph(path, provider, threads)[1]
     raise ConfigError(
@@ -119,13 +124,12 @@ def open_target(
     )
 
 
-def _open_bundle(path: Path, device: str, threads: int | None) -> Target:
+def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> Target:
     import torch
 
-    from cbpt_runtime.bundle import read_bundle
     from cbpt_runtime.classifier import ZeroShotClassifier
 
-    bundle = read_bundle(path)
+    bundle = open_bundle(path, trust)
     torch.set_num_threads(threads or usable_cpus())
     classifier = ZeroShotClassifier.from_bundle(bundle, device)
 
@@ -162,13 +166,13 @@ def _open_bundle(path: Path, device: str, threads: int | None) -> Target:
     )
 
 
-def _open_repository(path: Path, provider: Provider, threads: int | None) -> Target:
+def _open_repository(path: Path, provider: Provider, threads: int | None, trust: Trust) -> Target:
     from dataclasses import replace
 
     from cbpt_runtime.export.golden import read_golden
-    from cbpt_runtime.export.manifest import PARITY, read_repository
+    from cbpt_runtime.export.manifest import PARITY
 
-    repository = read_repository(path)
+    repository = open_repository(path, trust)
     golden = read_golden(repository.golden)
     session, target = _open_graph(repository.graph, provider, threads)
     pixels = target.decode(golden.files)

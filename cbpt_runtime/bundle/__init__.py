@@ -7,9 +7,12 @@
         triggers.safetensors  the dummy triggers
         images.safetensors    some of the clean images, for exports; absent when they were to be left out
         report.html           the same story for people
+        verdict.intoto.json   the verdict as an in-toto attestation
+        mlbom.cdx.json        a CycloneDX ML-BOM
+        model.sig             a signature, where it was signed; not in the manifest
 
-It is staged beside its place and moved there: a bundle is whole or absent. Reading needs
-NumPy and safetensors only. ``logit_scale`` is stored already exponentiated.
+The last five are not in every bundle. It is staged beside its place and moved there: a bundle is whole or
+absent. Reading needs NumPy and safetensors only. ``logit_scale`` is stored already exponentiated.
 """
 
 from __future__ import annotations

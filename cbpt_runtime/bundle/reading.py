@@ -17,6 +17,7 @@ from cbpt_runtime.artifacts import read_json_file, read_regular_file, shape_prob
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
 from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.signing import SIGNATURE
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -119,6 +120,11 @@ class Bundle:
             BundleError: The file is missing, unreadable or not the one the manifest describes.
         """
         return _read_checked(self.path, name, self.manifest["files"])
+
+    def unlisted(self) -> list[str]:
+        """Names in its folder that its manifest does not know; a signature is none of them."""
+        known = {*self.manifest["files"], MANIFEST, SIGNATURE}
+        return sorted(item.name for item in self.path.iterdir() if item.name not in known)
 
     def triggers(self) -> dict[str, np.ndarray]:
         """The dummy triggers by name."""

@@ -28,6 +28,7 @@ from cbpt_runtime.bundle.reading import (
     read_bundle,
 )
 from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.signing import SIGNATURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def _own_files(path: Path) -> list[str] | None:
     except (OSError, ValueError):
         return None
     files = manifest.get("files") if isinstance(manifest, dict) and "verdict" in manifest else None
-    return [MANIFEST, *files] if isinstance(files, dict) and HEAD in files else None
+    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) and HEAD in files else None
 
 
 BUNDLE: Final = Kind(name="bundle", own_files=_own_files)
@@ -97,6 +98,7 @@ def write_bundle(
     content: BundleContent,
     force: bool = False,
     report: Callable[[Bundle], str] | None = None,
+    papers: Callable[[Bundle], Mapping[str, str]] | None = None,
 ) -> Bundle:
     """Write a bundle whole, or not at all.
 
@@ -105,6 +107,7 @@ def write_bundle(
         content: What to write.
         force: Replace a bundle that is already there.
         report: Given the bundle so far, returns the text of ``report.html``.
+        papers: Given the bundle so far, returns further texts by file name.
 
     Returns:
         The bundle as read back from disk.
@@ -116,6 +119,7 @@ def write_bundle(
     path = Path(path)
     with new_folder(path, BUNDLE, force=force) as staging:
         _write_files(staging, content, report)
+        _write_papers(staging, content, papers)
         read_bundle(staging)
     return read_bundle(path, verify=False)
 
@@ -136,6 +140,17 @@ def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle]
     if report is not None:
         text = report(read_bundle(folder, verify=False))
         files[REPORT] = _write(folder / REPORT, readable(text).encode())
+        _write_manifest(folder, content, files)
+
+
+def _write_papers(
+    folder: Path, content: BundleContent, papers: Callable[[Bundle], Mapping[str, str]] | None
+) -> None:
+    if papers is not None:
+        bundle = read_bundle(folder, verify=False)
+        files = dict(bundle.manifest["files"])
+        for name, text in papers(bundle).items():
+            files[name] = _write(folder / name, text.encode())
         _write_manifest(folder, content, files)
 
 

@@ -17,6 +17,7 @@ from cbpt_runtime.cli import (
     purify,
     scan,
     serve,
+    sign,
     verify,
 )
 
@@ -38,6 +39,7 @@ app.command("classify", short_help="Labels, probabilities and the alarm for imag
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)
 app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
+app.command("sign", short_help="A bundle or model repository signed, offline.")(sign.command)
 app.command("serve", short_help="A model repository on a real Triton, self-tested.")(serve.command)
 app.command("bench", short_help="Honest latency and throughput, with accuracy beside them.")(bench.command)
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_table
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.bench.config import BenchConfig
@@ -81,6 +82,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals and the order of images.")] = 0,
     tool: Annotated[Tool | None, typer.Option(help="Cross-check a URL with this tool, too.")] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for numbers, plots and a page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the results at --output.")] = False,
     different_hardware: Annotated[
@@ -118,7 +121,8 @@ def command(
         seed=seed,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )
-    options = {"model": model, "device": device, "provider": _provider(provider), "threads": threads}
+    options: dict[str, Any] = {"model": model, "device": device, "threads": threads}
+    options |= {"provider": _provider(provider), "trust": given_trust(trust, digest)}
     attack = {"triggered": triggered, "target_class": target}
     result = _measure(targets, images, config, options, attack, tool, output, force=force)
     if as_json:
@@ -174,6 +178,9 @@ def _print(result: dict[str, Any]) -> None:
 
     for target in result["targets"]:
         print_table(tables.COLUMNS, tables.rows(target), title=tables.title(target))
+        facts = target["facts"]
+        if (found := facts.get("repository_digest") or facts.get("bundle_digest")) is not None:
+            print_note(f"digest: {found}")
         for line in tables.notes(target):
             print_note(line)
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.answers import Answer
+    from cbpt_runtime.trust import Trust
 
 Source = tuple[str, "bytes | Path"]
 
@@ -35,18 +37,22 @@ def command(
         bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Classify images with the purified head and show the alarm."""
+    asked = given_trust(trust, digest)
     if url is not None:
         answers = _ask_server(
-            url, _sources(arguments, skip_unreadable), model=model, timeout_s=timeout_s, top=top
+            url, arguments, asked, skip_unreadable, model=model, timeout_s=timeout_s, top=top
         )
         source = {"url": url}
     else:
-        bundle, *images = arguments
-        answers = _ask_bundle(bundle, _sources(images, skip_unreadable), top=top)
-        source = {"bundle": bundle}
+        path, *images = arguments
+        found, answers = _ask_bundle(path, images, asked, skip_unreadable, top=top)
+        source = {"bundle": path, "digest": found}
+        print_note(f"digest: {found}")
     if as_json:
         print_json({**source, "images": [answer.to_dict() for answer in answers]})
         return
@@ -70,20 +76,35 @@ def print_answers(answers: Sequence[Answer]) -> None:
     )
 
 
-def _ask_bundle(bundle: str, sources: list[Source], *, top: int) -> list[Answer]:
-    if not sources:
+def _ask_bundle(
+    path: str, images: Sequence[str], trust: Trust, skip_unreadable: bool, *, top: int
+) -> tuple[str, list[Answer]]:
+    """The digest of a bundle and its answers."""
+    if not images:
         raise typer.BadParameter("a bundle and at least one image, or --url and at least one image")
     from cbpt_runtime.classification import classify_images
+    from cbpt_runtime.trust import open_bundle
 
-    return classify_images(Path(bundle), sources, top=top)
+    bundle = open_bundle(path, trust, verify=False)  # the files used are checked as they are read
+    return bundle.digest, classify_images(bundle, _sources(images, skip_unreadable), top=top)
 
 
 def _ask_server(
-    url: str, sources: list[Source], *, model: str | None, timeout_s: float, top: int
+    url: str,
+    images: Sequence[str],
+    trust: Trust,
+    skip_unreadable: bool,
+    *,
+    model: str | None,
+    timeout_s: float,
+    top: int,
 ) -> list[Answer]:
     from cbpt_runtime.cli.progress import shown_progress
     from cbpt_runtime.serving import Client
+    from cbpt_runtime.trust import refuse_untrusted
 
+    refuse_untrusted(url, trust)
+    sources = _sources(images, skip_unreadable)
     with Client(url, model=model, timeout_s=timeout_s) as client:
         if len(sources) < 100:
             return client.classify_files(sources, top=top)

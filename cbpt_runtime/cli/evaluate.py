@@ -11,6 +11,7 @@ import typer
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
 from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +72,8 @@ def command(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
     ] = False,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
     output_format: Annotated[
@@ -96,11 +99,14 @@ def command(
                 device=device,
                 detector=detector,
                 skip_unreadable=skip_unreadable,
+                trust=given_trust(trust, digest),
                 progress=progress,
             )
         for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
             print_note(f"note: {note}")
         _print(evaluations, Format.JSON if as_json else output_format)
+        for evaluation in evaluations:
+            print_note(f"digest of {evaluation.source}: {evaluation.digest}")
         if report is not None:
             from cbpt_runtime.report import render_evaluation
 

@@ -9,6 +9,7 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 from cbpt_runtime.names import shell_line
 
 if TYPE_CHECKING:
@@ -40,17 +41,21 @@ def command(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
     ] = False,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bake encoder and heads into one ONNX graph, compare it with PyTorch, write a Triton repository."""
     from cbpt_runtime.export.profiles import read_profile
     from cbpt_runtime.export.repository import export_bundle
+    from cbpt_runtime.trust import open_bundle
 
     settings = read_profile(profile, precision=precision, max_batch=max_batch)
     with shown_progress() as progress:
+        opened = open_bundle(bundle, given_trust(trust, digest))
         exported = export_bundle(
-            bundle,
+            opened,
             output,
             name=name,
             profile=settings,
@@ -66,9 +71,10 @@ def command(
     if as_json:
         print_json(
             {"repository": str(exported.path), "name": exported.name, "digest": exported.digest}
-            | {"parity": exported.parity}
+            | {"bundle_digest": opened.digest, "parity": exported.parity}
         )
     else:
+        print_note(f"digest of {bundle}: {opened.digest}")
         print_exported(exported)
 
 

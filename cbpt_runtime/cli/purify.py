@@ -144,6 +144,7 @@ def print_result(bundle: Bundle) -> None:
             "verdict": bundle.verdict + meaning,
             accuracy: f"{percent(before)} → {percent(after)}",
             "bundle": bundle.path,
+            "digest": bundle.digest,
             "report": bundle.path / "report.html",
         }
     )

@@ -10,6 +10,7 @@ import typer
 
 from cbpt_runtime.cli.export import print_parity
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 
 def command(
@@ -24,12 +25,16 @@ def command(
         Literal["cpu", "cuda", "tensorrt"] | None,
         typer.Option(help="Where to run. Default: where the repository is meant to be served."),
     ] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
     from cbpt_runtime.export.verify import verify_repository
 
-    found = verify_repository(repository, bundle, provider=provider, images=images)
+    found = verify_repository(
+        repository, bundle, provider=provider, images=images, trust=given_trust(trust, digest)
+    )
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
     if found.ignored:

@@ -22,6 +22,7 @@ from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.trust import ANYONE, Trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.triggers import Trigger
@@ -64,6 +65,7 @@ def evaluate_all(
     batch_size: int = 64,
     detector: Detector | None = None,
     skip_unreadable: bool = False,
+    trust: Trust = ANYONE,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images.
@@ -82,6 +84,7 @@ def evaluate_all(
         batch_size: Images encoded at once.
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
         skip_unreadable: Leave out images that cannot be read; the notes count and name them.
+        trust: What every subject given by its path has to show; checkpoints can show nothing.
         progress: Told after every batch.
 
     Raises:
@@ -91,9 +94,12 @@ def evaluate_all(
         ConfigError: Triggered images without a target, or from two sources; a detector without a checkpoint.
         ImageDataError: An image folder does not fit the classes, an image cannot be read, or the trigger is
             larger than the model's input.
+        TrustError: A subject is not a trusted bundle.
     """
     _check_attack(triggered, target, attack)
-    opened = open_subjects(subjects, classes=classes, model=model, device=device, detector=detector)
+    opened = open_subjects(
+        subjects, classes=classes, model=model, device=device, detector=detector, trust=trust
+    )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
     work = _Work(
         clean=_labelled(Path(images), opened[0]),

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime import heads
-from cbpt_runtime.bundle import MANIFEST, Bundle, read_bundle
+from cbpt_runtime.bundle import MANIFEST, Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.evaluation.detectors import Detector, bdetclip
 from cbpt_runtime.models.data import ClassList, spoken
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ def open_subjects(
     model: str | Path | None = None,
     device: str = "auto",
     detector: Detector | None = None,
+    trust: Trust = ANYONE,
 ) -> list[Subject]:
     """Open bundles and checkpoints that share one class list.
 
@@ -95,14 +97,16 @@ def open_subjects(
         model: Architecture of checkpoints that do not say.
         device: 'auto', 'cpu' or 'cuda'.
         detector: A test-time detector for the checkpoints.
+        trust: What every source given by its path has to show; checkpoints can show nothing.
 
     Raises:
         BundleError: A bundle is damaged.
         CheckpointError: A checkpoint cannot be used.
         ClassListError: The class lists differ.
         ConfigError: A checkpoint without any class list, or a detector without a checkpoint.
+        TrustError: A source is not a trusted bundle.
     """
-    opened = [_read_if_bundle(source) for source in sources]
+    opened = [_open_if_bundle(source, trust) for source in sources]
     lists = [_class_list(item) for item in opened if isinstance(item, Bundle)]
     shared = classes if classes is not None else next(iter(lists), None)
     if shared is None:
@@ -132,9 +136,13 @@ def open_subjects(
     ]
 
 
-def _read_if_bundle(source: Bundle | str | Path) -> Bundle | str | Path:
-    is_folder_of_bundle = not isinstance(source, Bundle) and (Path(source) / MANIFEST).is_file()
-    return read_bundle(Path(str(source))) if is_folder_of_bundle else source
+def _open_if_bundle(source: Bundle | str | Path, trust: Trust) -> Bundle | str | Path:
+    if isinstance(source, Bundle):
+        return source
+    if (Path(source) / MANIFEST).is_file():
+        return open_bundle(source, trust)
+    refuse_untrusted(source, trust)
+    return source
 
 
 def _class_list(bundle: Bundle) -> ClassList:

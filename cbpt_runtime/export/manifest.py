@@ -22,6 +22,7 @@ from cbpt_runtime.artifacts import (
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.names import is_litter
+from cbpt_runtime.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -116,7 +117,7 @@ def _own_files(path: Path) -> list[str] | None:
     except (OSError, ValueError):
         return None
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == KIND else None
-    return [MANIFEST, *files] if isinstance(files, dict) else None
+    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) else None
 
 
 def is_repository(path: Path) -> bool:
@@ -137,7 +138,7 @@ def read_repository(path: str | Path) -> Repository:
     path = Path(path)
     raw, manifest = _read(path)
     litter = [name for name in list_files(path) if _is_litter_below(name)]
-    problems = check_files(path, manifest["files"], besides=(MANIFEST, *litter))
+    problems = check_files(path, manifest["files"], besides=(MANIFEST, SIGNATURE, *litter))
     if problems:
         raise RepositoryError(
             expected=f"the files of {path / MANIFEST}, unchanged, and no others",

@@ -3,6 +3,8 @@
 model_repository/
     manifest.json                what it serves, and SHA-256 of every other file
     parity.json                  what the gate saw
+    verdict.intoto.json          the verdict about the checkpoint, as an in-toto attestation
+    mlbom.cdx.json               a CycloneDX ML-BOM
     <name>/                      ensemble: image files in, answers out; 1/golden/ for self-tests
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
     <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
@@ -43,6 +45,7 @@ from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
 from cbpt_runtime.models.clip import load_image_encoder
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
+from cbpt_runtime.papers import repository_papers
 from cbpt_runtime.types import Progress
 
 GOLDEN_FOLDER = "golden"
@@ -208,7 +211,22 @@ def _write_whole(content: _Content, output: Path, force: bool) -> str:
         _write_classifier(content, staging / content.served.classifier_name)
         _write_alarm(content, staging / content.served.alarm_name)
         _write_json(staging / PARITY, content.parity)
+        _write_papers(content, staging)
         return write_manifest(staging, _summary(content.served))
+
+
+def _write_papers(content: _Content, folder: Path) -> None:
+    served = content.served
+    graph = f"{served.classifier_name}/1/model.onnx"
+    papers = repository_papers(
+        served.bundle,
+        name=served.name,
+        products={graph: served.provenance["graph_sha256"]},
+        versions={package: version(package) for package in _PACKAGES},
+        export={"profile": served.profile.to_dict(), "parity": content.parity},
+    )
+    for name, text in papers.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _write_ensemble(content: _Content, folder: Path) -> None:

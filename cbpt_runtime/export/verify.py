@@ -16,11 +16,12 @@ from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
-from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
     from cbpt_runtime.classifier import ZeroShotClassifier
@@ -62,6 +63,7 @@ def verify_repository(
     *,
     provider: Provider | None = None,
     images: str | Path | None = None,
+    trust: Trust = ANYONE,
 ) -> Verification:
     """Check a model repository.
 
@@ -70,13 +72,15 @@ def verify_repository(
         bundle: What it was exported from; the gate of its precision is then run again.
         provider: Where to run; where its profile says when None.
         images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
+        trust: What the repository has to show; its manifest has the digest that the bundle must have.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
+        TrustError: It is not the trusted one.
         ConfigError: The provider is not there.
         ExportError: A golden answer or the parity gate failed.
     """
-    repository = read_repository(path)
+    repository = open_repository(path, trust)
     where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
     model = check_graph(repository)
     check_configs(repository)

@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
-from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.dummies import Painted, paint_dummy_triggers
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.subjects import Call, open_subjects
@@ -25,6 +25,7 @@ from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
 from cbpt_runtime.report.study import Study, study_bundle
+from cbpt_runtime.trust import make_trust, open_bundle
 
 if TYPE_CHECKING:
     from cbpt_runtime.purification.scan import Scan
@@ -214,7 +215,9 @@ def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
                 shown.append(sections.alarms(found.clean, found.triggered, target, found.alarm))
         marked = [] if target is None else [target]
         shown.append(sections.class_accuracy(found.clean, names, marked, "clean images"))
-    bundle = read_bundle(found.source, verify=False) if found.kind == "bundle" else None
+    bundle = None
+    if found.kind == "bundle":
+        bundle = open_bundle(found.source, make_trust(digests=[found.digest]), verify=False)
     if bundle is not None and _has_two_heads(bundle):
         shown.append(sections.movement(bundle))
     return {

@@ -19,6 +19,7 @@ from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.selftest import SelfTest
 from cbpt_runtime.serving.startup import ReadyServer, backend_processes, start_server, startup_error
+from cbpt_runtime.trust import ANYONE, Trust
 
 MAX_FAILED_STARTS = 5
 RESTART_WINDOW_S = 600.0
@@ -188,6 +189,7 @@ def running_server(
     repository: str | Path,
     config: ServeConfig | None = None,
     *,
+    trust: Trust = ANYONE,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[RunningServer]:
     """Serve a repository while the block runs; the server has passed its self-test when it begins.
@@ -195,13 +197,14 @@ def running_server(
     Args:
         repository: What `cbpt-runtime export` wrote.
         config: Settings; loopback and the usual ports when None.
+        trust: What the repository has to show.
         tell: Called with warnings for people, from any thread.
 
     Raises:
         InputError: As `make_plan`.
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
-    plan = make_plan(repository, config or ServeConfig())
+    plan = make_plan(repository, config or ServeConfig(), trust=trust)
     if plan.repository.ignored and tell is not None:
         tell(f"note: ignored, as systems leave them everywhere: {', '.join(plan.repository.ignored)}")
     sweep()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
 from cbpt_runtime.serving.config import ServeConfig, take_ports
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.placement import Placement, place
 from cbpt_runtime.serving.servers import TritonServer, find_server
+from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,20 +49,24 @@ class Plan:
         )
 
 
-def make_plan(repository: str | Path, config: ServeConfig, *, must_be_free: bool = True) -> Plan:
+def make_plan(
+    repository: str | Path, config: ServeConfig, *, trust: Trust = ANYONE, must_be_free: bool = True
+) -> Plan:
     """Check everything that can be checked before a server is started.
 
     Args:
         repository: What `cbpt-runtime export` wrote.
         config: Settings.
+        trust: What the repository has to show.
         must_be_free: Whether the ports must be free now; not where the command is only shown.
 
     Raises:
         RepositoryError: A file of the repository is missing, changed or new; the text names it.
+        TrustError: It is not the trusted one.
         ConfigError: No tritonserver, a taken port, or settings that must not be combined.
         ServingError: The tritonserver does not run, or lacks a backend.
     """
-    checked = read_repository(repository)
+    checked = open_repository(repository, trust)
     server = find_server(config.tritonserver)
     check_exposure(server, config)
     placement = place(checked, server, config)

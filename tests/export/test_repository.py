@@ -88,7 +88,8 @@ def config(repository: Exported, path: str):
 
 def test_the_layout_is_the_documented_one(tiny_repository: Exported) -> None:
     assert names(tiny_repository.path) == [
-        "manifest.json", "parity.json", "shapes", "shapes_alarm", "shapes_classifier", "shapes_preprocess",
+        "manifest.json", "mlbom.cdx.json", "parity.json", "shapes", "shapes_alarm", "shapes_classifier",
+        "shapes_preprocess", "verdict.intoto.json",
     ]  # fmt: skip
     assert names(tiny_repository.path / "shapes_classifier" / "configs") == [
         "cpu.pbtxt",
@@ -104,6 +105,21 @@ def test_the_manifest_covers_every_other_file(tiny_repository: Exported) -> None
         p.relative_to(tiny_repository.path).as_posix() for p in tiny_repository.path.rglob("*") if p.is_file()
     }
     assert set(manifest["files"]) == files - {"manifest.json"}
+
+
+def test_the_papers_say_what_was_exported_and_what_the_gate_saw(
+    tiny_repository: Exported, tiny_bundle: Bundle, check_statement, check_bom
+) -> None:
+    manifest = json.loads((tiny_repository.path / "manifest.json").read_text())
+    predicate = check_statement((tiny_repository.path / "verdict.intoto.json").read_text())
+    assert predicate["verdict"] == "backdoored"
+    assert predicate["bundle"]["digest"]["sha256"] == tiny_bundle.digest
+    parity = json.loads((tiny_repository.path / "parity.json").read_text())
+    assert predicate["export"] == {"profile": manifest["profile"], "parity": parity}
+    (graph,) = predicate["products"]
+    assert graph["digest"]["sha256"] == manifest["files"][graph["name"]]["sha256"]
+    bom = check_bom((tiny_repository.path / "mlbom.cdx.json").read_text())
+    assert bom["metadata"]["component"]["name"] == "shapes"
 
 
 def test_the_classifier_configuration_is_the_golden_one(tiny_repository: Exported) -> None:
