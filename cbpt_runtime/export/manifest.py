@@ -134,6 +134,21 @@ def read_repository(path: str | Path) -> Repository:
     return Repository(path=path, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
 
 
+def require_unchanged(repository: Repository) -> None:
+    """Hash every file again.
+
+    Raises:
+        RepositoryError: Something changed since the repository was read, be it the manifest as a whole.
+    """
+    found = read_repository(repository.path)
+    if found.digest != repository.digest:
+        raise RepositoryError(
+            expected=f"{repository.path} as it was, with the digest {repository.digest}",
+            got=f"{found.digest}: another repository has its place",
+            fix="Stop serving it and look at who changed it.",
+        )
+
+
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:

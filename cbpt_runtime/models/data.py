@@ -18,6 +18,7 @@ from jaxtyping import Int, UInt8
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
+_MAX_LIST_BYTES = 64 << 20
 _IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
@@ -118,7 +119,12 @@ def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None)
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # it may be a pipe that the operator typed
+            raw = file.read(_MAX_LIST_BYTES + 1)
+        _require(
+            len(raw) <= _MAX_LIST_BYTES, f"a file of at most {_MAX_LIST_BYTES:,} bytes", f"more in {path}"
+        )
+        content = raw.decode("utf-8-sig")
     except OSError as error:
         raise _list_error(f"a readable file {path}", (error.strerror or "no access").lower()) from error
     except UnicodeDecodeError as error:

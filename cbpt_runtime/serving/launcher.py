@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
+from cbpt_runtime.export.manifest import require_unchanged
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.guard import Guard
@@ -153,6 +154,7 @@ class RunningServer:
 
         Raises:
             ServingError: It did not start too often in a row.
+            RepositoryError: Its files are not those any more that were hashed at the first start.
         """
         broken_process = self._now.process
         self._guard.lead_to(None)
@@ -165,6 +167,7 @@ class RunningServer:
                 return
             self._recent.append(time.monotonic())
             self.restarts += 1
+            require_unchanged(self.plan.repository)
             try:
                 self._ready = self._start_one(str(self.restarts))
             except ServingError as error:

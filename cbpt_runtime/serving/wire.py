@@ -154,6 +154,7 @@ class _HttpWire:
         self._headers = headers
         # Its own time-out ends a whole session's requests; each request has its own here.
         self._client = self._library.InferenceServerClient(address, ssl=is_secure, conn_timeout=None)
+        self._client._stub.trace_configs.append(_no_redirects())
 
     async def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
@@ -202,6 +203,22 @@ class _HttpWire:
             raise WireError("unreachable", "what answers there does not speak HTTP") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise WireError("unreachable", str(error) or type(error).__name__) from error
+
+
+def _no_redirects() -> Any:
+    """Ends a request that is answered with another address: headers and images are for this server alone."""
+    import aiohttp
+
+    async def refuse(
+        _session: object, _context: object, redirected: aiohttp.TraceRequestRedirectParams
+    ) -> None:
+        place = redirected.response.headers.get("Location", "")
+        raise WireError("refused", f"a redirect to {place[:200]!r}, which is not followed")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    trace.freeze()
+    return trace
 
 
 def _kind(kind: Kind, message: str) -> Kind:
