@@ -71,3 +71,35 @@ def test_a_status_of_http_says_whose_fault_it_is(status: int, seen_as: Kind, ref
     with pytest.raises(WireError) as error:
         asyncio.run(ask())
     assert error.value.kind == seen_as
+
+
+def test_a_redirect_is_not_followed() -> None:
+    seen: list[str] = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    async def ask(url: str) -> None:
+        wire = open_wire(url, headers={"Authorization": "secret"})
+        try:
+            await wire.config("clip", 5.0)
+        finally:
+            await wire.close()
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        with pytest.raises(WireError, match="a redirect to '/elsewhere', which is not followed") as caught:
+            asyncio.run(ask(f"http://127.0.0.1:{server.server_address[1]}"))
+        server.shutdown()
+        thread.join()
+    assert caught.value.kind == "refused"
+    assert seen == ["/v2/models/clip/config"]
