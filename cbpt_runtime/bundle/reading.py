@@ -201,10 +201,12 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     problems = shape_problems(manifest, _SHAPE)
+    files = manifest.get("files")
+    if isinstance(files, dict):
+        problems += [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
+        problems += [f"unsafe file name {name!r}" for name in files if not _is_plain_name(name)]
     if not problems:
         names, files = manifest["classes"]["names"], manifest["files"]
-        problems = [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
-        problems += [f"unsafe file name {name!r}" for name in files if not _is_plain_name(name)]
         problems += [f"a size of {name} below zero" for name in files if files[name]["size_bytes"] < 0]
         indices = [suspect["index"] for suspect in manifest["suspects"]]
         problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < len(names)]
