@@ -163,7 +163,14 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         for name in files:
             if name != HEAD:
                 _read_checked(path, name, files)
-    _check_head(path, head, len(manifest["classes"]["names"]))
+    names, templates = manifest["classes"]["names"], manifest["classes"]["templates"]
+    _check_head(path, head, len(names))
+    if len(templates) != len(names):
+        raise BundleError(
+            expected=f"one group of templates for each of {len(names)} classes in {path / MANIFEST}",
+            got=f"{len(templates)} groups",
+            fix=_REMAKE,
+        )
     bias = head.get("logit_bias")
     return Bundle(
         path=path,
@@ -210,8 +217,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         problems += [f"a size of {name} below zero" for name in files if files[name]["size_bytes"] < 0]
         indices = [suspect["index"] for suspect in manifest["suspects"]]
         problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < len(names)]
-        if not names or len(manifest["classes"]["templates"]) != len(names):
-            problems.append("no classes, or not one group of templates for each")
+        problems += [] if names else ["no classes"]
         if manifest["verdict"] not in _VERDICTS:
             problems.append(f"a verdict that is none of {', '.join(_VERDICTS)}")
         if not isinstance(manifest["method"].get("encoder", ""), str):

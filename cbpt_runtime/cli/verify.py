@@ -24,12 +24,20 @@ def command(
         Literal["cpu", "cuda", "tensorrt"] | None,
         typer.Option(help="Where to run. Default: where the repository is meant to be served."),
     ] = None,
+    allow_foreign_code: Annotated[
+        bool,
+        typer.Option("--allow-foreign-code", help="Accept code that this version would not have written."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
     from cbpt_runtime.export.verify import verify_repository
 
-    found = verify_repository(repository, bundle, provider=provider, images=images)
+    found = verify_repository(
+        repository, bundle, provider=provider, images=images, allow_foreign_code=allow_foreign_code
+    )
+    for name in found.foreign:
+        print_note(f"note: {name} is not as this version writes it")
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
     if as_json:

@@ -20,6 +20,7 @@ from cbpt_runtime.export.manifest import Repository, read_repository
 from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Verification:
         repository: Its path.
         digest: SHA-256 of its manifest.
         files: Files hashed.
+        foreign: Files that this version would not have written so.
         provider: Execution provider the golden images really ran on.
         golden_images: Golden images answered.
         golden_difference: Largest difference in probability or alarm.
@@ -47,6 +49,7 @@ class Verification:
     repository: str
     digest: str
     files: int
+    foreign: tuple[str, ...]
     provider: str
     golden_images: int
     golden_difference: float
@@ -60,6 +63,7 @@ def verify_repository(
     *,
     provider: Provider | None = None,
     images: str | Path | None = None,
+    allow_foreign_code: bool = False,
 ) -> Verification:
     """Check a model repository.
 
@@ -68,6 +72,7 @@ def verify_repository(
         bundle: What it was exported from; the gate of its precision is then run again.
         provider: Where to run; where its profile says when None.
         images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
+        allow_foreign_code: Accept code and configurations that this version would not have written.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
@@ -78,6 +83,7 @@ def verify_repository(
     where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
     model = check_graph(repository)
     check_configs(repository)
+    foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
     golden = read_golden(repository.golden)
     pixels = golden.pixels(preprocess)
@@ -89,6 +95,7 @@ def verify_repository(
         repository=str(repository.path),
         digest=repository.digest,
         files=len(repository.manifest["files"]),
+        foreign=tuple(foreign),
         provider=session.get_providers()[0],
         golden_images=len(pixels),
         golden_difference=checked.largest_difference,

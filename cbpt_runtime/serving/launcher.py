@@ -205,12 +205,15 @@ def running_server(
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
     plan = make_plan(repository, config or ServeConfig())
+    tell = tell or _silent
+    for name in plan.foreign:
+        tell(f"note: {name} is not as this version writes it, and is served all the same")
     sweep()
     with (
         tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,
         Guard(plan.config, inner_models=plan.repository.inner_models) as guard,
     ):
-        server = RunningServer(plan, guard, Path(scratch), tell or _silent)
+        server = RunningServer(plan, guard, Path(scratch), tell)
         server.start()
         try:
             yield server
