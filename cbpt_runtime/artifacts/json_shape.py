@@ -24,14 +24,14 @@ def shape_problems(value: Any, shape: Any, name: str = "") -> list[str]:
     problems: list[str] = []
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return [f"{name or 'it'} is not a list"]
+            return [f"{name or 'the whole'!r} is not a list"]
         for number, item in enumerate(value):
             problems += shape_problems(item, shape[0], f"{name}[{number}]")
             if len(problems) >= _MOST_SHOWN:
                 break
     elif isinstance(shape, Mapping):
         if not isinstance(value, dict):
-            return [f"{name or 'it'} is not an object"]
+            return [f"{name or 'the whole'!r} is not an object"]
         wanted = dict.fromkeys(value, shape[str]) if str in shape else shape
         for key, inner in wanted.items():
             inside = f"{name}.{key}" if name else key
@@ -41,9 +41,11 @@ def shape_problems(value: Any, shape: Any, name: str = "") -> list[str]:
                 problems += shape_problems(value[key], inner, inside)
             if len(problems) >= _MOST_SHOWN:
                 break
-    elif not isinstance(value, shape) or (isinstance(value, bool)):
+    elif not isinstance(value, shape) or isinstance(value, bool):
         kinds = shape if isinstance(shape, tuple) else (shape,)
-        problems.append(f"{name or 'it'} is not of type {' or '.join(_WORDS[kind] for kind in kinds)}")
+        problems.append(
+            f"{name or 'the whole'!r} is not of type {' or '.join(_WORDS[kind] for kind in kinds)}"
+        )
     return problems
 
 

@@ -174,7 +174,14 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         for name in files:
             if name != HEAD:
                 _read_checked(path, name, files)
-    _check_head(path, head, len(manifest["classes"]["names"]))
+    names, templates = manifest["classes"]["names"], manifest["classes"]["templates"]
+    _check_head(path, head, len(names))
+    if len(templates) != len(names):
+        raise BundleError(
+            expected=f"one group of templates for each of {len(names)} classes in {path / MANIFEST}",
+            got=f"{len(templates)} groups",
+            fix=_REMAKE,
+        )
     bias = head.get("logit_bias")
     return Bundle(
         path=path,
@@ -212,15 +219,16 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     problems = shape_problems(manifest, _SHAPE)
+    files = manifest.get("files")
+    if isinstance(files, dict):
+        problems += [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
+        problems += [f"unsafe file name {name!r}" for name in files if not _is_plain_name(name)]
     if not problems:
         names, files = manifest["classes"]["names"], manifest["files"]
-        problems = [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
-        problems += [f"unsafe file name {name!r}" for name in files if not _is_plain_name(name)]
         problems += [f"a size of {name} below zero" for name in files if files[name]["size_bytes"] < 0]
         indices = [suspect["index"] for suspect in manifest["suspects"]]
         problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < len(names)]
-        if not names or len(manifest["classes"]["templates"]) != len(names):
-            problems.append("no classes, or not one group of templates for each")
+        problems += [] if names else ["no classes"]
         if manifest["verdict"] not in _VERDICTS:
             problems.append(f"a verdict that is none of {', '.join(_VERDICTS)}")
         if not isinstance(manifest["method"].get("encoder", ""), str):

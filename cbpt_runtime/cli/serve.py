@@ -34,6 +34,10 @@ def command(
         list[str] | None,
         typer.Option(help="Another name the HTTP ports may be asked by; may be given several times."),
     ] = None,
+    allow_foreign_code: Annotated[
+        bool,
+        typer.Option("--allow-foreign-code", help="Serve code that this version would not have written."),
+    ] = False,
     profile: Annotated[
         str | None, typer.Option(help="cpu, cuda, tensorrt or python. Default: what the server can run.")
     ] = None,
@@ -69,6 +73,7 @@ def command(
         log_file=log_file,
         startup_timeout_s=startup_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        allow_foreign_code=allow_foreign_code,
         host_names=frozenset(name.lower() for name in allow_host or ()),
     )
     asked = given_trust(trust, digest)

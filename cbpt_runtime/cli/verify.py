@@ -27,14 +27,25 @@ def command(
     ] = None,
     trust: TrustOption = None,
     digest: DigestOption = None,
+    allow_foreign_code: Annotated[
+        bool,
+        typer.Option("--allow-foreign-code", help="Accept code that this version would not have written."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
     from cbpt_runtime.export.verify import verify_repository
 
     found = verify_repository(
-        repository, bundle, provider=provider, images=images, trust=given_trust(trust, digest)
+        repository,
+        bundle,
+        provider=provider,
+        images=images,
+        trust=given_trust(trust, digest),
+        allow_foreign_code=allow_foreign_code,
     )
+    for name in found.foreign:
+        print_note(f"note: {name} is not as this version writes it")
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
     if found.ignored:

@@ -153,6 +153,21 @@ def read_repository(path: str | Path) -> Repository:
     )
 
 
+def require_unchanged(repository: Repository) -> None:
+    """Hash every file again.
+
+    Raises:
+        RepositoryError: Something changed since the repository was read, be it the manifest as a whole.
+    """
+    found = read_repository(repository.path)
+    if found.digest != repository.digest:
+        raise RepositoryError(
+            expected=f"{repository.path} as it was, with the digest {repository.digest}",
+            got=f"{found.digest}: another repository has its place",
+            fix="Stop serving it and look at who changed it.",
+        )
+
+
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:
@@ -172,12 +187,14 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             fix="Give the folder that `cbpt-runtime export --output` wrote.",
         )
     problems = shape_problems(manifest, _SHAPE)
+    files = manifest.get("files")
+    if isinstance(files, dict) and not all(map(_is_inside, files)):
+        problems.append("a file name that leaves the repository")
+    name = str(manifest.get("name"))
+    if not _MODEL_NAME.fullmatch(name) or manifest.get("models") != [name, *(name + end for end in _PARTS)]:
+        problems.append("the name of a model that is none")
     if not problems:
-        name, profile = manifest["name"], manifest["profile"]
-        if not all(_is_inside(file) for file in manifest["files"]):
-            problems.append("a file name that leaves the repository")
-        if not _MODEL_NAME.fullmatch(name) or manifest["models"] != [name, *(name + end for end in _PARTS)]:
-            problems.append("the name of a model that is none")
+        profile = manifest["profile"]
         if profile["provider"] not in _PROVIDERS or profile["precision"] not in _PRECISIONS:
             problems.append("a provider or a precision that is none")
         problems += [
@@ -205,6 +222,6 @@ def _is_litter_below(name: str) -> bool:
     return any(map(is_litter, PurePosixPath(name).parts))
 
 
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
+def _is_inside(name: object) -> bool:
+    path = PurePosixPath(str(name))
     return not path.is_absolute() and ".." not in path.parts

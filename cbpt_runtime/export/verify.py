@@ -20,6 +20,7 @@ from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
@@ -38,6 +39,7 @@ class Verification:
         repository: Its path.
         digest: SHA-256 of its manifest.
         files: Files hashed.
+        foreign: Files that this version would not have written so.
         provider: Execution provider the golden images really ran on.
         golden_images: Golden images answered.
         golden_difference: Largest difference in probability or alarm.
@@ -49,6 +51,7 @@ class Verification:
     repository: str
     digest: str
     files: int
+    foreign: tuple[str, ...]
     provider: str
     golden_images: int
     golden_difference: float
@@ -64,6 +67,7 @@ def verify_repository(
     provider: Provider | None = None,
     images: str | Path | None = None,
     trust: Trust = ANYONE,
+    allow_foreign_code: bool = False,
 ) -> Verification:
     """Check a model repository.
 
@@ -73,6 +77,7 @@ def verify_repository(
         provider: Where to run; where its profile says when None.
         images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
         trust: What the repository has to show; its manifest has the digest that the bundle must have.
+        allow_foreign_code: Accept code and configurations that this version would not have written.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
@@ -84,6 +89,7 @@ def verify_repository(
     where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
     model = check_graph(repository)
     check_configs(repository)
+    foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
     golden = read_golden(repository.golden)
     pixels = golden.pixels(preprocess)
@@ -95,6 +101,7 @@ def verify_repository(
         repository=str(repository.path),
         digest=repository.digest,
         files=len(repository.manifest["files"]),
+        foreign=tuple(foreign),
         provider=session.get_providers()[0],
         golden_images=len(pixels),
         golden_difference=checked.largest_difference,

@@ -22,6 +22,7 @@ from cbpt_runtime.models.data import ClassList, class_key, default_templates
 from cbpt_runtime.models.image_files import first_few
 
 _SYNSET = re.compile(r"(n\d{8})\s+(\S.*)")
+_MAX_BYTES = 64 << 20
 _SENTENCE = 5
 """Words from which on a template without '{}' is a sentence about its class, and no bare name."""
 
@@ -69,7 +70,10 @@ def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None)
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # it may be a pipe that the operator typed
+            raw = file.read(_MAX_BYTES + 1)
+        _require(len(raw) <= _MAX_BYTES, f"a file of at most {_MAX_BYTES:,} bytes", f"more in {path}")
+        content = raw.decode("utf-8-sig")
         json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
         raise _error(f"a readable file {path}", (error.strerror or "no access").lower()) from error

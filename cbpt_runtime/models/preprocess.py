@@ -177,6 +177,8 @@ def decode_image(
     max_pixels = max_pixels_here() if max_pixels is None else max_pixels
     name = name or ("the image bytes" if isinstance(source, bytes) else str(source))
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise ValueError("no regular file")  # a pipe would be waited for
         with Image.open(
             BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
         ) as image:

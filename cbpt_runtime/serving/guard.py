@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+REQUEST_TIMEOUT_S = 120.0  # for all of a body
 ANSWER_TIMEOUT_S = 600.0
 MAX_HELD_BODIES = 8  # of the largest size, together
 _CONNECT_TIMEOUT_S = 10.0
@@ -188,15 +189,16 @@ class Guard:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            while not request.content.at_eof():
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    piece = await request.content.readany()
-                if self._held_bytes + len(piece) > MAX_HELD_BODIES * self._config.max_request_bytes:
-                    return Refusal(
-                        status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again."
-                    )
-                self._held_bytes += len(piece)
-                body += piece
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                while not request.content.at_eof():
+                    async with asyncio.timeout(BODY_TIMEOUT_S):
+                        piece = await request.content.readany()
+                    if self._held_bytes + len(piece) > MAX_HELD_BODIES * self._config.max_request_bytes:
+                        return Refusal(
+                            status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again."
+                        )
+                    self._held_bytes += len(piece)
+                    body += piece
         except TimeoutError:
             return Refusal(status=HTTPStatus.REQUEST_TIMEOUT, text="expected the rest of the body in time.")
         return None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
+from cbpt_runtime.export.manifest import require_unchanged
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.guard import Guard
@@ -154,6 +155,7 @@ class RunningServer:
 
         Raises:
             ServingError: It did not start too often in a row.
+            RepositoryError: Its files are not those any more that were hashed at the first start.
         """
         broken_process = self._now.process
         self._guard.lead_to(None)
@@ -166,6 +168,7 @@ class RunningServer:
                 return
             self._recent.append(time.monotonic())
             self.restarts += 1
+            require_unchanged(self.plan.repository)
             try:
                 self._ready = self._start_one(str(self.restarts))
             except ServingError as error:
@@ -205,14 +208,17 @@ def running_server(
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
     plan = make_plan(repository, config or ServeConfig(), trust=trust)
-    if plan.repository.ignored and tell is not None:
+    tell = tell or _silent
+    if plan.repository.ignored:
         tell(f"note: ignored, as systems leave them everywhere: {', '.join(plan.repository.ignored)}")
+    for name in plan.foreign:
+        tell(f"note: {name} is not as this version writes it, and is served all the same")
     sweep()
     with (
         tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,
         Guard(plan.config, inner_models=plan.repository.inner_models) as guard,
     ):
-        server = RunningServer(plan, guard, Path(scratch), tell or _silent)
+        server = RunningServer(plan, guard, Path(scratch), tell)
         server.start()
         try:
             yield server

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.export.manifest import Repository
+from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
 from cbpt_runtime.serving.config import ServeConfig, take_ports
 from cbpt_runtime.serving.endpoint import Endpoint
@@ -24,6 +25,7 @@ class Plan:
         config: The operator's settings, with the ports really used.
         placement: Backend, instances and threads on this machine.
         region_bytes: Shared memory of each python-backend process to begin with.
+        foreign: Files with code or configurations of somebody else that the operator lets in.
     """
 
     repository: Repository
@@ -31,6 +33,7 @@ class Plan:
     config: ServeConfig
     placement: Placement
     region_bytes: int
+    foreign: tuple[str, ...] = ()
 
     def command(self, *, repository: Path, backends: Path, endpoint: Endpoint | None = None) -> Command:
         """The command line; without an endpoint Triton's own HTTP listens on the public ports, unguarded."""
@@ -61,12 +64,14 @@ def make_plan(
         must_be_free: Whether the ports must be free now; not where the command is only shown.
 
     Raises:
-        RepositoryError: A file of the repository is missing, changed or new; the text names it.
+        RepositoryError: A file of the repository is missing, changed, new, or not what this version writes;
+            the text names it.
         TrustError: It is not the trusted one.
         ConfigError: No tritonserver, a taken port, or settings that must not be combined.
         ServingError: The tritonserver does not run, or lacks a backend.
     """
     checked = open_repository(repository, trust)
+    foreign = require_own_files(checked, allow_foreign_code=config.allow_foreign_code)
     server = find_server(config.tritonserver)
     check_exposure(server, config)
     placement = place(checked, server, config)
@@ -76,4 +81,5 @@ def make_plan(
         config=take_ports(config, must_be_free=must_be_free),
         placement=placement,
         region_bytes=region_bytes(checked, placement),
+        foreign=tuple(foreign),
     )

@@ -173,6 +173,7 @@ class _HttpWire:
         self._headers = headers
         # Its own time-out ends a whole session's requests; each request has its own here.
         self._client = self._library.InferenceServerClient(address, ssl=is_secure, conn_timeout=None)
+        self._client._stub.trace_configs.append(_no_redirects())
 
     async def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
@@ -240,6 +241,22 @@ def _proxy_variable(host: str) -> str | None:
     if proxy_bypass(host):
         return None
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+
+
+def _no_redirects() -> Any:
+    """Ends a request that is answered with another address: headers and images are for this server alone."""
+    import aiohttp
+
+    async def refuse(
+        _session: object, _context: object, redirected: aiohttp.TraceRequestRedirectParams
+    ) -> None:
+        place = redirected.response.headers.get("Location", "")
+        raise WireError("refused", f"a redirect to {place[:200]!r}, which is not followed")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    trace.freeze()
+    return trace
 
 
 def _kind(kind: Kind, message: str) -> Kind:

@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "export_onnx", lambda *_: tiny_export.model)
-    monkeypatch.setattr(module, "_write_classifier", full)
+    monkeypatch.setattr(module, "write_golden", full)
     with pytest.raises(OutputError, match="No space left"):
         export_bundle(tiny_bundle, tmp_path / "repository", profile=Profile(max_batch=2))
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ import pytest
 from cbpt_runtime.serving import Client, RunningServer
 from cbpt_runtime.serving.leftovers import SHARED_MEMORY
 from cbpt_runtime.serving.wire import open_wire
-from tests.integration.test_answers import counters
-from tests.integration.test_bad_requests import ask
+
+from .test_answers import counters
+from .test_bad_requests import ask
 
 IMAGES = 'cbpt_images_total{model="shapes"}'
 ALARMS = 'cbpt_alarm_total{model="shapes",target="Blue Stripes"}'

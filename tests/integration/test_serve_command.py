@@ -120,9 +120,10 @@ def test_a_server_that_cannot_load_prints_the_cause_and_its_log_and_exits_1(
 ) -> None:
     broken = {"shapes_alarm/1/model.py": lambda _: "raise ImportError('no runtime today')\n"}
     copy = changed_copy(tmp_path / "repository", broken)
-    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS]
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS, "--allow-foreign-code"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 1, done.stderr
+    assert "note: shapes_alarm/1/model.py is not as this version writes it" in done.stderr
     first, *_ = (line for line in done.stderr.splitlines() if line.startswith("       got"))
     assert "no runtime today" in first
     shown = [line for line in done.stderr.splitlines() if line.startswith("         | ")]

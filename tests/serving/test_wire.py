@@ -125,3 +125,35 @@ def test_a_proxy_in_the_way_is_named_without_its_password(
     assert proxy[0].startswith(b"CONNECT 192.0.2.1:8001")
     monkeypatch.setenv("no_proxy", "192.0.2.1")
     assert "proxy" not in failure("grpc://192.0.2.1:8001")
+
+
+def test_a_redirect_is_not_followed() -> None:
+    seen: list[str] = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    async def ask(url: str) -> None:
+        wire = open_wire(url, headers={"Authorization": "secret"})
+        try:
+            await wire.config("clip", 5.0)
+        finally:
+            await wire.close()
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        with pytest.raises(WireError, match="a redirect to '/elsewhere', which is not followed") as caught:
+            asyncio.run(ask(f"http://127.0.0.1:{server.server_address[1]}"))
+        server.shutdown()
+        thread.join()
+    assert caught.value.kind == "refused"
+    assert seen == ["/v2/models/clip/config"]
