@@ -220,6 +220,8 @@ def missing_decoder(source: bytes | Path) -> str | None:
     try:
         if isinstance(source, bytes):
             head = source[:12]
+        elif not source.is_file():  # a pipe would be waited for
+            return None
         else:
             with source.open("rb") as stream:
                 head = stream.read(12)

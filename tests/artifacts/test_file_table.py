@@ -8,7 +8,7 @@ import pytest
 from cbpt_runtime.artifacts import check_files, hash_files, list_files, read_regular_file
 from cbpt_runtime.errors import CheckpointError, ClassListError, ImageDataError
 from cbpt_runtime.models.checkpoint import read_checkpoint
-from cbpt_runtime.models.data import read_class_list
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.preprocess import decode_image
 from cbpt_runtime.serving.client import _read_files
 
