@@ -8,12 +8,15 @@ from typing import Any
 from cbpt_runtime.bundle import MANIFEST, read_bundle
 
 
-def inspect_path(source: str | Path, *, model: str | Path | None = None) -> dict[str, Any]:
+def inspect_path(
+    source: str | Path, *, model: str | Path | None = None, image_size: int | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint or a bundle as a JSON-able dict.
 
     Args:
         source: Path of either, or a pretrained tag or ``hf-hub:`` id.
         model: open_clip architecture or config file, for checkpoints that do not say.
+        image_size: Side of the input of a checkpoint, instead of its configuration's.
 
     Raises:
         BundleError: The bundle is damaged; the text names the file.
@@ -23,7 +26,7 @@ def inspect_path(source: str | Path, *, model: str | Path | None = None) -> dict
         return inspect_bundle(Path(source))
     from cbpt_runtime.models.inspection import inspect_checkpoint
 
-    return inspect_checkpoint(source, model=model)
+    return inspect_checkpoint(source, model=model, image_size=image_size)
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def purify_checkpoint(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     templates: Sequence[str] | None = None,
     shots: int = 16,
     reference: str | Path | None = None,
@@ -81,6 +82,7 @@ def purify_checkpoint(
         output: The bundle folder to make.
         model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
             reference that does not.
+        image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
@@ -119,8 +121,10 @@ def purify_checkpoint(
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
     tell("read checkpoint", 0, 1, {})
-    suspect = read_checkpoint(checkpoint, model=model)
-    trusted = None if reference is None else read_reference(reference, suspect, model=model)
+    suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
+    trusted = (
+        None if reference is None else read_reference(reference, suspect, model=model, image_size=image_size)
+    )
     tell("read checkpoint", 1, 1, {})
     encoder, split = _encoder_and_split(
         suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable

@@ -84,6 +84,7 @@ def open_subjects(
     *,
     classes: ClassList | None = None,
     model: str | Path | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     detector: Detector | None = None,
 ) -> list[Subject]:
@@ -93,6 +94,7 @@ def open_subjects(
         sources: Bundles, their folders, or checkpoints in any form `read_checkpoint` knows.
         classes: Class list of the checkpoints; that of the first bundle if None.
         model: Architecture of checkpoints that do not say.
+        image_size: Side of the input of checkpoints, instead of their configuration's.
         device: 'auto', 'cpu' or 'cuda'.
         detector: A test-time detector for the checkpoints.
 
@@ -127,7 +129,7 @@ def open_subjects(
     return [
         _bundle_subject(item, device)
         if isinstance(item, Bundle)
-        else _checkpoint_subject(item, shared, model, device, detector)
+        else _checkpoint_subject(item, shared, model, image_size, device, detector)
         for item in opened
     ]
 
@@ -174,6 +176,7 @@ def _checkpoint_subject(
     source: str | Path,
     classes: ClassList,
     model: str | Path | None,
+    image_size: int | None,
     device: str,
     detector: Detector | None,
 ) -> Subject:
@@ -181,7 +184,7 @@ def _checkpoint_subject(
     from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
     from cbpt_runtime.models.prompt_tokens import prompt_notes
 
-    checkpoint = read_checkpoint(source, model=model)
+    checkpoint = read_checkpoint(source, model=model, image_size=image_size)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
     notes = prompt_notes(classes, encoder.tokenizer)
     head = encoder.class_embeddings(classes).cpu().numpy()

@@ -24,6 +24,7 @@ from cbpt_runtime.models.fitting import key_problems, value_problems, without_pr
 from cbpt_runtime.models.huggingface_names import has_hugging_face_names, open_clip_names
 from cbpt_runtime.models.locations import CONFIG_NAME, locate
 from cbpt_runtime.models.openai import openai_settings
+from cbpt_runtime.models.positions import resize_positions, with_image_size
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.weights import Weights, files_digest, read_weights
 
@@ -61,7 +62,9 @@ class Checkpoint:
     weights_name: str | None = None
 
 
-def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path, *, model: str | Path | None = None, image_size: int | None = None
+) -> Checkpoint:
     """Reads a suspect checkpoint without executing anything from it.
 
     Args:
@@ -69,6 +72,8 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
             any form docs/checkpoints.md lists, where `PATH#NAME` chooses among several sets; an open_clip
             pretrained tag (with `model`); or 'hf-hub:owner/name'. A path never uses the network.
         model: An open_clip architecture name or a JSON configuration file. Needed for a bare weights file.
+        image_size: Height and width of the input, instead of the configuration's; position embeddings trained
+            for another size are resized.
 
     Raises:
         CheckpointError: The source is missing, damaged, in no known format, wants to run code, or its
@@ -86,6 +91,9 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
             fix="Name it: --model ViT-B-32 (any open_clip architecture) or --model config.json.",
         )
     given, activation_notes = _with_activation(settings["model_cfg"], weights)
+    if image_size is not None:
+        check_model_config(given)
+        given = with_image_size(given, image_size)
     config = check_model_config(given)
     preprocess = _preprocess(settings.get("preprocess_cfg"), config)
     sha256 = files_digest(located.weights)
@@ -93,6 +101,9 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
     skeleton = build_model(config, device="meta", folder=located.folder)
     tensors, notes = _adapted(weights.tensors, skeleton)
     expected = skeleton.state_dict()
+    if image_size is not None:
+        tensors, more = resize_positions(tensors, expected)
+        notes += more
     return Checkpoint(
         source=located.source,
         format=located.format or weights.format,
@@ -133,7 +144,7 @@ def _preprocess(settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -
 def _adapted(tensors: dict[str, Tensor], skeleton: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Older and third-party names and shapes brought to the present ones, as open_clip's own loader does.
 
-    Nothing is interpolated: position embeddings of another length are another architecture.
+    Nothing is interpolated here: position embeddings of another length are another architecture.
     """
     notes = []
     if has_hugging_face_names(tensors):
