@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from cbpt_runtime.bundle import (
     Bundle,
     BundleContent,
@@ -24,6 +26,7 @@ from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
 from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.labelling import images_to_draw, label_images
+from cbpt_runtime.models.activation import UNTRIED, settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -37,7 +40,6 @@ from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from cbpt_runtime.types import Progress
@@ -126,7 +128,7 @@ def purify_checkpoint(
         None if reference is None else read_reference(reference, suspect, model=model, image_size=image_size)
     )
     tell("read checkpoint", 1, 1, {})
-    encoder, split = _encoder_and_split(
+    suspect, encoder, split = _encoder_and_split(
         suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
     )
     words = prompt_notes(class_list, encoder.tokenizer)
@@ -174,21 +176,30 @@ def _encoder_and_split(
     tell: Progress,
     *,
     skip_unreadable: bool,
-) -> tuple[DualEncoder, CleanSplit]:
-    """The suspect's frozen model and the clean images, which it has to label where nobody has."""
+) -> tuple[Checkpoint, DualEncoder, CleanSplit]:
+    """The suspect, its frozen model and the clean images, which it has to label where nobody has."""
     if not is_flat(images):
         split = draw_clean_split(
             images, classes, suspect.preprocess, shots=shots, seed=seed, skip_unreadable=skip_unreadable
         )
         tell("read images", 1, 1, {})
-        return load_dual_encoder(suspect, device=device), split
+        suspect = settle_activation(
+            suspect,
+            classes,
+            np.concatenate([split.tune_images, split.heldout_images]),
+            np.concatenate([split.tune_labels, split.heldout_labels]),
+            device=device,
+        )
+        return suspect, load_dual_encoder(suspect, device=device), split
     count = images_to_draw(len(classes.names), shots=shots)
     drawn = draw_images(images, suspect.preprocess, count=count, seed=seed)
     tell("read images", 1, 1, {})
     encoder = load_dual_encoder(suspect, device=device)
     split = label_images(drawn, encoder, classes, shots=shots, seed=seed)
     tell("label images", 1, 1, {})
-    return encoder, split
+    if suspect.activation_is_guessed:
+        suspect = replace(suspect, notes=(*suspect.notes, UNTRIED))
+    return suspect, encoder, split
 
 
 def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -> str:

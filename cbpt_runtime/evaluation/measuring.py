@@ -96,7 +96,13 @@ def evaluate_all(
     """
     _check_attack(triggered, target, attack)
     opened = open_subjects(
-        subjects, classes=classes, model=model, image_size=image_size, device=device, detector=detector
+        subjects,
+        classes=classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        detector=detector,
+        images=Path(images),
     )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
     work = _Work(

@@ -22,7 +22,7 @@ from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.fitting import key_problems, value_problems, without_prefixes
 from cbpt_runtime.models.huggingface_names import has_hugging_face_names, open_clip_names
-from cbpt_runtime.models.locations import CONFIG_NAME, locate
+from cbpt_runtime.models.locations import CONFIG_NAME, Located, locate
 from cbpt_runtime.models.openai import openai_settings
 from cbpt_runtime.models.positions import resize_positions, with_image_size
 from cbpt_runtime.models.preprocess import Preprocess
@@ -47,6 +47,7 @@ class Checkpoint:
         notes: What was adapted while reading.
         folder: Where further files of the model lie (a local tokenizer), if anywhere.
         weights_name: Which of several sets of weights in the file these are, where one was asked for.
+        activation_is_guessed: Whether nothing but the user's `model` says if it is GELU or QuickGELU.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     weights_name: str | None = None
+    activation_is_guessed: bool = False
 
 
 def read_checkpoint(
@@ -116,7 +118,19 @@ def read_checkpoint(
         notes=(*located.notes, *weights.notes, *activation_notes, *notes),
         folder=located.folder,
         weights_name=located.weights_name,
+        activation_is_guessed=_is_guess(model, located, weights, settings["model_cfg"]),
     )
+
+
+def _is_guess(
+    model: str | Path | None, located: Located, weights: Weights, config: Mapping[str, Any]
+) -> bool:
+    """Whether GELU or QuickGELU is up to what the user named, and matters to a tower of open_clip's own."""
+    is_named = model is not None and not (Path(model).suffix == ".json" or Path(model).is_file())
+    is_said = located.format == "pretrained" or weights.is_openai or (not is_named and "quick_gelu" in config)
+    vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+    has_own_tower = not (vision.get("timm_model_name") and text.get("hf_model_name"))
+    return model is not None and not is_said and has_own_tower
 
 
 def _with_activation(

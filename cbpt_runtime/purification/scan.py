@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError, PurificationError
+from cbpt_runtime.models.activation import UNTRIED
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -216,7 +217,7 @@ def _suspects(
 
 
 def _notes(suspect: Checkpoint, trusted: Checkpoint | None, drawn: UnlabelledImages) -> tuple[str, ...]:
-    notes = [*suspect.notes, *drawn.notes]
+    notes = [*suspect.notes, *([UNTRIED] if suspect.activation_is_guessed else []), *drawn.notes]
     if len(drawn.images) == MOST_IMAGES < drawn.found:
         notes.append(f"{MOST_IMAGES} of {drawn.found} images were drawn")
     if trusted is not None:
