@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cbpt_runtime.bundle import MANIFEST, read_bundle
+from cbpt_runtime.names import is_file
 
 
 def inspect_path(
@@ -22,7 +23,7 @@ def inspect_path(
         BundleError: The bundle is damaged; the text names the file.
         CheckpointError: The checkpoint cannot be read.
     """
-    if (Path(source) / MANIFEST).is_file():
+    if is_file(Path(source) / MANIFEST):
         return inspect_bundle(Path(source))
     from cbpt_runtime.models.inspection import inspect_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.bundle import check_output, move_into_place, output_error
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.names import is_folder, json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
@@ -56,7 +56,7 @@ def is_results(path: Path) -> bool:
     """Whether a folder holds results of a run."""
     try:
         content = json.loads((path / RESULT).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("kind") == KIND
 
@@ -68,11 +68,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ConfigError: Not results of a run, or of another version.
     """
     path = Path(path)
-    file = path / RESULT if path.is_dir() else path
+    file = path / RESULT if is_folder(path) else path
     fix = f"Name the {RESULT} (or its folder) that `cbpt-runtime bench --output` wrote."
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(expected="results of a bench run", got=f"{file} ({reason})", fix=fix) from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -180,7 +180,7 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
         ) from error
     try:
         manifest = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(expected=f"valid JSON in {file}", got=str(error), fix=_REMAKE) from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:

@@ -29,7 +29,7 @@ from cbpt_runtime.bundle.reading import (
     read_bundle,
 )
 from cbpt_runtime.errors import OutputError
-from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.names import exists, json_text, readable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def check_output(
     Raises:
         OutputError: The path exists, or its parent folder cannot be written.
     """
-    if path.is_symlink() or path.exists():
+    if path.is_symlink() or exists(path):
         if not force:
             raise OutputError(
                 expected="an output path that does not exist yet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cbpt_runtime.cli.output import print_note
+from cbpt_runtime.names import exists, is_folder
 
 
 def check_page(path: Path, *, force: bool) -> None:
@@ -15,7 +16,7 @@ def check_page(path: Path, *, force: bool) -> None:
     """
     from cbpt_runtime.errors import OutputError
 
-    if path.is_dir() or (path.exists() and not force):
+    if is_folder(path) or (exists(path) and not force):
         raise OutputError(
             expected="a new file for the report", got=f"{path} exists", fix="Choose another or use --force."
         )

@@ -16,6 +16,7 @@ import numpy as np
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
 from cbpt_runtime.errors import OutputError, PurificationError
+from cbpt_runtime.names import exists, is_folder
 from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
 
 def _prepare(output: Path, *, force: bool) -> None:
     """Make the folder; with `force` clear what an earlier demo left, and nothing else."""
-    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if output.exists() and (not output.is_dir() or (present and not force)):
+    present = sorted(path.name for path in output.iterdir()) if is_folder(output) else []
+    if exists(output) and (not output.is_dir() or (present and not force)):
         raise OutputError(
             expected="a new folder for the demo",
             got=f"{output} exists",

@@ -18,6 +18,7 @@ from cbpt_runtime.evaluation.detectors import Detector, bdetclip
 from cbpt_runtime.models.data import ClassList, find_class_folders, spoken
 from cbpt_runtime.models.image_files import read_files, stacked
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.names import is_file
 
 _IMAGES_PER_CLASS = 16
 
@@ -140,7 +141,7 @@ def open_subjects(
 
 
 def _read_if_bundle(source: Bundle | str | Path) -> Bundle | str | Path:
-    is_folder_of_bundle = not isinstance(source, Bundle) and (Path(source) / MANIFEST).is_file()
+    is_folder_of_bundle = not isinstance(source, Bundle) and is_file(Path(source) / MANIFEST)
     return read_bundle(Path(str(source))) if is_folder_of_bundle else source
 
 

@@ -79,7 +79,7 @@ def is_repository(path: Path) -> bool:
     """Whether a folder is a model repository by the looks of its manifest, damaged or not."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
@@ -122,7 +122,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         raw = file.read_bytes()
         manifest = json.loads(raw)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RepositoryError(
             expected=f"a model repository with a {MANIFEST}",

@@ -102,6 +102,8 @@ def read_weights(*paths: Path, name: str | None = None) -> Weights:
     tensors = {key: value for part in parts for key, value in part.tensors.items()}
     if len(tensors) != sum(len(part.tensors) for part in parts):
         raise _damaged(paths[0], "shards that hold weights of the same name")
+    if not tensors:
+        raise _no_weights(paths[0], "nothing")
     if any("lora_" in key for key in tensors):
         raise _no_weights(paths[0], "an adapter (LoRA), which only changes another model's weights")
     tensors, prefix = _strip_wrappers(tensors)

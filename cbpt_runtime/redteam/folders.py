@@ -25,6 +25,7 @@ from cbpt_runtime.models.image_files import (
     unreadable_notes,
 )
 from cbpt_runtime.models.preprocess import Preprocess, decode_image
+from cbpt_runtime.names import exists
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
 from cbpt_runtime.types import Progress
@@ -109,7 +110,7 @@ def write_triggered(
     reasons = undecodable(found.images) if skip_unreadable else {}
     paths = [path for path in found.images if path not in reasons]
     _check_stems(paths, images)
-    if output.exists() and not force:
+    if exists(output) and not force:
         raise OutputError(
             expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
         )

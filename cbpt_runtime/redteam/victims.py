@@ -15,6 +15,7 @@ import torch
 from cbpt_runtime.errors import ConfigError, OutputError
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
+from cbpt_runtime.names import exists
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.folders import read_labelled
@@ -81,7 +82,7 @@ def implant_checkpoint(
         InputError: Something given is wrong.
         ImplantError: The backdoor did not take; nothing is written.
     """
-    if output.exists() and not force:
+    if exists(output) and not force:
         raise OutputError(
             expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
         )

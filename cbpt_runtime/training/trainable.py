@@ -25,6 +25,7 @@ from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.tokenizer import Tokenizer
+from cbpt_runtime.names import exists
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -180,7 +181,7 @@ def save_open_clip_folder(
     Raises:
         OutputError: The folder exists and `force` is not set, or it cannot be written.
     """
-    if path.exists() and not force:
+    if exists(path) and not force:
         raise OutputError(expected="a new folder", got=f"{path} exists", fix="Choose another or use --force.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
