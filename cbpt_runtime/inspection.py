@@ -6,18 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from cbpt_runtime.bundle import MANIFEST
+from cbpt_runtime.names import is_file
 from cbpt_runtime.signing import SIGNATURE
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
 
 
 def inspect_path(
-    source: str | Path, *, model: str | Path | None = None, trust: Trust = ANYONE
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    trust: Trust = ANYONE,
 ) -> dict[str, Any]:
     """Describe a checkpoint or a bundle as a JSON-able dict.
 
     Args:
         source: Path of either, or a pretrained tag or ``hf-hub:`` id.
         model: open_clip architecture or config file, for checkpoints that do not say.
+        image_size: Side of the input of a checkpoint, instead of its configuration's.
         trust: What a bundle has to show.
 
     Raises:
@@ -25,12 +31,12 @@ def inspect_path(
         CheckpointError: The checkpoint cannot be read.
         TrustError: The bundle is not the trusted one, or it is a checkpoint that can show nothing.
     """
-    if (Path(source) / MANIFEST).is_file():
+    if is_file(Path(source) / MANIFEST):
         return inspect_bundle(Path(source), trust)
     refuse_untrusted(source, trust)
     from cbpt_runtime.models.inspection import inspect_checkpoint
 
-    return inspect_checkpoint(source, model=model)
+    return inspect_checkpoint(source, model=model, image_size=image_size)
 
 
 def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:

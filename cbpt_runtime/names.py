@@ -50,6 +50,30 @@ _PLAINER = {
 }
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; no, too, for a name no file can have, of which pathlib makes an error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """As `is_file`, of a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def exists(path: Path) -> bool:
+    """As `is_file`, of anything; what follows a link counts."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def is_litter(name: str) -> bool:
     """Whether a file or folder is one that file systems, desktops and archivers leave everywhere."""
     return name in _LITTER or name.startswith(_LITTER_PREFIXES)

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from cbpt_runtime.artifacts import check_output, reserved, writing
 from cbpt_runtime.bundle import (
     BUNDLE,
@@ -23,6 +25,7 @@ from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
 from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.labelling import images_to_draw, label_images
+from cbpt_runtime.models.activation import UNTRIED, settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
@@ -37,7 +40,6 @@ from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from cbpt_runtime.types import Progress
@@ -56,6 +58,7 @@ def purify_checkpoint(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     templates: Sequence[str] | None = None,
     shots: int = 16,
     reference: str | Path | None = None,
@@ -81,6 +84,7 @@ def purify_checkpoint(
         output: The bundle folder to make.
         model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
             reference that does not.
+        image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
@@ -120,10 +124,12 @@ def purify_checkpoint(
     tell = progress or _silent
     with reserved(output, BUNDLE, force=force, resume=resume) as kept:
         tell("read checkpoint", 0, 1, {})
-        suspect = read_checkpoint(checkpoint, model=model)
-        trusted = None if reference is None else read_reference(reference, suspect, model=model)
+        suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
+        trusted = None
+        if reference is not None:
+            trusted = read_reference(reference, suspect, model=model, image_size=image_size)
         tell("read checkpoint", 1, 1, {})
-        encoder, split = _encoder_and_split(
+        suspect, encoder, split = _encoder_and_split(
             suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
         )
         words = prompt_notes(class_list, encoder.tokenizer)
@@ -166,21 +172,30 @@ def _encoder_and_split(
     tell: Progress,
     *,
     skip_unreadable: bool,
-) -> tuple[DualEncoder, CleanSplit]:
-    """The suspect's frozen model and the clean images, which it has to label where nobody has."""
+) -> tuple[Checkpoint, DualEncoder, CleanSplit]:
+    """The suspect, its frozen model and the clean images, which it has to label where nobody has."""
     if not is_flat(images):
         split = draw_clean_split(
             images, classes, suspect.preprocess, shots=shots, seed=seed, skip_unreadable=skip_unreadable
         )
         tell("read images", 1, 1, {})
-        return load_dual_encoder(suspect, device=device), split
+        suspect = settle_activation(
+            suspect,
+            classes,
+            np.concatenate([split.tune_images, split.heldout_images]),
+            np.concatenate([split.tune_labels, split.heldout_labels]),
+            device=device,
+        )
+        return suspect, load_dual_encoder(suspect, device=device), split
     count = images_to_draw(len(classes.names), shots=shots)
     drawn = draw_images(images, suspect.preprocess, count=count, seed=seed)
     tell("read images", 1, 1, {})
     encoder = load_dual_encoder(suspect, device=device)
     split = label_images(drawn, encoder, classes, shots=shots, seed=seed)
     tell("label images", 1, 1, {})
-    return encoder, split
+    if suspect.activation_is_guessed:
+        suspect = replace(suspect, notes=(*suspect.notes, UNTRIED))
+    return suspect, encoder, split
 
 
 def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -> str:
@@ -218,7 +233,7 @@ def _read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[
     if path is not None:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
                 expected=f"a JSON file with a configuration at {path}",

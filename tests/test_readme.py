@@ -66,6 +66,7 @@ def test_flags_named_in_the_table_exist(run_help: Callable[[str], str]) -> None:
         "scan",
         "purify",
         "inspect",
+        "convert",
         "classify",
         "evaluate",
         "export",

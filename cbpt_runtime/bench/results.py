@@ -9,7 +9,7 @@ from typing import Any, Final
 from cbpt_runtime.artifacts import Kind, marked, new_folder
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.names import is_folder, json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
@@ -40,11 +40,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ConfigError: Not results of a run, or of another version.
     """
     path = Path(path)
-    file = path / RESULT if path.is_dir() else path
+    file = path / RESULT if is_folder(path) else path
     fix = f"Name the {RESULT} (or its folder) that `cbpt-runtime bench --output` wrote."
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(expected="results of a bench run", got=f"{file} ({reason})", fix=fix) from error
     version = content.get("schema_version") if isinstance(content, dict) else None

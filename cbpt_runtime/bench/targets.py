@@ -17,6 +17,7 @@ from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.session import Provider
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.names import exists, is_file
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, open_repository, refuse_untrusted
 
 Pixels = UInt8[np.ndarray, "batch height width 3"]
@@ -112,14 +113,14 @@ def open_target(
     path = Path(source)
     if is_repository(path):
         return _open_repository(path, provider, threads, trust)
-    if (path / MANIFEST).is_file():
+    if is_file(path / MANIFEST):
         return _open_bundle(path, device, threads, trust)
     refuse_untrusted(source, trust)
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix == ".onnx" and is_file(path):
         return _open_graph(path, provider, threads)[1]
     raise ConfigError(
         expected="a bundle, a model repository, an ONNX file of `cbpt-runtime export`, or a URL",
-        got=f"{source}{'' if path.exists() else ', which does not exist'}",
+        got=f"{source}{'' if exists(path) else ', which does not exist'}",
         fix="For example: cbpt-runtime bench bundle/ grpc://127.0.0.1:8001 --images photos/",
     )
 

@@ -102,6 +102,10 @@ def implant(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config, for checkpoints that do not say.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     heldout: Annotated[
         Path | None, typer.Option(help="Images to prove the implant on; a tenth of --images otherwise.")
     ] = None,
@@ -147,6 +151,7 @@ def implant(
             target,
             output,
             model=model,
+            image_size=image_size,
             heldout=heldout,
             poison_rate=poison_rate,
             parameters=parsed_settings(settings),

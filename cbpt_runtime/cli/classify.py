@@ -11,6 +11,7 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
+from cbpt_runtime.names import is_folder
 
 if TYPE_CHECKING:
     from cbpt_runtime.answers import Answer
@@ -118,7 +119,7 @@ def _sources(images: Sequence[str], skip_unreadable: bool) -> list[Source]:
     for image in images:
         if image == "-":
             sources.append((image, sys.stdin.buffer.read()))
-        elif Path(image).is_dir():
+        elif is_folder(Path(image)):
             sources += [(str(path), path) for path in _images_below(Path(image))]
         else:
             sources.append((image, Path(image)))

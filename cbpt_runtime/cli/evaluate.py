@@ -64,6 +64,10 @@ def command(
         list[str] | None, typer.Option(help="Prompt of checkpoints, {} is the class; repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     detector: Annotated[
         Literal["bdetclip"] | None,
@@ -96,6 +100,7 @@ def command(
                 seed=seed,
                 classes=None if classes is None else read_class_list(classes, templates=template),
                 model=model,
+                image_size=image_size,
                 device=device,
                 detector=detector,
                 skip_unreadable=skip_unreadable,

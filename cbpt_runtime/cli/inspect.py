@@ -15,6 +15,10 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     trust: TrustOption = None,
     digest: DigestOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -22,7 +26,7 @@ def command(
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.inspection import inspect_path
 
-    found = inspect_path(path, model=model, trust=given_trust(trust, digest))
+    found = inspect_path(path, model=model, image_size=image_size, trust=given_trust(trust, digest))
     if as_json:
         print_json(found)
     else:

@@ -28,6 +28,10 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
@@ -81,6 +85,7 @@ def command(
                 images,
                 output,
                 model=model,
+                image_size=image_size,
                 templates=template or None,
                 reference=reference,
                 shots=shots,

@@ -26,6 +26,10 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Class names to look among first, as for purify; none are needed.")
     ] = None,
@@ -53,6 +57,7 @@ def command(
                 checkpoint,
                 images,
                 model=model,
+                image_size=image_size,
                 classes=classes,
                 reference=reference,
                 config=settings,

@@ -17,6 +17,7 @@ from cbpt_runtime.artifacts import claimed, writing
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
 from cbpt_runtime.errors import OutputError, PurificationError
+from cbpt_runtime.names import exists
 from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
 @contextmanager
 def _prepared(output: Path, *, force: bool) -> Iterator[None]:
     """Keep the folder for this demo; with `force` clear what an earlier one left, and nothing else."""
-    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not force and exists(output) and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(
             expected="a new folder for the demo",
             got=f"{output} exists",

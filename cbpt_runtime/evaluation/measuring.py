@@ -61,6 +61,7 @@ def evaluate_all(
     seed: int = 0,
     classes: ClassList | None = None,
     model: str | Path | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     batch_size: int = 64,
     detector: Detector | None = None,
@@ -80,6 +81,7 @@ def evaluate_all(
         seed: Seed of what the trigger draws anew for each image.
         classes: Class list of checkpoints; that of the first bundle if None.
         model: Architecture of checkpoints that do not say.
+        image_size: Side of the input of checkpoints, instead of their configuration's.
         device: 'auto', 'cpu' or 'cuda'.
         batch_size: Images encoded at once.
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
@@ -98,7 +100,14 @@ def evaluate_all(
     """
     _check_attack(triggered, target, attack)
     opened = open_subjects(
-        subjects, classes=classes, model=model, device=device, detector=detector, trust=trust
+        subjects,
+        classes=classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        detector=detector,
+        images=Path(images),
+        trust=trust,
     )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
     work = _Work(

@@ -199,6 +199,7 @@ def all_entries(folder: Path, expected: str) -> list[Path]:
 
 def _walk(root: Path) -> Iterator[tuple[Path, bool]]:
     """Every file below a folder, and whether it lies in a folder further down; hidden folders as one file."""
+    all_entries(root, "a folder of images")  # a loop of links is an error of the folder, not of `resolve`
     waiting, seen = [root], {root.resolve()}
     while waiting:
         folder = waiting.pop()

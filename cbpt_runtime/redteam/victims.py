@@ -36,6 +36,7 @@ def implant_checkpoint(
     output: Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     heldout: Path | None = None,
     poison_rate: float | None = None,
     parameters: Mapping[str, object] | None = None,
@@ -60,6 +61,7 @@ def implant_checkpoint(
         targets: One target per attack.
         output: The victim's folder: an open_clip folder with `attack.json` and trigger files.
         model: An open_clip architecture or a config file, for checkpoints that do not say.
+        image_size: Side of the model's input, instead of the configuration's.
         heldout: Images the proof is measured on; a tenth of `images`, never trained on, if None.
         poison_rate: Share of poisoned pairs per attack; each attack's usual one if None.
         parameters: Parameters that differ from the attack's defaults; with several attacks each key starts
@@ -85,7 +87,9 @@ def implant_checkpoint(
     for target in targets:
         target_index(names, target)
     with reserved(output, CHECKPOINT, force=force, resume=resume) as kept:
-        clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
+        clip = load_trainable(
+            checkpoint, model=model, image_size=image_size, device=str(resolve_device(device))
+        )
         generator = torch.Generator().manual_seed(seed)
         read = partial(
             read_labelled,

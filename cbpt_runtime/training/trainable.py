@@ -131,14 +131,18 @@ def new_trainable(model_config: Mapping[str, Any], *, seed: int, device: str = "
 
 
 def load_trainable(
-    source: str | Path, *, model: str | Path | None = None, device: str = "cpu"
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    device: str = "cpu",
 ) -> TrainableClip:
     """Load a checkpoint for training, in float32; any format `read_checkpoint` knows.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its weights do not fit its configuration.
     """
-    return trainable_from(read_checkpoint(source, model=model), device=device)
+    return trainable_from(read_checkpoint(source, model=model, image_size=image_size), device=device)
 
 
 def trainable_from(checkpoint: Checkpoint, *, device: str = "cpu") -> TrainableClip:
