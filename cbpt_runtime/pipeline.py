@@ -204,7 +204,7 @@ def _read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[
     if path is not None:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
                 expected=f"a JSON file with a configuration at {path}",
