@@ -67,7 +67,7 @@ def convert_checkpoint(
             raise CheckpointError(
                 expected=f"finite weights that fit the architecture in {checkpoint.source}",
                 got="; ".join(checkpoint.anomalies),
-                fix="Name the architecture the weights were trained with (--model), or get an undamaged file.",
+                fix="Name the architecture the weights are for (--model), or get an undamaged file.",
             )
         with new_folder(output, CONVERTED, force=force) as staging:
             _write(checkpoint, staging)

@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.artifacts import Kind, marked, new_folder, read_json_file, shape_problems
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.names import is_folder, json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
+_MAX_BYTES = 1 << 30
+_SHAPE = {
+    "machine": dict,
+    "images": {"digest": str},
+    "versions": dict,
+    "targets": [{"name": str, "scenarios": {str: {"runs": [dict]}}}],
+}
 RESULTS: Final[Kind] = marked("folder of bench results")
 
 
@@ -43,8 +50,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
     file = path / RESULT if is_folder(path) else path
     fix = f"Name the {RESULT} (or its folder) that `cbpt-runtime bench --output` wrote."
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        _, content = read_json_file(file, max_bytes=_MAX_BYTES)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(expected="results of a bench run", got=f"{file} ({reason})", fix=fix) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -54,4 +61,6 @@ def read_results(path: str | Path) -> dict[str, Any]:
             got=f"something else in {file}",
             fix=fix,
         )
+    if problems := shape_problems(content, _SHAPE):
+        raise ConfigError(expected=f"complete results in {file}", got="; ".join(problems), fix=fix)
     return content

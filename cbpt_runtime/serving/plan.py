@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
 from cbpt_runtime.serving.config import ServeConfig, take_ports
 from cbpt_runtime.serving.endpoint import Endpoint
@@ -70,6 +69,8 @@ def make_plan(
         ConfigError: No tritonserver, a taken port, or settings that must not be combined.
         ServingError: The tritonserver does not run, or lacks a backend.
     """
+    from cbpt_runtime.export.written import require_own_files  # takes onnx along; a client needs none
+
     checked = open_repository(repository, trust)
     foreign = require_own_files(checked, allow_foreign_code=config.allow_foreign_code)
     server = find_server(config.tritonserver)
