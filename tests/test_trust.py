@@ -17,6 +17,8 @@ import pytest
 from cbpt_runtime.bundle import ENCODER, HEAD, MANIFEST, Bundle, BundleContent, write_bundle
 from cbpt_runtime.errors import BundleError, ConfigError, OutputError, RepositoryError, TrustError
 from cbpt_runtime.export.manifest import write_manifest
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE
 from cbpt_runtime.trust import make_trust, open_bundle, open_repository, sign_artefact
 
@@ -224,11 +226,19 @@ def test_a_certificate_signs_and_its_authority_is_trusted(
 
 def test_a_repository_is_signed_and_refused_like_a_bundle(tmp_path: Path, keys: Path) -> None:
     folder = tmp_path / "repository"
-    for model in ("shapes", "shapes_classifier"):
+    models = ["shapes", *(f"shapes_{part}" for part in ("preprocess", "classifier", "alarm"))]
+    for model in models:
         (folder / model).mkdir(parents=True)
         (folder / model / "config.pbtxt").write_text(f'name: "{model}"')
-    summary = {key: {} for key in ("preprocess", "profile", "bundle_digest", "graph_sha256")}
-    summary |= {"name": "shapes", "models": ["shapes", "shapes_classifier"], "classes": 3}
+    summary = {
+        "name": "shapes",
+        "models": models,
+        "classes": 3,
+        "preprocess": Preprocess(image_size=(32, 32)).to_dict(),
+        "profile": Profile().to_dict(),
+        "bundle_digest": "0" * 64,
+        "graph_sha256": "0" * 64,
+    }
     digest = write_manifest(folder, summary)
     signed = sign_artefact(folder, key=keys / "ours.pem")
     assert (signed.kind, signed.digest) == ("repository", digest)
@@ -236,7 +246,10 @@ def test_a_repository_is_signed_and_refused_like_a_bundle(tmp_path: Path, keys: 
     assert open_repository(folder, trust).digest == open_repository(folder).digest == digest
     (folder / "shapes" / "config.pbtxt").write_text('name: "python"')
     (folder / MANIFEST).unlink()
+    signature = (folder / SIGNATURE).read_bytes()
+    (folder / SIGNATURE).unlink()
     write_manifest(folder, summary)
+    (folder / SIGNATURE).write_bytes(signature)
     assert open_repository(folder).name == "shapes"  # intact, says the manifest that was made to fit
     with pytest.raises(TrustError, match=r"manifest.json was changed; shapes/config.pbtxt was changed"):
         open_repository(folder, make_trust(keys / "ours.pub"))

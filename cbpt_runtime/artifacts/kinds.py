@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from cbpt_runtime.artifacts.file_table import list_files, read_json_file
+from cbpt_runtime.names import json_text, readable
 
 MARKER = ".cbpt-runtime.json"
 """In folders whose files do not say themselves who made them; hidden, so that no reader of images minds."""
@@ -44,7 +44,8 @@ class Kind:
         own = self.own_files(path)
         if own is None or self.is_file == path.is_dir():
             return "something else"
-        strangers = sorted(set(list_files(path)) - set(own)) if path.is_dir() else []
+        there = map(readable, list_files(path)) if path.is_dir() else ()
+        strangers = sorted(set(there) - set(map(readable, own)))
         if strangers:
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             return f"something else, too: {', '.join(strangers[:3])}{more}"
@@ -59,7 +60,7 @@ def marked(name: str) -> Kind:
 def write_marker(folder: Path, name: str) -> None:
     """Mark a folder: its kind and the files that are in it now."""
     content = {"kind": f"cbpt-runtime {name}", "files": [*list_files(folder), MARKER]}
-    (folder / MARKER).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json_text(content) + "\n", encoding="utf-8")
 
 
 def read_marker(folder: Path, name: str) -> list[str] | None:
