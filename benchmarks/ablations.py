@@ -25,14 +25,9 @@ from purification import unpacked
 from torch import Tensor
 
 from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
-from cbpt_runtime.models.data import (
-    ClassList,
-    draw_clean_split,
-    find_class_folders,
-    read_class_list,
-    read_images,
-)
+from cbpt_runtime.models.data import ClassList, draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.config import PurifyConfig

@@ -33,7 +33,7 @@ from purification import machine, rates, unpacked
 
 from cbpt_runtime.defenses.config import CONFIGS
 from cbpt_runtime.evaluation import evaluate
-from cbpt_runtime.models.data import read_class_list
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification.config import PurifyConfig
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.models.checkpoint import read_checkpoint
-from cbpt_runtime.models.data import find_class_folders, read_class_list, read_images
+from cbpt_runtime.models.class_lists import read_class_list
+from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import implant
 from cbpt_runtime.redteam.learned import load_trigger

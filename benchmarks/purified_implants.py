@@ -23,7 +23,8 @@ import torch
 
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.evaluation import Evaluation, HeadRates, evaluate_all
-from cbpt_runtime.models.data import ClassList, default_templates, read_class_list
+from cbpt_runtime.models.class_lists import read_class_list
+from cbpt_runtime.models.data import ClassList, default_templates
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.redteam.learned import load_trigger
@@ -91,7 +92,9 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             attacks.append({"attack": door["attack"], "target": door["target"], **rates(*pair)})
             if arguments.reports is not None:
-                write_page(arguments.reports / f"{name}-{path.stem}.html", render_evaluation(pair))
+                write_page(
+                    arguments.reports / f"{name}-{path.stem}.html", render_evaluation(pair), force=True
+                )
         if not doors:
             (alone,) = evaluate_all([bundle], arguments.heldout, device="cpu", progress=progress)
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import NoReturn
 from cbpt_runtime.cli.app import app
 from cbpt_runtime.cli.output import print_error
 from cbpt_runtime.errors import CbptError
+from cbpt_runtime.names import PLAINER
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -18,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     0 done, 1 the work failed, 2 wrong usage or bad input, 3 `scan` found a backdoor, 130 Ctrl-C.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAINER)
     try:
         app(args=arguments, prog_name="cbpt-runtime")
     except CbptError as error:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
+
 from cbpt_runtime.answers import Answer, make_answer
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.errors import ImageDataError
+
+Source = tuple[str, bytes | Path]
+"""Name and content, or name and path, of an image."""
 
 
 def classify_images(
     bundle: Bundle | str | Path,
-    sources: Sequence[tuple[str, bytes | Path]],
+    sources: Sequence[Source],
     *,
     top: int = 5,
     device: str = "auto",
@@ -29,14 +36,25 @@ def classify_images(
 
     Raises:
         BundleError: The bundle is damaged.
-        ImageDataError: Names every image of a batch that cannot be read.
+        ImageDataError: Names every image that cannot be read.
     """
     classifier = ZeroShotClassifier.from_bundle(bundle, device)
     names = classifier.bundle.class_names
     answers = []
     for start in range(0, len(sources), batch_size):
         batch = sources[start : start + batch_size]
-        prediction = classifier.predict(classifier.read([content for _, content in batch]))
+        prediction = classifier.predict(_read(classifier, sources, batch))
         for (image, _), row, alarm in zip(batch, prediction.probabilities, prediction.alarm, strict=True):
             answers.append(make_answer(image, row, float(alarm), names=names, top=top))
     return answers
+
+
+def _read(
+    classifier: ZeroShotClassifier, sources: Sequence[Source], batch: Sequence[Source]
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """The images of a batch; where one of them cannot be read, all that cannot are named."""
+    try:
+        return classifier.read([content for _, content in batch])
+    except ImageDataError:
+        classifier.read([content for _, content in sources])
+        raise

@@ -8,6 +8,7 @@
     │   ├── ConfigError                   a configuration value or file
     │   ├── BundleError                   a bundle that is damaged or not a bundle
     │   ├── RepositoryError               a model repository that is damaged or not one
+    │   ├── TrustError                    an artefact that is not the trusted one
     │   ├── RequestError                  a request a server refused
     │   └── OutputError                   an output path that cannot be written
     └── WorkError                exit 1   the input was fine, the work failed
@@ -75,6 +76,10 @@ class BundleError(InputError):
 
 class RepositoryError(InputError):
     """A folder is not a model repository, or its content does not match its manifest."""
+
+
+class TrustError(InputError):
+    """A bundle or model repository without the signature or digest that was asked for."""
 
 
 class RequestError(InputError):

@@ -5,41 +5,55 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cbpt_runtime.bundle import MANIFEST, read_bundle
+from cbpt_runtime.bundle import MANIFEST
+from cbpt_runtime.names import is_file
+from cbpt_runtime.signing import SIGNATURE
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
 
 
-def inspect_path(source: str | Path, *, model: str | Path | None = None) -> dict[str, Any]:
+def inspect_path(
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    trust: Trust = ANYONE,
+) -> dict[str, Any]:
     """Describe a checkpoint or a bundle as a JSON-able dict.
 
     Args:
         source: Path of either, or a pretrained tag or ``hf-hub:`` id.
         model: open_clip architecture or config file, for checkpoints that do not say.
+        image_size: Side of the input of a checkpoint, instead of its configuration's.
+        trust: What a bundle has to show.
 
     Raises:
         BundleError: The bundle is damaged; the text names the file.
         CheckpointError: The checkpoint cannot be read.
+        TrustError: The bundle is not the trusted one, or it is a checkpoint that can show nothing.
     """
-    if (Path(source) / MANIFEST).is_file():
-        return inspect_bundle(Path(source))
+    if is_file(Path(source) / MANIFEST):
+        return inspect_bundle(Path(source), trust)
+    refuse_untrusted(source, trust)
     from cbpt_runtime.models.inspection import inspect_checkpoint
 
-    return inspect_checkpoint(source, model=model)
+    return inspect_checkpoint(source, model=model, image_size=image_size)
 
 
-def inspect_bundle(path: Path) -> dict[str, Any]:
+def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
     """Describe a bundle after hashing every file of it.
 
     Raises:
         BundleError: A file is missing, changed or contradicts the manifest; the text names it.
+        TrustError: It is not the trusted one.
     """
-    bundle = read_bundle(path)
+    bundle = open_bundle(path, trust)
     files = bundle.manifest["files"]
-    unlisted = sorted(item.name for item in path.iterdir() if item.name not in {*files, MANIFEST})
     model, method = bundle.manifest["model"], bundle.manifest["method"]
     return {
         "kind": "bundle",
         "path": str(path),
         "digest": bundle.digest,
+        "signature": _signature(path, trust),
         "verdict": bundle.verdict,
         "suspects": [str(suspect["name"]) for suspect in bundle.suspects],
         "classes": len(bundle.class_names),
@@ -53,5 +67,11 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "seed": method["seed"],
         "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
         "verified": sorted(files),
-        "anomalies": [f"a file the manifest does not know: {name}" for name in unlisted],
+        "anomalies": [f"a file the manifest does not know: {name}" for name in bundle.unlisted()],
     }
+
+
+def _signature(path: Path, trust: Trust) -> str:
+    if trust.key is not None:
+        return f"good, with the key of {trust.key}"
+    return "there, not checked: --trust names a key" if (path / SIGNATURE).is_file() else "none"

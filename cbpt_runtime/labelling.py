@@ -20,10 +20,10 @@ from cbpt_runtime.models.data import (
     ClassList,
     CleanSplit,
     check_draw,
-    first_few,
     parts_of_class,
     split_digest,
 )
+from cbpt_runtime.models.image_files import first_few
 from cbpt_runtime.models.image_folder import UnlabelledImages
 
 SURE_RATIO = 2.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,22 +11,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from cbpt_runtime.artifacts import check_output, reserved, writing
 from cbpt_runtime.bundle import (
+    BUNDLE,
     Bundle,
     BundleContent,
-    check_output,
     choose_clean_images,
-    output_error,
     write_bundle,
 )
 from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
 from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.labelling import images_to_draw, label_images
+from cbpt_runtime.models.activation import UNTRIED, settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split, read_class_list
+from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
+from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
@@ -35,7 +40,6 @@ from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from cbpt_runtime.types import Progress
@@ -54,6 +58,7 @@ def purify_checkpoint(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     templates: Sequence[str] | None = None,
     shots: int = 16,
     reference: str | Path | None = None,
@@ -63,6 +68,7 @@ def purify_checkpoint(
     force: bool = False,
     resume: bool = False,
     keep_images: bool = True,
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Turn a suspect checkpoint, class names and a few clean images into a purified classifier.
@@ -78,6 +84,7 @@ def purify_checkpoint(
         output: The bundle folder to make.
         model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
             reference that does not.
+        image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
@@ -91,6 +98,7 @@ def purify_checkpoint(
         resume: Continue from the finished stages of an interrupted run with the same input.
         keep_images: Put some of the clean images into the bundle and its report, for exports to calibrate and
             measure on, at most 640 and 96 MiB.
+        skip_unreadable: Do without clean images that cannot be read; the notes count and name them.
         progress: Told how far the work is.
 
     Returns:
@@ -101,7 +109,7 @@ def purify_checkpoint(
         PurificationError: Purification did not reach a usable result.
     """
     output = Path(output)
-    check_output(output, force=force)
+    check_output(output, BUNDLE, force=force)
     if defense is None:
         config = PurifyConfig() if config is None else config
     elif reference is not None and config is None:
@@ -114,43 +122,44 @@ def purify_checkpoint(
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
-    tell("read checkpoint", 0, 1, {})
-    suspect = read_checkpoint(checkpoint, model=model)
-    trusted = None if reference is None else read_reference(reference, suspect, model=model)
-    tell("read checkpoint", 1, 1, {})
-    encoder, split = _encoder_and_split(suspect, Path(images), class_list, shots, seed, str(place), tell)
+    with reserved(output, BUNDLE, force=force, resume=resume) as kept:
+        tell("read checkpoint", 0, 1, {})
+        suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
+        trusted = None
+        if reference is not None:
+            trusted = read_reference(reference, suspect, model=model, image_size=image_size)
+        tell("read checkpoint", 1, 1, {})
+        suspect, encoder, split = _encoder_and_split(
+            suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
+        )
+        words = prompt_notes(class_list, encoder.tokenizer)
 
-    partial = output.with_name(output.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    repaired, found = None, None
-    if defense is not None:
-        repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
-        encoder = repaired.encoder
-    if config is not None:
-        stages = StageStore(partial, _fingerprint(suspect, trusted, class_list, split, config, defense))
-        relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
-        try:
-            found = purify(
-                encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
-            )
-        except OSError as error:  # nothing but the stages is written
-            raise output_error(partial, error) from error
-    result = _result(repaired, found)
-    method = _method(config, defense, repaired)
-    notes = [*suspect.notes, *split.notes, *([] if trusted is None else [reference_note(trusted)])]
-    method |= {"shots": shots, "notes": notes}
-    content = _content(suspect, encoder, class_list, split, method, result)
-    if keep_images:
-        content = replace(content, images=choose_clean_images(split))
-    bundle = write_bundle(
-        output,
-        content=content,
-        force=force,
-        report=lambda bundle: _report(bundle, split, keep_images, str(place)),
-    )
-    shutil.rmtree(partial, ignore_errors=True)
-    return bundle
+        repaired, found = None, None
+        if defense is not None:
+            repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
+            encoder = repaired.encoder
+        if config is not None:
+            stages = StageStore(kept, _fingerprint(suspect, trusted, class_list, split, config, defense))
+            relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
+            with writing(kept):  # nothing but the stages is written
+                found = purify(
+                    encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
+                )
+        result = _result(repaired, found)
+        method = _method(config, defense, repaired)
+        known = [] if trusted is None else [reference_note(trusted)]
+        notes = [*suspect.notes, *split.notes, *words, *known]
+        method |= {"shots": shots, "notes": notes}
+        content = _content(suspect, encoder, class_list, split, method, result)
+        if keep_images:
+            content = replace(content, images=choose_clean_images(split))
+        return write_bundle(
+            output,
+            content=content,
+            force=force,
+            report=lambda bundle: _report(bundle, split, keep_images, str(place)),
+            papers=bundle_papers,
+        )
 
 
 def _encoder_and_split(
@@ -161,19 +170,32 @@ def _encoder_and_split(
     seed: int,
     device: str,
     tell: Progress,
-) -> tuple[DualEncoder, CleanSplit]:
-    """The suspect's frozen model and the clean images, which it has to label where nobody has."""
+    *,
+    skip_unreadable: bool,
+) -> tuple[Checkpoint, DualEncoder, CleanSplit]:
+    """The suspect, its frozen model and the clean images, which it has to label where nobody has."""
     if not is_flat(images):
-        split = draw_clean_split(images, classes, suspect.preprocess, shots=shots, seed=seed)
+        split = draw_clean_split(
+            images, classes, suspect.preprocess, shots=shots, seed=seed, skip_unreadable=skip_unreadable
+        )
         tell("read images", 1, 1, {})
-        return load_dual_encoder(suspect, device=device), split
+        suspect = settle_activation(
+            suspect,
+            classes,
+            np.concatenate([split.tune_images, split.heldout_images]),
+            np.concatenate([split.tune_labels, split.heldout_labels]),
+            device=device,
+        )
+        return suspect, load_dual_encoder(suspect, device=device), split
     count = images_to_draw(len(classes.names), shots=shots)
     drawn = draw_images(images, suspect.preprocess, count=count, seed=seed)
     tell("read images", 1, 1, {})
     encoder = load_dual_encoder(suspect, device=device)
     split = label_images(drawn, encoder, classes, shots=shots, seed=seed)
     tell("label images", 1, 1, {})
-    return encoder, split
+    if suspect.activation_is_guessed:
+        suspect = replace(suspect, notes=(*suspect.notes, UNTRIED))
+    return suspect, encoder, split
 
 
 def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -> str:
@@ -211,7 +233,7 @@ def _read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[
     if path is not None:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
                 expected=f"a JSON file with a configuration at {path}",
@@ -326,6 +348,7 @@ def _content(
         model=_model(suspect),
         class_names=classes.names,
         templates=classes.templates,
+        class_folders=classes.folders,
         method={
             **method,
             "tune_images": len(split.tune_images),

@@ -379,6 +379,72 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
     return write_bundle(tmp_path_factory.mktemp("tiny-bundle") / "bundle", content=content)
 
 
+@pytest.fixture
+def check_statement() -> Callable[[str | bytes], dict[str, Any]]:
+    """Returns a function that gives the predicate of an in-toto statement both schemas accept."""
+
+    def check(text: str | bytes) -> dict[str, Any]:
+        from jsonschema import Draft202012Validator
+
+        statement = json.loads(text)
+        tests = Path(__file__).parent
+        for value, place in (
+            (statement, tests / "papers" / "statement-v1.schema.json"),
+            (statement["predicate"], tests.parent / "docs" / "verdict-v1.schema.json"),
+        ):
+            schema = json.loads(place.read_text(encoding="utf-8"))
+            Draft202012Validator.check_schema(schema)
+            checker = Draft202012Validator.FORMAT_CHECKER
+            Draft202012Validator(schema, format_checker=checker).validate(value)
+        assert statement["predicateType"] == schema["$id"]
+        return statement["predicate"]
+
+    return check
+
+
+@pytest.fixture
+def check_bom() -> Callable[[str | bytes], dict[str, Any]]:
+    """Returns a function that gives a CycloneDX document the library's own validator accepts."""
+
+    def check(text: str | bytes) -> dict[str, Any]:
+        from cyclonedx.schema import SchemaVersion
+        from cyclonedx.validation.json import JsonStrictValidator
+
+        content = text if isinstance(text, str) else text.decode()
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(content) is None
+        return json.loads(content)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def write_key_pair() -> Callable[..., None]:
+    """Returns a function that writes NAME.pem and NAME.pub of a key into a folder."""
+
+    def write(folder: Path, name: str, key: Any, password: bytes | None = None) -> None:
+        from cryptography.hazmat.primitives import serialization as s
+
+        hidden = s.NoEncryption() if password is None else s.BestAvailableEncryption(password)
+        private = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, hidden)
+        public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pem").write_bytes(private)
+        (folder / f"{name}.pub").write_bytes(public)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def signing_keys(write_key_pair: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the key pairs `ours` and `other`, for bundles and repositories."""
+    pytest.importorskip("model_signing", reason="SIGNATURES NOT TESTED: install the extra `sign`")
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("keys")
+    write_key_pair(folder, "ours", ec.generate_private_key(ec.SECP256R1()))
+    write_key_pair(folder, "other", ec.generate_private_key(ec.SECP384R1()))
+    return folder
+
+
 @dataclass(frozen=True)
 class Run:
     code: int

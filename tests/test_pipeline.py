@@ -145,6 +145,17 @@ def test_the_bundle_tells_where_it_comes_from(fake: FakePurify, purify_tiny: Cal
     assert names_beside(bundle.path) == ["bundle"]
 
 
+def test_the_bundle_comes_with_papers_for_auditors(
+    fake: FakePurify, purify_tiny: Callable, check_statement: Callable, check_bom: Callable
+) -> None:
+    bundle = purify_tiny()
+    predicate = check_statement(bundle.read_file("verdict.intoto.json"))
+    assert predicate["verdict"] == bundle.verdict
+    assert predicate["method"]["config"] == bundle.manifest["method"]["config"]
+    checkpoint = check_bom(bundle.read_file("mlbom.cdx.json"))["metadata"]["component"]["pedigree"]
+    assert checkpoint["ancestors"][0]["hashes"][0]["content"] == bundle.manifest["model"]["sha256"]
+
+
 def test_the_bundle_carries_clean_images_unless_told_not_to(fake: FakePurify, purify_tiny: Callable) -> None:
     images = purify_tiny().images()
     assert (len(images.calibration), len(images.heldout)) == (12, 24)

@@ -33,6 +33,7 @@ class BenchConfig:
         clients: Processes that send requests to a server.
         check_every: One answer in so many is compared with the one from before the timing.
         max_images: Files read from the folder of images.
+        skip_unreadable: Do without files that are no whole images.
         seed: Of arrivals and of the order of images.
 
     Raises:
@@ -52,6 +53,7 @@ class BenchConfig:
     clients: int = 1
     check_every: int = 4
     max_images: int = 256
+    skip_unreadable: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -14,8 +14,14 @@ import numpy as np
 from PIL import Image
 
 from cbpt_runtime.errors import ImageDataError
-
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
+from cbpt_runtime.models.image_files import (
+    left_out_notes,
+    sort_files,
+    undecodable,
+    unreadable_error,
+    unreadable_notes,
+)
+from cbpt_runtime.names import name_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +32,13 @@ class Pictures:
         folder: Where they came from.
         names: Paths below it.
         files: Their content.
+        notes: Remarks for the user: what was left out.
     """
 
     folder: Path
     names: tuple[str, ...]
     files: tuple[bytes, ...]
+    notes: tuple[str, ...] = ()
 
     def labels(self, class_names: Sequence[str]) -> list[int] | None:
         """True class of every file by the folder it lies in; None when one lies in no class's folder."""
@@ -44,7 +52,7 @@ class Pictures:
         formats: Counter[str] = Counter()
         sizes = []
         for name, file in zip(self.names, self.files, strict=True):
-            digest.update(name.encode() + b"\0" + hashlib.sha256(file).digest())
+            digest.update(name_bytes(name) + b"\0" + hashlib.sha256(file).digest())
             with Image.open(BytesIO(file)) as image:
                 formats[str(image.format)] += 1
                 sizes.append(image.width * image.height)
@@ -52,6 +60,7 @@ class Pictures:
         return {
             "folder": str(self.folder),
             "count": len(self.files),
+            "notes": list(self.notes),
             "digest": digest.hexdigest(),
             "formats": dict(formats),
             "megapixels": _spread([size / 1e6 for size in sizes]),
@@ -59,44 +68,40 @@ class Pictures:
         }
 
 
-def read_pictures(folder: str | Path, *, most: int, seed: int) -> Pictures:
+def read_pictures(folder: str | Path, *, most: int, seed: int, skip_unreadable: bool = False) -> Pictures:
     """Read image files below a folder, evenly over all there are, in an order drawn from the seed.
 
+    Args:
+        folder: Images, in folders or not.
+        most: How many at most.
+        seed: Of the order.
+        skip_unreadable: Do without files that are no whole images.
+
     Raises:
-        ImageDataError: There are none, or one of them is not an image.
+        ImageDataError: There are none, or some of them are not whole images: all are named.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = sort_files(folder, recursive=True)
+    reasons = undecodable(found.images) if skip_unreadable else {}
+    paths = [path for path in found.images if path not in reasons]
     if not paths:
+        notes = (*left_out_notes(found.left_out, folder), *unreadable_notes(reasons, folder))
         raise ImageDataError(
             expected="a folder with image files",
-            got=f"{folder}, {'which has none' if folder.is_dir() else 'which is no folder'}",
+            got="; ".join((f"{folder}, which has none", *notes)),
             fix="Name one with --images, best with a folder of images per class.",
         )
     rng = np.random.default_rng(seed)
     rows = np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int))
     chosen = [paths[row] for row in rng.permutation(rows)]
-    files = tuple(path.read_bytes() for path in chosen)
-    _check(chosen, files)
+    if bad := undecodable(chosen):
+        raise unreadable_error(bad | undecodable(paths), len(paths))
     return Pictures(
-        folder=folder, names=tuple(path.relative_to(folder).as_posix() for path in chosen), files=files
+        folder=folder,
+        names=tuple(path.relative_to(folder).as_posix() for path in chosen),
+        files=tuple(path.read_bytes() for path in chosen),
+        notes=(*left_out_notes(found.left_out, folder), *unreadable_notes(reasons, folder)),
     )
-
-
-def _check(paths: Sequence[Path], files: Sequence[bytes]) -> None:
-    problems = []
-    for path, file in zip(paths, files, strict=True):
-        try:
-            Image.open(BytesIO(file)).close()
-        except Exception as error:  # Pillow raises classes of many kinds
-            problems.append(f"{path}: {str(error).split(' <')[0]}")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ImageDataError(
-            expected="image files that can be read",
-            got="; ".join(problems[:5]) + more,
-            fix="Remove them: what a server refuses says nothing about its speed.",
-        )
 
 
 def _key(name: str) -> str:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import secrets
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from cbpt_runtime.artifacts import Kind, marked, new_folder, read_json_file, shape_problems
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
-from cbpt_runtime.bundle import check_output, move_into_place, output_error
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.names import is_folder, json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"
-
-
-def check_results_folder(output: Path, *, force: bool) -> None:
-    """Refuse a folder that could not be written later; called before anything is measured.
-
-    Raises:
-        OutputError: It exists, or cannot be written.
-    """
-    check_output(output, force=force, kind="folder of bench results", is_kind=is_results)
+_MAX_BYTES = 1 << 30
+_SHAPE = {
+    "machine": dict,
+    "images": {"digest": str},
+    "versions": dict,
+    "targets": [{"name": str, "scenarios": {str: {"runs": [dict]}}}],
+}
+RESULTS: Final[Kind] = marked("folder of bench results")
 
 
 def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
@@ -33,31 +30,13 @@ def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
     """
     from cbpt_runtime.report.speed import draw_plots, render_bench
 
-    staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    with new_folder(output, RESULTS, force=force) as staging:
+        text = json_text(result, indent=1)
         (staging / RESULT).write_text(text + "\n", encoding="utf-8")
         for plot in draw_plots(result):
             (staging / f"{plot.name}.svg").write_bytes(plot.svg)
             (staging / f"{plot.name}.png").write_bytes(plot.png)
-        (staging / PAGE).write_text(render_bench(result), encoding="utf-8")
-        check_results_folder(output, force=force)
-        move_into_place(staging, output)
-    except OSError as error:
-        raise output_error(output, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def is_results(path: Path) -> bool:
-    """Whether a folder holds results of a run."""
-    try:
-        content = json.loads((path / RESULT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
+        (staging / PAGE).write_text(readable(render_bench(result)), encoding="utf-8")
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -67,10 +46,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ConfigError: Not results of a run, or of another version.
     """
     path = Path(path)
-    file = path / RESULT if path.is_dir() else path
+    file = path / RESULT if is_folder(path) else path
     fix = f"Name the {RESULT} (or its folder) that `cbpt-runtime bench --output` wrote."
     try:
-        content = json.loads(file.read_bytes())
+        _, content = read_json_file(file, max_bytes=_MAX_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(expected="results of a bench run", got=f"{file} ({reason})", fix=fix) from error
@@ -81,4 +60,6 @@ def read_results(path: str | Path) -> dict[str, Any]:
             got=f"something else in {file}",
             fix=fix,
         )
+    if problems := shape_problems(content, _SHAPE):
+        raise ConfigError(expected=f"complete results in {file}", got="; ".join(problems), fix=fix)
     return content

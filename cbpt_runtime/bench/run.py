@@ -55,10 +55,12 @@ def bench(
             got="one without the other",
             fix="Give --triggered and --target, or neither.",
         )
-    pictures = read_pictures(images, most=config.max_images, seed=config.seed)
+    pictures = _read(images, config)
     attacked = None
     if triggered is not None:
-        attacked = read_pictures(triggered, most=config.max_images, seed=config.seed)
+        attacked = _read(triggered, config)
+    for note in pictures.notes + (() if attacked is None else attacked.notes):
+        tell(f"note: {note}")
     machine = describe_machine()
     opened = [open_target(source, **options) for source in sources]
     measured = [_measure(target, pictures, attacked, target_class, config, tell) for target in opened]
@@ -72,6 +74,12 @@ def bench(
         "images": pictures.describe(),
         "targets": measured,
     }
+
+
+def _read(folder: str | Path, config: BenchConfig) -> Pictures:
+    return read_pictures(
+        folder, most=config.max_images, seed=config.seed, skip_unreadable=config.skip_unreadable
+    )
 
 
 def _measure(
@@ -138,7 +146,7 @@ def add_peer(result: dict[str, Any], images: str | Path, config: BenchConfig) ->
             got="only targets that run here",
             fix="Leave --tool out, or name a URL.",
         )
-    pictures = read_pictures(images, most=config.max_images, seed=config.seed)
+    pictures = _read(images, config)
     for target in servers:
         target["perf_analyzer"] = cross_check(
             target["facts"]["source"],

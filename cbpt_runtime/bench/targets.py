@@ -17,6 +17,8 @@ from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.session import Provider
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.names import exists, is_file
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, open_repository, refuse_untrusted
 
 Pixels = UInt8[np.ndarray, "batch height width 3"]
 _URLS = ("grpc://", "grpcs://", "http://", "https://")
@@ -86,6 +88,7 @@ def open_target(
     provider: Provider = "cpu",
     threads: int | None = None,
     model: str | None = None,
+    trust: Trust = ANYONE,
 ) -> Target:
     """Open a bundle, an ONNX file, a model repository, or a server.
 
@@ -95,37 +98,39 @@ def open_target(
         provider: Of an ONNX file or repository.
         threads: Of both; all usable CPUs when None.
         model: Of a server that has several.
+        trust: What it has to show; an ONNX file or a server can show nothing.
 
     Raises:
-        InputError: It is none of these, or damaged.
+        InputError: It is none of these, damaged, or not the trusted one.
         ServingError: The server does not answer.
     """
     from cbpt_runtime.bundle import MANIFEST
     from cbpt_runtime.export.manifest import is_repository
 
     if source.startswith(_URLS):
+        refuse_untrusted(source, trust)
         return _open_url(source, model)
     path = Path(source)
     if is_repository(path):
-        return _open_repository(path, provider, threads)
-    if (path / MANIFEST).is_file():
-        return _open_bundle(path, device, threads)
-    if path.suffix == ".onnx" and path.is_file():
+        return _open_repository(path, provider, threads, trust)
+    if is_file(path / MANIFEST):
+        return _open_bundle(path, device, threads, trust)
+    refuse_untrusted(source, trust)
+    if path.suffix == ".onnx" and is_file(path):
         return _open_graph(path, provider, threads)[1]
     raise ConfigError(
         expected="a bundle, a model repository, an ONNX file of `cbpt-runtime export`, or a URL",
-        got=f"{source}{'' if path.exists() else ', which does not exist'}",
+        got=f"{source}{'' if exists(path) else ', which does not exist'}",
         fix="For example: cbpt-runtime bench bundle/ grpc://127.0.0.1:8001 --images photos/",
     )
 
 
-def _open_bundle(path: Path, device: str, threads: int | None) -> Target:
+def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> Target:
     import torch
 
-    from cbpt_runtime.bundle import read_bundle
     from cbpt_runtime.classifier import ZeroShotClassifier
 
-    bundle = read_bundle(path)
+    bundle = open_bundle(path, trust)
     torch.set_num_threads(threads or usable_cpus())
     classifier = ZeroShotClassifier.from_bundle(bundle, device)
 
@@ -162,13 +167,13 @@ def _open_bundle(path: Path, device: str, threads: int | None) -> Target:
     )
 
 
-def _open_repository(path: Path, provider: Provider, threads: int | None) -> Target:
+def _open_repository(path: Path, provider: Provider, threads: int | None, trust: Trust) -> Target:
     from dataclasses import replace
 
     from cbpt_runtime.export.golden import read_golden
-    from cbpt_runtime.export.manifest import PARITY, read_repository
+    from cbpt_runtime.export.manifest import PARITY
 
-    repository = read_repository(path)
+    repository = open_repository(path, trust)
     golden = read_golden(repository.golden)
     session, target = _open_graph(repository.graph, provider, threads)
     pixels = target.decode(golden.files)

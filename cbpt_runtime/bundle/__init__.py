@@ -7,9 +7,12 @@
         triggers.safetensors  the dummy triggers
         images.safetensors    some of the clean images, for exports; absent when they were to be left out
         report.html           the same story for people
+        verdict.intoto.json   the verdict as an in-toto attestation
+        mlbom.cdx.json        a CycloneDX ML-BOM
+        model.sig             a signature, where it was signed; not in the manifest
 
-It is written to a temporary sibling and renamed into place: a bundle is whole or absent. Reading needs
-NumPy and safetensors only. ``logit_scale`` is stored already exponentiated.
+The last five are not in every bundle. It is staged beside its place and moved there: a bundle is whole or
+absent. Reading needs NumPy and safetensors only. ``logit_scale`` is stored already exponentiated.
 """
 
 from __future__ import annotations
@@ -26,15 +29,10 @@ from cbpt_runtime.bundle.reading import (
     Bundle,
     read_bundle,
 )
-from cbpt_runtime.bundle.writing import (
-    BundleContent,
-    check_output,
-    move_into_place,
-    output_error,
-    write_bundle,
-)
+from cbpt_runtime.bundle.writing import BUNDLE, BundleContent, write_bundle
 
 __all__ = [
+    "BUNDLE",
     "ENCODER",
     "HEAD",
     "IMAGES",
@@ -45,10 +43,7 @@ __all__ = [
     "Bundle",
     "BundleContent",
     "CleanImages",
-    "check_output",
     "choose_clean_images",
-    "move_into_place",
-    "output_error",
     "read_bundle",
     "write_bundle",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
+from cbpt_runtime.artifacts import read_json_file, read_regular_file, shape_problems
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
-from cbpt_runtime.errors import BundleError
+from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.signing import SIGNATURE
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -25,9 +26,22 @@ ENCODER = "encoder.safetensors"
 TRIGGERS = "triggers.safetensors"
 IMAGES = "images.safetensors"
 REPORT = "report.html"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_FILE_BYTES = 64 << 30
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
-_REQUIRED_KEYS = ("verdict", "model", "classes", "method", "suspects", "metrics", "versions", "files")
+_VERDICTS = ("backdoored", "clean", "unknown")
+_SHAPE = {
+    "verdict": str,
+    "model": {"config": dict, "preprocess": dict, "source": str, "sha256": str},
+    "classes": {"names": [str], "templates": [[str]]},
+    "method": {"name": str, "parameterization": str, "seed": int},
+    "suspects": [{"index": int, "name": str}],
+    "metrics": dict,
+    "evidence": dict,
+    "versions": dict,
+    "files": {str: {"sha256": str, "size_bytes": int}},
+}
 _REMAKE = "Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy."
 
 
@@ -70,6 +84,11 @@ class Bundle:
         return tuple(self.manifest["classes"]["names"])
 
     @property
+    def class_folders(self) -> tuple[str, ...]:
+        """Names of the classes' image folders, where the class list gave others than the classes'."""
+        return tuple(self.manifest["classes"].get("folders", ()))
+
+    @property
     def preprocess(self) -> Preprocess:
         """How an image becomes the model's pixels."""
         return Preprocess.from_dict(self.manifest["model"]["preprocess"])
@@ -101,6 +120,11 @@ class Bundle:
             BundleError: The file is missing, unreadable or not the one the manifest describes.
         """
         return _read_checked(self.path, name, self.manifest["files"])
+
+    def unlisted(self) -> list[str]:
+        """Names in its folder that its manifest does not know; a signature is none of them."""
+        known = {*self.manifest["files"], MANIFEST, SIGNATURE}
+        return sorted(item.name for item in self.path.iterdir() if item.name not in known)
 
     def triggers(self) -> dict[str, np.ndarray]:
         """The dummy triggers by name."""
@@ -150,7 +174,14 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         for name in files:
             if name != HEAD:
                 _read_checked(path, name, files)
-    _check_head(path, head, len(manifest["classes"]["names"]))
+    names, templates = manifest["classes"]["names"], manifest["classes"]["templates"]
+    _check_head(path, head, len(names))
+    if len(templates) != len(names):
+        raise BundleError(
+            expected=f"one group of templates for each of {len(names)} classes in {path / MANIFEST}",
+            got=f"{len(templates)} groups",
+            fix=_REMAKE,
+        )
     bias = head.get("logit_bias")
     return Bundle(
         path=path,
@@ -166,15 +197,13 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw, manifest = read_json_file(file, max_bytes=MAX_MANIFEST_BYTES)
     except OSError as error:
         raise BundleError(
             expected=f"a bundle folder with a {MANIFEST}",
             got=f"{path} ({error.strerror or 'unreadable'})",
             fix="Give the folder that `cbpt-runtime purify --output` wrote.",
         ) from error
-    try:
-        manifest = json.loads(raw)
     except ValueError as error:
         raise BundleError(expected=f"valid JSON in {file}", got=str(error), fix=_REMAKE) from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -189,28 +218,37 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    problems = [f"no {key!r}" for key in _REQUIRED_KEYS if key not in manifest]
+    problems = shape_problems(manifest, _SHAPE)
     files = manifest.get("files")
-    if not isinstance(files, dict):
-        problems.append("'files' is not an object")
-    else:
+    if isinstance(files, dict):
         problems += [f"{name} is not listed" for name in _REQUIRED_FILES if name not in files]
-        problems += [f"unsafe file name {name!r}" for name in files if Path(name).name != name]
-    try:
-        count = len(manifest["classes"]["names"])
-        Preprocess.from_dict(manifest["model"]["preprocess"])
-        indices = [int(suspect["index"]) for suspect in manifest["suspects"]]
-        problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < count]
-    except (KeyError, TypeError, ValueError) as error:
-        problems.append(f"{type(error).__name__}: {error}")
+        problems += [f"unsafe file name {name!r}" for name in files if not _is_plain_name(name)]
+    if not problems:
+        names, files = manifest["classes"]["names"], manifest["files"]
+        problems += [f"a size of {name} below zero" for name in files if files[name]["size_bytes"] < 0]
+        indices = [suspect["index"] for suspect in manifest["suspects"]]
+        problems += [f"suspect {i} is not a class" for i in indices if not 0 <= i < len(names)]
+        problems += [] if names else ["no classes"]
+        if manifest["verdict"] not in _VERDICTS:
+            problems.append(f"a verdict that is none of {', '.join(_VERDICTS)}")
+        if not isinstance(manifest["method"].get("encoder", ""), str):
+            problems.append("method.encoder is no text")
+        try:
+            Preprocess.from_dict(manifest["model"]["preprocess"])
+        except ConfigError as error:
+            problems.append(f"preprocessing: {error.got} instead of {error.expected}")
     if problems:
-        raise BundleError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
+        raise BundleError(expected=f"a complete {file}", got="; ".join(problems[:10]), fix=_REMAKE)
+
+
+def _is_plain_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable()
 
 
 def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
     file = folder / name
     try:
-        data = file.read_bytes()
+        data = read_regular_file(file, max_bytes=MAX_FILE_BYTES)
     except OSError as error:
         got = error.strerror or "unreadable"
         raise BundleError(expected=f"the file {file}", got=got, fix=_REMAKE) from error

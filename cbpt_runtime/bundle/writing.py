@@ -1,35 +1,34 @@
-"""Writing a bundle: to a temporary sibling, read back, renamed into place."""
+"""Writing a bundle: staged, read back, moved into place."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import math
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
+from cbpt_runtime.artifacts import Kind, new_folder, read_json_file
 from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
     HEAD,
     IMAGES,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     REPORT,
     SCHEMA_VERSION,
     TRIGGERS,
     Bundle,
     read_bundle,
 )
-from cbpt_runtime.errors import OutputError
+from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.signing import SIGNATURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +41,7 @@ class BundleContent:
             checkpoint; ``preprocess`` as `Preprocess.to_dict` gives it.
         class_names: In the order of the rows of both heads.
         templates: Prompt templates of each class, ``{}`` standing for the name.
+        class_folders: Names of the classes' image folders, where they may be others than the classes'.
         method: ``name``, ``config``, ``seed`` and ``parameterization``.
         suspects: One dict per suspected target, at least ``index``, ``name`` and ``score``.
         metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
@@ -71,6 +71,7 @@ class BundleContent:
     encoder: Mapping[str, np.ndarray] = field(default_factory=dict)
     triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
     images: CleanImages | None = None
+    class_folders: tuple[str, ...] = ()
     suspects: tuple[Mapping[str, Any], ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -78,57 +79,17 @@ class BundleContent:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle by the looks of it, damaged or not."""
-    return (path / MANIFEST).is_file() and (path / HEAD).is_file()
-
-
-def check_output(
-    path: Path, *, force: bool = False, kind: str = "bundle", is_kind: Callable[[Path], bool] = is_bundle
-) -> None:
-    """Refuse an output folder that could not be written later; called before any work is done.
-
-    Args:
-        path: Where the folder is to be written.
-        force: Whether one of the same kind that is already there may be replaced. Nothing else ever is.
-        kind: What is to be written, in words.
-        is_kind: Whether a folder is one.
-
-    Raises:
-        OutputError: The path exists, or its parent folder cannot be written.
-    """
-    if path.is_symlink() or path.exists():
-        if not force:
-            raise OutputError(
-                expected="an output path that does not exist yet",
-                got=f"{path}, which exists",
-                fix=f"Choose another --output, or replace the {kind} there with --force.",
-            )
-        if path.is_symlink() or not path.is_dir() or not (is_kind(path) or not any(path.iterdir())):
-            raise OutputError(
-                expected=f"a {kind} or an empty folder to replace",
-                got=f"{path}, which is something else",
-                fix=f"Choose another --output; --force replaces a {kind} only.",
-            )
-    nearest = next((parent for parent in path.parents if parent.exists()), path.parent)
-    probe = nearest / f".{path.name}.{secrets.token_hex(4)}.probe"
+def _own_files(path: Path) -> list[str] | None:
+    """The files the manifest of a bundle lists, damaged or not; None for what is no bundle."""
     try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise output_error(path, error) from error
+        _, manifest = read_json_file(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) and "verdict" in manifest else None
+    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) and HEAD in files else None
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """The OutputError that tells what went wrong when writing below a path."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "Free some space or choose an --output on another disk, then run again."
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "Choose an --output in a folder you may write to."
-    else:
-        fix = "Choose another --output."
-    reason = error.strerror or type(error).__name__
-    return OutputError(expected=f"to be able to write {path}", got=reason, fix=fix)
+BUNDLE: Final = Kind(name="bundle", own_files=_own_files)
 
 
 def write_bundle(
@@ -137,6 +98,7 @@ def write_bundle(
     content: BundleContent,
     force: bool = False,
     report: Callable[[Bundle], str] | None = None,
+    papers: Callable[[Bundle], Mapping[str, str]] | None = None,
 ) -> Bundle:
     """Write a bundle whole, or not at all.
 
@@ -145,6 +107,7 @@ def write_bundle(
         content: What to write.
         force: Replace a bundle that is already there.
         report: Given the bundle so far, returns the text of ``report.html``.
+        papers: Given the bundle so far, returns further texts by file name.
 
     Returns:
         The bundle as read back from disk.
@@ -154,18 +117,10 @@ def write_bundle(
         BundleError: The content contradicts itself, for example NaN in a head.
     """
     path = Path(path)
-    check_output(path, force=force)
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+    with new_folder(path, BUNDLE, force=force) as staging:
         _write_files(staging, content, report)
+        _write_papers(staging, content, papers)
         read_bundle(staging)
-        move_into_place(staging, path)
-    except OSError as error:
-        raise output_error(path, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return read_bundle(path, verify=False)
 
 
@@ -184,7 +139,18 @@ def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle]
     _write_manifest(folder, content, files)
     if report is not None:
         text = report(read_bundle(folder, verify=False))
-        files[REPORT] = _write(folder / REPORT, text.encode())
+        files[REPORT] = _write(folder / REPORT, readable(text).encode())
+        _write_manifest(folder, content, files)
+
+
+def _write_papers(
+    folder: Path, content: BundleContent, papers: Callable[[Bundle], Mapping[str, str]] | None
+) -> None:
+    if papers is not None:
+        bundle = read_bundle(folder, verify=False)
+        files = dict(bundle.manifest["files"])
+        for name, text in papers(bundle).items():
+            files[name] = _write(folder / name, text.encode())
         _write_manifest(folder, content, files)
 
 
@@ -207,11 +173,12 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, Any]) -> None:
+    folders = {"folders": content.class_folders} if content.class_folders else {}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "verdict": content.verdict,
         "model": content.model,
-        "classes": {"names": content.class_names, "templates": content.templates},
+        "classes": {"names": content.class_names, "templates": content.templates, **folders},
         "method": content.method,
         "suspects": content.suspects,
         "metrics": content.metrics,
@@ -220,7 +187,7 @@ def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, An
         "versions": content.versions,
         "files": files,
     }
-    text = json.dumps(_jsonable(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(_jsonable(manifest), indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -235,18 +202,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def move_into_place(staging: Path, path: Path) -> None:
-    """Rename a finished folder to its name; one that is there is kept until the new one has its place."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
-    path.rename(aside)
-    try:
-        staging.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,7 @@ from cbpt_runtime.cli import (
     attack,
     bench,
     classify,
+    convert,
     demo,
     evaluate,
     export,
@@ -17,6 +18,7 @@ from cbpt_runtime.cli import (
     purify,
     scan,
     serve,
+    sign,
     verify,
 )
 
@@ -34,10 +36,12 @@ app = typer.Typer(
 app.command("scan", short_help="Whether a CLIP has a backdoor: any images, no labels.")(scan.command)
 app.command("purify", short_help="A suspect CLIP in, a purified classifier out.")(purify.command)
 app.command("inspect", short_help="What a checkpoint or a bundle is; verifies hashes.")(inspect.command)
+app.command("convert", short_help="Any checkpoint in, an open_clip folder out.")(convert.command)
 app.command("classify", short_help="Labels, probabilities and the alarm for images.")(classify.command)
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)
 app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
+app.command("sign", short_help="A bundle or model repository signed, offline.")(sign.command)
 app.command("serve", short_help="A model repository on a real Triton, self-tested.")(serve.command)
 app.command("bench", short_help="Honest latency and throughput, with accuracy beside them.")(bench.command)
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbpt_runtime.cli.output import percent, print_json, print_pairs, print_table
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.cli.settings import named_trigger, parsed_settings
 
@@ -22,6 +22,9 @@ Settings = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -59,6 +62,7 @@ def apply(
     settings: Settings = None,
     seed: Seed = 0,
     force: Force = False,
+    skip_unreadable: SkipUnreadable = False,
     as_json: Json = False,
 ) -> None:
     """Write triggered copies of all images of a folder."""
@@ -68,19 +72,23 @@ def apply(
 
     trigger = named_trigger(attack, settings)
     with shown_progress() as progress:
-        count = write_triggered(
+        written = write_triggered(
             trigger,
             images,
             output,
             size=size,
             generator=torch.Generator().manual_seed(seed),
             force=force,
+            skip_unreadable=skip_unreadable,
             progress=progress,
         )
+    for note in written.notes:
+        print_note(f"note: {note}")
     if as_json:
-        print_json({"attack": attack, "images": count, "output": str(output)})
+        facts = {"attack": attack, "images": written.images, "output": str(output)}
+        print_json({**facts, "notes": list(written.notes)})
     else:
-        print_pairs({"triggered images": count, "folder": output})
+        print_pairs({"triggered images": written.images, "folder": output})
 
 
 @app.command("implant")
@@ -93,6 +101,10 @@ def implant(
     output: Annotated[Path, typer.Option(help="Folder of the victim to make.")],
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config, for checkpoints that do not say.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
     ] = None,
     heldout: Annotated[
         Path | None, typer.Option(help="Images to prove the implant on; a tenth of --images otherwise.")
@@ -116,6 +128,7 @@ def implant(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch.")] = False,
+    skip_unreadable: SkipUnreadable = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a backdoor into a clean checkpoint and prove on held-out images that it took."""
@@ -138,6 +151,7 @@ def implant(
             target,
             output,
             model=model,
+            image_size=image_size,
             heldout=heldout,
             poison_rate=poison_rate,
             parameters=parsed_settings(settings),
@@ -148,6 +162,8 @@ def implant(
             device=device,
             force=force,
             resume=resume,
+            skip_unreadable=skip_unreadable,
+            tell=lambda note: print_note(f"note: {note}"),
             progress=progress,
         )
     if as_json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_table
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.bench.config import BenchConfig
@@ -80,10 +82,15 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals and the order of images.")] = 0,
     tool: Annotated[Tool | None, typer.Option(help="Cross-check a URL with this tool, too.")] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for numbers, plots and a page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the results at --output.")] = False,
     different_hardware: Annotated[
         bool, typer.Option("--different-hardware", help="compare: although the machines differ.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -110,10 +117,12 @@ def command(
         timeout_s=timeout_s,
         clients=clients,
         max_images=max_images,
+        skip_unreadable=skip_unreadable,
         seed=seed,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )
-    options = {"model": model, "device": device, "provider": _provider(provider), "threads": threads}
+    options: dict[str, Any] = {"model": model, "device": device, "threads": threads}
+    options |= {"provider": _provider(provider), "trust": given_trust(trust, digest)}
     attack = {"triggered": triggered, "target_class": target}
     result = _measure(targets, images, config, options, attack, tool, output, force=force)
     if as_json:
@@ -135,19 +144,20 @@ def _measure(
     force: bool,
 ) -> dict[str, Any]:
     """Everything that takes time, after everything that can be refused."""
+    from cbpt_runtime.artifacts import reserved
     from cbpt_runtime.bench.peer import find_peer
-    from cbpt_runtime.bench.results import check_results_folder, write_results
+    from cbpt_runtime.bench.results import RESULTS, write_results
     from cbpt_runtime.bench.run import add_peer, bench
 
     if tool is not None:
         find_peer()
+    with nullcontext() if output is None else reserved(output, RESULTS, force=force):
+        result = bench(targets, images, config, tell=print_note, **attack, **options)
+        if tool is not None:
+            add_peer(result, images, config)
+        if output is not None:
+            write_results(result, output, force=force)
     if output is not None:
-        check_results_folder(output, force=force)
-    result = bench(targets, images, config, tell=print_note, **attack, **options)
-    if tool is not None:
-        add_peer(result, images, config)
-    if output is not None:
-        write_results(result, output, force=force)
         print_note(f"written: {output}/bench.json, plots, report.html")
     return result
 
@@ -168,6 +178,9 @@ def _print(result: dict[str, Any]) -> None:
 
     for target in result["targets"]:
         print_table(tables.COLUMNS, tables.rows(target), title=tables.title(target))
+        facts = target["facts"]
+        if (found := facts.get("repository_digest") or facts.get("bundle_digest")) is not None:
+            print_note(f"digest: {found}")
         for line in tables.notes(target):
             print_note(line)
 

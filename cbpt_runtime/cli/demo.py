@@ -11,6 +11,7 @@ from cbpt_runtime.cli.classify import print_answers
 from cbpt_runtime.cli.evaluate import print_evaluation
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.names import shell_line
 
 if TYPE_CHECKING:
     from cbpt_runtime.demo import DemoResult, ServedDemo
@@ -52,7 +53,7 @@ def _print_result(result: DemoResult) -> None:
             "pictures": result.pictures,
             "bundle": result.bundle,
             "report": result.report,
-            "try": f"cbpt-runtime classify {result.bundle} {_example(result.triggered_images)}",
+            "try": shell_line("cbpt-runtime", "classify", result.bundle, _example(result.triggered_images)),
         }
     )
 
@@ -63,7 +64,7 @@ def _print_served(served: ServedDemo) -> None:
         {
             "answered over gRPC by": served.server,
             "export, serving and stopping took": f"{served.seconds:.0f} s",
-            "serve it yourself": f"cbpt-runtime serve {served.repository}",
+            "serve it yourself": shell_line("cbpt-runtime", "serve", served.repository),
         }
     )
 

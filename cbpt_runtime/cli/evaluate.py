@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
-from cbpt_runtime.cli.pages import check_page, save_page
+from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,11 +64,20 @@ def command(
         list[str] | None, typer.Option(help="Prompt of checkpoints, {} is the class; repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     detector: Annotated[
         Literal["bdetclip"] | None,
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
     output_format: Annotated[
@@ -77,29 +87,35 @@ def command(
 ) -> None:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images."""
     from cbpt_runtime.evaluation import evaluate_all
-    from cbpt_runtime.models.data import read_class_list
+    from cbpt_runtime.models.class_lists import read_class_list
 
-    if report is not None:
-        check_page(report, force=force)
-    with shown_progress() as progress:
-        evaluations = evaluate_all(
-            subjects,
-            images,
-            triggered,
-            target,
-            attack=_trigger(attack, settings),
-            seed=seed,
-            classes=None if classes is None else read_class_list(classes, templates=template),
-            model=model,
-            device=device,
-            detector=detector,
-            progress=progress,
-        )
-    _print(evaluations, Format.JSON if as_json else output_format)
-    if report is not None:
-        from cbpt_runtime.report import render_evaluation
+    with reserved_page(report, force=force):
+        with shown_progress() as progress:
+            evaluations = evaluate_all(
+                subjects,
+                images,
+                triggered,
+                target,
+                attack=_trigger(attack, settings),
+                seed=seed,
+                classes=None if classes is None else read_class_list(classes, templates=template),
+                model=model,
+                image_size=image_size,
+                device=device,
+                detector=detector,
+                skip_unreadable=skip_unreadable,
+                trust=given_trust(trust, digest),
+                progress=progress,
+            )
+        for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
+            print_note(f"note: {note}")
+        _print(evaluations, Format.JSON if as_json else output_format)
+        for evaluation in evaluations:
+            print_note(f"digest of {evaluation.source}: {evaluation.digest}")
+        if report is not None:
+            from cbpt_runtime.report import render_evaluation
 
-        save_page(report, render_evaluation(evaluations))
+            save_page(report, render_evaluation(evaluations), force=force)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -9,6 +9,8 @@ import typer
 
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
+from cbpt_runtime.names import shell_line
 
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported
@@ -36,32 +38,43 @@ def command(
         Path | None,
         typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bake encoder and heads into one ONNX graph, compare it with PyTorch, write a Triton repository."""
     from cbpt_runtime.export.profiles import read_profile
     from cbpt_runtime.export.repository import export_bundle
+    from cbpt_runtime.trust import open_bundle
 
     settings = read_profile(profile, precision=precision, max_batch=max_batch)
     with shown_progress() as progress:
+        opened = open_bundle(bundle, given_trust(trust, digest))
         exported = export_bundle(
-            bundle,
+            opened,
             output,
             name=name,
             profile=settings,
             calibration=calibration,
             force=force,
+            skip_unreadable=skip_unreadable,
             progress=progress,
         )
+    for note in exported.notes:
+        print_note(f"note: {note}")
     if exported.parity["images"] == "drawn":
         print_note("note: the gate looked at drawn pictures; --calibration makes it look at your images")
     if as_json:
         print_json(
             {"repository": str(exported.path), "name": exported.name, "digest": exported.digest}
-            | {"parity": exported.parity}
+            | {"bundle_digest": opened.digest, "parity": exported.parity}
         )
     else:
+        print_note(f"digest of {bundle}: {opened.digest}")
         print_exported(exported)
 
 
@@ -73,7 +86,7 @@ def print_exported(exported: Exported) -> None:
             "parity": f"passed on {exported.parity['provider']}, {_SOURCES[exported.parity['images']]}",
             "repository": exported.path,
             "digest": exported.digest,
-            "next": f"cbpt-runtime verify {exported.path}",
+            "next": shell_line("cbpt-runtime", "verify", exported.path),
         }
     )
 

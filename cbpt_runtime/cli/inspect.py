@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_pairs
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 
 def command(
@@ -14,12 +15,18 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.inspection import inspect_path
 
-    found = inspect_path(path, model=model)
+    found = inspect_path(path, model=model, image_size=image_size, trust=given_trust(trust, digest))
     if as_json:
         print_json(found)
     else:

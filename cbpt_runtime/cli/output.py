@@ -5,12 +5,13 @@ rich decides about colour and width; it honours NO_COLOR, and plain pipes get no
 
 from __future__ import annotations
 
-import json
+import codecs
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cbpt_runtime.errors import CbptError
+from cbpt_runtime.names import json_text, readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +20,8 @@ PIPE_WIDTH = 120  # columns where no terminal says how many it has
 
 
 def printable(text: object) -> str:
-    """Text from a file made harmless for a terminal: control characters become '?'."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+    r"""Text from a file made harmless for a terminal: control characters become '?', odd bytes `\xe9`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in readable(str(text)))
 
 
 def stdout() -> Console:
@@ -35,12 +36,13 @@ def stdout() -> Console:
 
 def print_json(value: object) -> None:
     """Print one JSON object."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    is_unicode = codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+    sys.stdout.write(json_text(value, indent=2, ascii_only=not is_unicode) + "\n")
 
 
 def print_text(text: str) -> None:
     """Print lines made for programs; control characters of a file become '?'."""
-    sys.stdout.write("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    sys.stdout.write("".join("\n" if letter == "\n" else printable(letter) for letter in text))
 
 
 def print_note(text: str) -> None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cbpt_runtime.cli.output import print_note
 
 
-def check_page(path: Path, *, force: bool) -> None:
-    """Refuse a place that is taken, before any work.
+@contextmanager
+def reserved_page(path: Path | None, *, force: bool) -> Iterator[None]:
+    """Keep the place of a page while the work for it is done; nothing where no page is asked for.
 
     Raises:
-        OutputError: A folder, or a file that may not be replaced.
+        OutputError: It is taken, or cannot be written.
     """
-    from cbpt_runtime.errors import OutputError
+    if path is None:
+        yield
+        return
+    from cbpt_runtime.artifacts import reserved
+    from cbpt_runtime.report import REPORT_PAGE
 
-    if path.is_dir() or (path.exists() and not force):
-        raise OutputError(
-            expected="a new file for the report", got=f"{path} exists", fix="Choose another or use --force."
-        )
+    with reserved(path, REPORT_PAGE, force=force):
+        yield
 
 
-def save_page(path: Path, text: str) -> None:
+def save_page(path: Path, text: str, *, force: bool) -> None:
     """Write a page whole or not at all, and say where on stderr.
 
     Raises:
@@ -29,5 +34,5 @@ def save_page(path: Path, text: str) -> None:
     """
     from cbpt_runtime.report import write_page
 
-    write_page(path, text)
+    write_page(path, text, force=force)
     print_note(f"report: {path}")

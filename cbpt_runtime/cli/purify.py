@@ -28,6 +28,10 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
@@ -59,6 +63,9 @@ def command(
     no_images: Annotated[
         bool, typer.Option("--no-images", help="Keep no clean images in the bundle: exports then need some.")
     ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
@@ -78,6 +85,7 @@ def command(
                 images,
                 output,
                 model=model,
+                image_size=image_size,
                 templates=template or None,
                 reference=reference,
                 shots=shots,
@@ -87,6 +95,7 @@ def command(
                 force=force,
                 resume=resume,
                 keep_images=not no_images,
+                skip_unreadable=skip_unreadable,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -140,6 +149,7 @@ def print_result(bundle: Bundle) -> None:
             "verdict": bundle.verdict + meaning,
             accuracy: f"{percent(before)} → {percent(after)}",
             "bundle": bundle.path,
+            "digest": bundle.digest,
             "report": bundle.path / "report.html",
         }
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.pages import check_page, save_page
+from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ def command(
     images: Annotated[Path, typer.Option(help="Any images, in folders or not; 64 or more are better.")],
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
     ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Class names to look among first, as for purify; none are needed.")
@@ -46,30 +50,30 @@ def command(
     from cbpt_runtime.pipeline import read_config
     from cbpt_runtime.purification.scan import scan
 
-    if report is not None:
-        check_page(report, force=force)
     settings = read_config(config, seed=seed)
-    with shown_progress() as progress:
-        found = scan(
-            checkpoint,
-            images,
-            model=model,
-            classes=classes,
-            reference=reference,
-            config=settings,
-            device=device,
-            progress=progress,
-        )
-    for note in found.notes:
-        print_note(f"note: {note}")
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        print_scan(found)
-    if report is not None:
-        from cbpt_runtime.report import render_scan
+    with reserved_page(report, force=force):
+        with shown_progress() as progress:
+            found = scan(
+                checkpoint,
+                images,
+                model=model,
+                image_size=image_size,
+                classes=classes,
+                reference=reference,
+                config=settings,
+                device=device,
+                progress=progress,
+            )
+        for note in found.notes:
+            print_note(f"note: {note}")
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            print_scan(found)
+        if report is not None:
+            from cbpt_runtime.report import render_scan
 
-        save_page(report, render_scan(found))
+            save_page(report, render_scan(found), force=force)
     if found.verdict == "backdoored":
         raise typer.Exit(BACKDOORED)
 

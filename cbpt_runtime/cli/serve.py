@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.serving import RunningServer
+    from cbpt_runtime.trust import Trust
 
 _POLL_S = 0.5
 
@@ -32,6 +34,10 @@ def command(
         list[str] | None,
         typer.Option(help="Another name the HTTP ports may be asked by; may be given several times."),
     ] = None,
+    allow_foreign_code: Annotated[
+        bool,
+        typer.Option("--allow-foreign-code", help="Serve code that this version would not have written."),
+    ] = False,
     profile: Annotated[
         str | None, typer.Option(help="cpu, cuda, tensorrt or python. Default: what the server can run.")
     ] = None,
@@ -45,6 +51,8 @@ def command(
     log_file: Annotated[Path | None, typer.Option(help="Where the server's whole log goes.")] = None,
     startup_timeout_s: Annotated[float, typer.Option(help="For loading and warming up.")] = 300.0,
     drain_timeout_s: Annotated[float, typer.Option(help="For requests to finish when stopping.")] = 30.0,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the tritonserver command and start nothing.")
     ] = False,
@@ -65,15 +73,20 @@ def command(
         log_file=log_file,
         startup_timeout_s=startup_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        allow_foreign_code=allow_foreign_code,
         host_names=frozenset(name.lower() for name in allow_host or ()),
     )
+    asked = given_trust(trust, digest)
     if print_command:
-        _print_command(repository, config, as_json=as_json)
+        _print_command(repository, config, asked, as_json=as_json)
         return
     if ui_port is not None:
         require_free_page_port(ui_port)
     print_note(f"verifying {repository} and starting a server")
-    with running_server(repository, config, tell=print_note) as server, _page(server, ui_port) as page:
+    with (
+        running_server(repository, config, trust=asked, tell=print_note) as server,
+        _page(server, ui_port) as page,
+    ):
         _print_ready(server, page, as_json=as_json)
         _wait(server)
         print_note("stopping: requests on their way are finished first")
@@ -156,6 +169,7 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
         pairs = {
             "ready": f"{name}, {plan.repository.manifest['classes']} classes; self-test of {selftest.images} "
             f"images over HTTP and gRPC passed, largest difference {selftest.largest_difference:.2g}",
+            "digest": plan.repository.digest,
             "server": f"tritonserver {server.version} ({plan.server.origin}), {plan.placement.describe()}",
             "http": config.http_url,
             "grpc": config.grpc_url,
@@ -167,11 +181,11 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
     sys.stdout.flush()
 
 
-def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
+def _print_command(repository: Path, config: Any, trust: Trust, *, as_json: bool) -> None:
     from cbpt_runtime.serving.command import require_plain, shell_text
     from cbpt_runtime.serving.plan import make_plan
 
-    plan = make_plan(repository, config, must_be_free=False)
+    plan = make_plan(repository, config, trust=trust, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"
     for path in (repository.absolute(), backends):
         require_plain(path)
@@ -182,7 +196,10 @@ def _print_command(repository: Path, config: Any, *, as_json: bool) -> None:
         print_json({"command": arguments})
     else:
         typer.echo(shell_text(arguments))
+    print_note(f"digest of {repository}: {plan.repository.digest}")
     print_note("note: by itself its HTTP answers any web page; `serve` puts a guard in front")
+    if plan.repository.ignored:
+        print_note(f"note: by itself it minds what `serve` ignores: {', '.join(plan.repository.ignored)}")
     if plan.placement.configs:
         print_note("note: by itself it uses the instances and threads of the repository, not of this machine")
     if plan.server.wheel is not None:

@@ -10,6 +10,7 @@ import typer
 
 from cbpt_runtime.cli.export import print_parity
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
+from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 
 def command(
@@ -24,14 +25,31 @@ def command(
         Literal["cpu", "cuda", "tensorrt"] | None,
         typer.Option(help="Where to run. Default: where the repository is meant to be served."),
     ] = None,
+    trust: TrustOption = None,
+    digest: DigestOption = None,
+    allow_foreign_code: Annotated[
+        bool,
+        typer.Option("--allow-foreign-code", help="Accept code that this version would not have written."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
     from cbpt_runtime.export.verify import verify_repository
 
-    found = verify_repository(repository, bundle, provider=provider, images=images)
+    found = verify_repository(
+        repository,
+        bundle,
+        provider=provider,
+        images=images,
+        trust=given_trust(trust, digest),
+        allow_foreign_code=allow_foreign_code,
+    )
+    for name in found.foreign:
+        print_note(f"note: {name} is not as this version writes it")
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
+    if found.ignored:
+        print_note(f"note: ignored, as systems leave them everywhere: {', '.join(found.ignored)}")
     if as_json:
         print_json(asdict(found))
         return

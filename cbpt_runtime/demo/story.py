@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbpt_runtime.artifacts import claimed, writing
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
 from cbpt_runtime.errors import OutputError, PurificationError
+from cbpt_runtime.names import exists
 from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
@@ -113,23 +115,22 @@ def run_demo(
 
     output, scale = Path(output), scale or DemoScale()
     place = str(resolve_device(device))
-    _prepare(output, force=force)
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "draw"):
-        pictures = draw_pictures(scale, seed, progress)
-        _write_pictures(output, pictures, scale.names)
-    with _timed(seconds, "train"):
-        trusted, implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
-        trusted.save(output / "reference-checkpoint")
-        implanted.save(output / "suspect-checkpoint")
-    with _timed(seconds, "purify"):
-        bundle = purify_suspect(output, seed, device, progress)
-    with _timed(seconds, "evaluate"):
-        evaluation = evaluate(
-            bundle, output / "images" / "test", output / "triggered", TARGET, device=device, progress=progress
-        )
-    check_purification(evaluation)
-    return _result(output, bundle, implanted, evaluation, seconds)
+    with _prepared(output, force=force):
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "draw"):
+            pictures = draw_pictures(scale, seed, progress)
+            _write_pictures(output, pictures, scale.names)
+        with _timed(seconds, "train"):
+            trusted, implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
+            trusted.save(output / "reference-checkpoint")
+            implanted.save(output / "suspect-checkpoint")
+        with _timed(seconds, "purify"):
+            bundle = purify_suspect(output, seed, device, progress)
+        with _timed(seconds, "evaluate"):
+            clean, triggered = output / "images" / "test", output / "triggered"
+            evaluation = evaluate(bundle, clean, triggered, TARGET, device=device, progress=progress)
+        check_purification(evaluation)
+        return _result(output, bundle, implanted, evaluation, seconds)
 
 
 def check_purification(evaluation: Evaluation) -> None:
@@ -178,33 +179,29 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
     )
 
 
-def _prepare(output: Path, *, force: bool) -> None:
-    """Make the folder; with `force` clear what an earlier demo left, and nothing else."""
-    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if output.exists() and (not output.is_dir() or (present and not force)):
+@contextmanager
+def _prepared(output: Path, *, force: bool) -> Iterator[None]:
+    """Keep the folder for this demo; with `force` clear what an earlier one left, and nothing else."""
+    if not force and exists(output) and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(
             expected="a new folder for the demo",
             got=f"{output} exists",
-            fix="Choose another --output or add --force.",
+            fix="Choose another --output, or replace the demo there with --force.",
         )
-    try:
-        for name in _ENTRIES:
-            path = output / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            expected=f"a folder that can be written at {output}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Choose another --output.",
-        ) from error
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(output, "demo"):
+        with writing(output):
+            for path in map(output.joinpath, _ENTRIES):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        yield
 
 
 def _write_pictures(output: Path, pictures: Pictures, names: tuple[str, ...]) -> None:
-    try:
+    with writing(output):
         (output / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
         write_folders(output / "images" / "train", names, pictures.train.images, pictures.train.labels)
         write_folders(output / "images" / "test", names, pictures.test.images, pictures.test.labels)
@@ -212,12 +209,6 @@ def _write_pictures(output: Path, pictures: Pictures, names: tuple[str, ...]) ->
         first = np.searchsorted(pictures.test.labels, np.arange(len(names)))
         both = np.concatenate([pictures.test.images[first], pictures.triggered.images[first]])
         contact_sheet(both, columns=max(1, (len(names) + 1) // 2)).save(output / "pictures.png")
-    except OSError as error:
-        raise OutputError(
-            expected=f"room for the demo's pictures in {output}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Free some space or choose another --output.",
-        ) from error
 
 
 def _result(

@@ -15,11 +15,14 @@ import torch
 from jaxtyping import UInt8
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.evaluation.detectors import Detector
 from cbpt_runtime.evaluation.results import Evaluation, Measured, summarise
 from cbpt_runtime.evaluation.subjects import Called, Subject, open_subjects
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
+from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.trust import ANYONE, Trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.triggers import Trigger
@@ -58,9 +61,12 @@ def evaluate_all(
     seed: int = 0,
     classes: ClassList | None = None,
     model: str | Path | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     batch_size: int = 64,
     detector: Detector | None = None,
+    skip_unreadable: bool = False,
+    trust: Trust = ANYONE,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Measure bundles and checkpoints on a labelled folder, and on triggered images.
@@ -75,9 +81,12 @@ def evaluate_all(
         seed: Seed of what the trigger draws anew for each image.
         classes: Class list of checkpoints; that of the first bundle if None.
         model: Architecture of checkpoints that do not say.
+        image_size: Side of the input of checkpoints, instead of their configuration's.
         device: 'auto', 'cpu' or 'cuda'.
         batch_size: Images encoded at once.
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
+        skip_unreadable: Leave out images that cannot be read; the notes count and name them.
+        trust: What every subject given by its path has to show; checkpoints can show nothing.
         progress: Told after every batch.
 
     Raises:
@@ -87,20 +96,28 @@ def evaluate_all(
         ConfigError: Triggered images without a target, or from two sources; a detector without a checkpoint.
         ImageDataError: An image folder does not fit the classes, an image cannot be read, or the trigger is
             larger than the model's input.
+        TrustError: A subject is not a trusted bundle.
     """
     _check_attack(triggered, target, attack)
-    opened = open_subjects(subjects, classes=classes, model=model, device=device, detector=detector)
+    opened = open_subjects(
+        subjects,
+        classes=classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        detector=detector,
+        images=Path(images),
+        trust=trust,
+    )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
-    names = opened[0].class_names
     work = _Work(
-        clean=_labelled(find_class_folders(Path(images), names)),
-        triggered=None
-        if triggered is None
-        else _labelled(find_class_folders(Path(triggered), names, allow_missing=True)),
+        clean=_labelled(Path(images), opened[0]),
+        triggered=None if triggered is None else _labelled(Path(triggered), opened[0], allow_missing=True),
         triggered_folder=None if triggered is None else str(triggered),
         attack=attack,
         seed=seed,
         batch_size=batch_size,
+        skip_unreadable=skip_unreadable,
     )
     return tuple(
         _evaluate(subject, work, index, progress) for subject, index in zip(opened, indices, strict=True)
@@ -109,10 +126,12 @@ def evaluate_all(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Labelled:
-    """Image files with the indices of their true classes."""
+    """Image files of a folder with the indices of their true classes, and what was left out."""
 
+    root: Path
     paths: list[Path]
     labels: np.ndarray
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +144,7 @@ class _Work:
     attack: Trigger | None
     seed: int
     batch_size: int
+    skip_unreadable: bool
 
 
 def _check_attack(triggered: str | Path | None, target: str | None, attack: Trigger | None) -> None:
@@ -147,22 +167,19 @@ def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progr
         if progress is not None:
             progress(stage, done, total, {})
 
-    clean = _measure(subject, work.clean, work.batch_size, lambda d, t: tell("clean images", d, t))
+    clean, notes = _measure(subject, work.clean, work, lambda d, t: tell("clean images", d, t))
     triggered: Measured | None = None
     described: dict[str, Any] | None = None
     if work.triggered is not None:
         described = {"folder": work.triggered_folder}
-        triggered = _measure(
-            subject, work.triggered, work.batch_size, lambda d, t: tell("triggered images", d, t)
-        )
+        triggered, more = _measure(subject, work.triggered, work, lambda d, t: tell("triggered images", d, t))
+        notes += tuple(note for note in more if note not in notes)
     elif work.attack is not None:
         from cbpt_runtime.redteam.triggers import describe_trigger
 
         described = {**describe_trigger(work.attack), "seed": work.seed}
         paint = _painter(work.attack, work.seed)
-        triggered = _measure(
-            subject, work.clean, work.batch_size, lambda d, t: tell("triggered images", d, t), paint
-        )
+        triggered, _ = _measure(subject, work.clean, work, lambda d, t: tell("triggered images", d, t), paint)
     before, after, alarm = summarise(clean, triggered, target, has_detector=subject.detector is not None)
     return Evaluation(
         source=subject.source,
@@ -180,6 +197,7 @@ def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progr
         before=before,
         after=after,
         alarm=alarm,
+        notes=(*subject.notes, *notes),
         clean=clean,
         triggered=triggered,
     )
@@ -193,30 +211,51 @@ def _painter(attack: Trigger, seed: int) -> Callable[[Images], Images]:
     return lambda images: apply_trigger(attack, images, generator)
 
 
-def _labelled(folders: list[list[Path]]) -> _Labelled:
+def _labelled(root: Path, subject: Subject, *, allow_missing: bool = False) -> _Labelled:
+    folders = find_class_folders(
+        root, subject.class_names, folders=subject.class_folders, allow_missing=allow_missing
+    )
     labels = np.repeat(np.arange(len(folders)), [len(folder) for folder in folders])
-    return _Labelled(paths=[path for folder in folders for path in folder], labels=labels)
+    return _Labelled(
+        root=root, paths=[path for folder in folders for path in folder], labels=labels, notes=folders.notes
+    )
 
 
 def _measure(
     subject: Subject,
     files: _Labelled,
-    batch_size: int,
+    work: _Work,
     tell: Callable[[int, int], None],
     paint: Callable[[Images], Images] | None = None,
-) -> Measured:
-    """Everything said about the files, read batch by batch."""
-    count = len(files.paths)
+) -> tuple[Measured, tuple[str, ...]]:
+    """Everything said about the files, read batch by batch, and which were left out."""
+    reasons: dict[Path, str] = {}
+    if work.skip_unreadable:
+        reasons = unreadable_among(files.paths, subject.preprocess)
+    kept = np.array([path not in reasons for path in files.paths])
+    paths = [path for path, is_kept in zip(files.paths, kept, strict=True) if is_kept]
+    if not paths:
+        raise unreadable_error(reasons, len(files.paths))
+    count = len(paths)
     shown = np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).round().astype(int))
     parts: list[Called] = []
     pictures = []
-    for start in range(0, count, batch_size):
-        batch = read_images(files.paths[start : start + batch_size], subject.preprocess)
+    for start in range(0, count, work.batch_size):
+        batch = _read_batch(paths, start, work.batch_size, subject.preprocess)
         batch = batch if paint is None else paint(batch)
         parts.append(subject.call(batch))
         pictures.append(batch[shown[(shown >= start) & (shown < start + len(batch))] - start])
         tell(start + len(batch), count)
-    return measured(files.labels, parts, shown, np.concatenate(pictures))
+    notes = (*files.notes, *unreadable_notes(reasons, files.root))
+    return measured(files.labels[kept], parts, shown, np.concatenate(pictures)), notes
+
+
+def _read_batch(paths: list[Path], start: int, size: int, preprocess: Preprocess) -> Images:
+    """Some of the images; where one cannot be read, all that cannot are named."""
+    try:
+        return read_images(paths[start : start + size], preprocess)
+    except ImageDataError as error:
+        raise unreadable_error(unreadable_among(paths, preprocess), len(paths)) from error
 
 
 def measured(labels: np.ndarray, parts: Sequence[Called], shown: np.ndarray, pictures: Images) -> Measured:

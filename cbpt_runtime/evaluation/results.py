@@ -96,6 +96,7 @@ class Evaluation:
         encoder: 'untouched', or what a method made of the image tower: 'tuned' or 'prompted'. What was before
             is then not in the bundle: `before` is the zero-shot head of the *new* tower.
         detector: What `alarm` is of: 'alarm', 'bdetclip', or None.
+        notes: Remarks for the user: what was adapted, and which files were left out.
         clean: Every clean image; not part of `to_dict`.
         triggered: Every triggered image; not part of `to_dict`.
     """
@@ -115,6 +116,7 @@ class Evaluation:
     alarm: AlarmQuality | None
     encoder: str = "untouched"
     detector: str | None = None
+    notes: tuple[str, ...] = ()
     clean: Measured | None = field(default=None, repr=False)
     triggered: Measured | None = field(default=None, repr=False)
 
@@ -128,7 +130,7 @@ class Evaluation:
         plain = {name: getattr(self, name) for name in _PLAIN}
         for name in ("before", "after", "alarm"):
             plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
-        plain["suspects"] = list(self.suspects)
+        plain |= {"suspects": list(self.suspects), "notes": list(self.notes)}
         plain["per_class"] = [] if self.clean is None else per_class(self.clean, self.class_names)
         plain["triggered_predictions"] = (
             [] if self.triggered is None else prediction_counts(self.triggered, self.class_names)

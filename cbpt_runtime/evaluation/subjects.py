@@ -11,12 +11,17 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime import heads
-from cbpt_runtime.bundle import MANIFEST, Bundle, read_bundle
+from cbpt_runtime.bundle import MANIFEST, Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.evaluation.detectors import Detector, bdetclip
-from cbpt_runtime.models.data import ClassList, spoken
+from cbpt_runtime.models.data import ClassList, find_class_folders, spoken
+from cbpt_runtime.models.image_files import read_files, stacked
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.names import is_file
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
+
+_IMAGES_PER_CLASS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class Subject:
         call: From uint8 RGB images at the model's size to classes.
         encoder: 'untouched', or what a method made of the image tower of a bundle.
         detector: What the alarm of `call` is: 'alarm' of a bundle with suspects, 'bdetclip', or None.
+        class_folders: Names of the classes' image folders, where they may be others than the classes'.
+        notes: What was adapted while reading a checkpoint.
     """
 
     source: str
@@ -58,6 +65,8 @@ class Subject:
     suspects: tuple[str, ...] = ()
     encoder: str = "untouched"
     detector: str | None = None
+    class_folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def find_target(self, target: str) -> int:
         """Index of a class by its name; case, '_' and ' ' make no difference.
@@ -80,8 +89,11 @@ def open_subjects(
     *,
     classes: ClassList | None = None,
     model: str | Path | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     detector: Detector | None = None,
+    trust: Trust = ANYONE,
+    images: Path | None = None,
 ) -> list[Subject]:
     """Open bundles and checkpoints that share one class list.
 
@@ -89,16 +101,20 @@ def open_subjects(
         sources: Bundles, their folders, or checkpoints in any form `read_checkpoint` knows.
         classes: Class list of the checkpoints; that of the first bundle if None.
         model: Architecture of checkpoints that do not say.
+        image_size: Side of the input of checkpoints, instead of their configuration's.
         device: 'auto', 'cpu' or 'cuda'.
         detector: A test-time detector for the checkpoints.
+        trust: What every source given by its path has to show; checkpoints can show nothing.
+        images: Clean labelled images, which tell GELU from QuickGELU where a checkpoint does not say.
 
     Raises:
         BundleError: A bundle is damaged.
         CheckpointError: A checkpoint cannot be used.
         ClassListError: The class lists differ.
         ConfigError: A checkpoint without any class list, or a detector without a checkpoint.
+        TrustError: A source is not a trusted bundle.
     """
-    opened = [_read_if_bundle(source) for source in sources]
+    opened = [_open_if_bundle(source, trust) for source in sources]
     lists = [_class_list(item) for item in opened if isinstance(item, Bundle)]
     shared = classes if classes is not None else next(iter(lists), None)
     if shared is None:
@@ -123,19 +139,27 @@ def open_subjects(
     return [
         _bundle_subject(item, device)
         if isinstance(item, Bundle)
-        else _checkpoint_subject(item, shared, model, device, detector)
+        else _checkpoint_subject(item, shared, model, image_size, device, detector, images)
         for item in opened
     ]
 
 
-def _read_if_bundle(source: Bundle | str | Path) -> Bundle | str | Path:
-    is_folder_of_bundle = not isinstance(source, Bundle) and (Path(source) / MANIFEST).is_file()
-    return read_bundle(Path(str(source))) if is_folder_of_bundle else source
+def _open_if_bundle(source: Bundle | str | Path, trust: Trust) -> Bundle | str | Path:
+    if isinstance(source, Bundle):
+        return source
+    if is_file(Path(source) / MANIFEST):
+        return open_bundle(source, trust)
+    refuse_untrusted(source, trust)
+    return source
 
 
 def _class_list(bundle: Bundle) -> ClassList:
     groups = bundle.manifest["classes"]["templates"]
-    return ClassList(names=bundle.class_names, templates=tuple(tuple(group) for group in groups))
+    return ClassList(
+        names=bundle.class_names,
+        templates=tuple(tuple(group) for group in groups),
+        folders=bundle.class_folders,
+    )
 
 
 def _bundle_subject(bundle: Bundle, device: str) -> Subject:
@@ -158,6 +182,7 @@ def _bundle_subject(bundle: Bundle, device: str) -> Subject:
         suspects=tuple(str(suspect["name"]) for suspect in bundle.suspects),
         encoder=bundle.encoder,
         detector="alarm" if bundle.suspects else None,
+        class_folders=bundle.class_folders,
     )
 
 
@@ -165,14 +190,22 @@ def _checkpoint_subject(
     source: str | Path,
     classes: ClassList,
     model: str | Path | None,
+    image_size: int | None,
     device: str,
     detector: Detector | None,
+    images: Path | None,
 ) -> Subject:
+    from cbpt_runtime.models.activation import settle_activation
     from cbpt_runtime.models.checkpoint import read_checkpoint
     from cbpt_runtime.models.clip import load_dual_encoder, resolve_device
+    from cbpt_runtime.models.prompt_tokens import prompt_notes
 
-    checkpoint = read_checkpoint(source, model=model)
+    checkpoint = read_checkpoint(source, model=model, image_size=image_size)
+    if checkpoint.activation_is_guessed and images is not None:
+        pixels, labels = _few_of_each(images, classes, checkpoint.preprocess)
+        checkpoint = settle_activation(checkpoint, classes, pixels, labels, device=device)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
+    notes = prompt_notes(classes, encoder.tokenizer)
     head = encoder.class_embeddings(classes).cpu().numpy()
     score = None if detector is None else bdetclip(encoder, classes.names)
 
@@ -191,7 +224,22 @@ def _checkpoint_subject(
         preprocess=checkpoint.preprocess,
         call=call,
         detector=detector,
+        class_folders=classes.folders,
+        notes=(*checkpoint.notes, *notes),
     )
+
+
+def _few_of_each(
+    root: Path, classes: ClassList, preprocess: Preprocess
+) -> tuple[UInt8[np.ndarray, "batch height width 3"], Int[np.ndarray, " batch"]]:
+    """Some readable images of every class, and their labels."""
+    folders = find_class_folders(root, classes)
+    chosen = [(path, label) for label, paths in enumerate(folders) for path in paths[:_IMAGES_PER_CLASS]]
+    read = read_files([path for path, _ in chosen], preprocess)
+    both = zip(read, chosen, strict=True)
+    good = [(entry[0], label) for entry, (_, label) in both if not isinstance(entry, str)]
+    labels = np.array([label for _, label in good], dtype=np.int64)
+    return stacked([pixels for pixels, _ in good], preprocess), labels
 
 
 def _key(name: str) -> str:

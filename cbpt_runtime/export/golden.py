@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
+from cbpt_runtime.artifacts import NUMBER, read_json_file, read_regular_file, shape_problems
 from cbpt_runtime.cpus import kind_of_processor
-from cbpt_runtime.errors import ExportError
+from cbpt_runtime.errors import ExportError, RepositoryError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own ro
 # Of int8 on another kind of processor: where floats lie between the layers (ViT), their rounding decides some
 # of the integers that follow. int8 itself moves probabilities of single images by 0.1 and more.
 INT8_TOLERANCE_ELSEWHERE = 0.1
+_ROW = {"file": str, "label": str, "pixels_sha256": str, "alarm": NUMBER, "probabilities": [NUMBER]}
+_SHAPE = {"tolerance": NUMBER, "images": [_ROW]}
+_NAME = re.compile(r"[0-9]{1,4}\.(jpg|png|image)")
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,12 @@ class GoldenSet:
         tolerance, rows = self.answers["tolerance"], self.answers["images"]
         expected = np.array([row["probabilities"] for row in rows])
         alarms = np.array([row["alarm"] for row in rows])
+        if outputs["probabilities"].shape != expected.shape:
+            raise ExportError(
+                expected=f"answers of {where} of shape {expected.shape}",
+                got=str(outputs["probabilities"].shape),
+                fix="Export the bundle again with `cbpt-runtime export`.",
+            )
         differences = (
             float(np.abs(outputs["probabilities"] - expected).max()),
             float(np.abs(outputs["alarm"].ravel() - alarms).max()),
@@ -128,12 +140,32 @@ def write_golden(golden: GoldenSet, folder: Path) -> None:
 
 
 def read_golden(folder: Path) -> GoldenSet:
-    """Read what `write_golden` wrote; the caller has checked the hashes."""
-    answers = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
-    names = tuple(row["file"] for row in answers["images"])
-    return GoldenSet(
-        files=tuple((folder / name).read_bytes() for name in names), names=names, answers=answers
-    )
+    """Read what `write_golden` wrote; the caller has checked the hashes.
+
+    Raises:
+        RepositoryError: It is damaged, names files elsewhere, or allows larger differences than `TOLERANCE`.
+    """
+    try:
+        _, answers = read_json_file(folder / ANSWERS, max_bytes=_MAX_BYTES)
+        problems = shape_problems(answers, _SHAPE)
+        if not problems:
+            rows, tolerance = answers["images"], answers["tolerance"]
+            if not 0 <= tolerance <= TOLERANCE:
+                problems.append(f"a tolerance of {tolerance:g}, not of at most {TOLERANCE:g}")
+            if not rows or len({len(row["probabilities"]) for row in rows}) != 1:
+                problems.append("no images, or not one probability per class")
+            problems += [f"the file name {row['file']!r}" for row in rows if not _NAME.fullmatch(row["file"])]
+        if problems:
+            raise ValueError("; ".join(problems[:5]))
+        names = tuple(row["file"] for row in rows)
+        files = tuple(read_regular_file(folder / name, max_bytes=_MAX_BYTES) for name in names)
+    except (OSError, ValueError) as error:
+        raise RepositoryError(
+            expected=f"golden images and their answers in {folder}",
+            got=str(error.strerror if isinstance(error, OSError) else error),
+            fix="Export the bundle again with `cbpt-runtime export`.",
+        ) from error
+    return GoldenSet(files=files, names=names, answers=answers)
 
 
 def _difference_note(differences: str, made_on: str | None, here: str) -> str:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
-from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+from cbpt_runtime.models.data import find_class_folders, read_images
+from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
 
 DRAWN = 16
@@ -31,6 +32,7 @@ class GateImages:
         calibration: Others, to calibrate int8 on; may be empty.
         encoded: Image files for the golden set.
         source: 'folder', 'bundle' or 'drawn'.
+        notes: Remarks for the user: which files of the folder were left out.
     """
 
     pixels: UInt8[np.ndarray, "batch height width 3"]
@@ -38,6 +40,7 @@ class GateImages:
     calibration: UInt8[np.ndarray, "calibration height width 3"]
     encoded: tuple[bytes, ...]
     source: str
+    notes: tuple[str, ...] = ()
 
     def repeated(self, count: int) -> UInt8[np.ndarray, "batch height width 3"]:
         """Exactly `count` images: the first ones, from the start again where there are too few."""
@@ -45,27 +48,36 @@ class GateImages:
         return repeated
 
 
-def find_gate_images(bundle: Bundle, folder: str | Path | None = None) -> GateImages:
+def find_gate_images(
+    bundle: Bundle, folder: str | Path | None = None, *, skip_unreadable: bool = False
+) -> GateImages:
     """The images of a folder if one is given, else those the bundle carries, else drawn pictures.
+
+    Args:
+        bundle: What is exported.
+        folder: Labelled images.
+        skip_unreadable: Do without those that cannot be read.
 
     Raises:
         ImageDataError: The folder does not fit the classes, or an image cannot be read.
         BundleError: The images of the bundle are damaged.
     """
     if folder is not None:
-        return _read_folder(Path(folder), bundle)
+        return _read_folder(Path(folder), bundle, skip_unreadable=skip_unreadable)
     return _unpack(bundle) or draw_gate_images(bundle)
 
 
-def _read_folder(folder: Path, bundle: Bundle) -> GateImages:
+def _read_folder(folder: Path, bundle: Bundle, *, skip_unreadable: bool) -> GateImages:
     """Labelled images, one folder per class (some may be missing), evenly over the classes."""
-    classes = ClassList(
-        names=bundle.class_names,
-        templates=tuple(tuple(group) for group in bundle.manifest["classes"]["templates"]),
-    )
-    folders = find_class_folders(folder, classes, allow_missing=True)
-    labelled = [[(path, label) for path in paths] for label, paths in enumerate(folders)]
+    folders = find_class_folders(folder, bundle.class_names, folders=bundle.class_folders, allow_missing=True)
+    everything = [path for paths in folders for path in paths]
+    reasons = unreadable_among(everything, bundle.preprocess) if skip_unreadable else {}
+    labelled = [
+        [(path, label) for path in paths if path not in reasons] for label, paths in enumerate(folders)
+    ]
     chosen = _round_robin(labelled)[: MAX_CALIBRATION + MAX_HELDOUT]
+    if not chosen:
+        raise unreadable_error(reasons, len(everything))
     paths = [path for path, _ in chosen]
     pixels = read_images(paths, bundle.preprocess)
     first = min(MAX_CALIBRATION, len(pixels) // 2)
@@ -75,6 +87,7 @@ def _read_folder(folder: Path, bundle: Bundle) -> GateImages:
         calibration=pixels[:first],
         encoded=tuple(path.read_bytes() for path in paths[:GOLDEN]),
         source="folder",
+        notes=(*folders.notes, *unreadable_notes(reasons, folder)),
     )
 
 

@@ -8,16 +8,49 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
-from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.artifacts import (
+    NOT_LISTED,
+    Kind,
+    check_files,
+    hash_files,
+    list_files,
+    read_json_file,
+    shape_problems,
+)
+from cbpt_runtime.errors import ConfigError, RepositoryError
+from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.names import is_litter
+from cbpt_runtime.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
-_KEYS = ("name", "models", "classes", "preprocess", "profile", "bundle_digest", "graph_sha256", "files")
+_MAX_MANIFEST_BYTES = 64 << 20
+_PARTS = ("_preprocess", "_classifier", "_alarm")
+_PROVIDERS = ("cpu", "cuda", "tensorrt")  # as the modules say that need onnxruntime
+_PRECISIONS = ("fp32", "fp16", "int8")
+_RANGES = {
+    "max_batch": (1, 4096),
+    "instances": (1, 64),
+    "threads": (0, 1024),
+    "decoders": (0, 256),
+    "max_image_bytes": (1, 10**9),
+}
+_SHAPE = {
+    "name": str,
+    "models": [str],
+    "classes": int,
+    "preprocess": dict,
+    "profile": {"provider": str, "precision": str, **dict.fromkeys(_RANGES, int)},
+    "bundle_digest": str,
+    "graph_sha256": str,
+    "files": {str: {"sha256": str, "size_bytes": int}},
+}
 _MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
+_MOVE = "Move them elsewhere: a repository holds what `cbpt-runtime export` wrote and nothing else."
 _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intact copy."
 
 
@@ -29,11 +62,13 @@ class Repository:
         path: Its folder.
         manifest: The whole of ``manifest.json``.
         digest: SHA-256 of it, hence of everything in the repository.
+        ignored: What systems leave everywhere, such as `lost+found`; nobody reads it.
     """
 
     path: Path
     manifest: dict[str, Any]
     digest: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,6 +86,11 @@ class Repository:
         return self.path / self.name / "1" / "golden"
 
     @property
+    def inner_models(self) -> tuple[str, ...]:
+        """Models that only the one that takes image files asks."""
+        return f"{self.name}_preprocess", f"{self.name}_alarm"
+
+    @property
     def made_on(self) -> str | None:
         """Processor the gate ran on, where the answers depend on it: int8."""
         processor = self.manifest.get("processor")
@@ -63,21 +103,29 @@ def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     Returns:
         SHA-256 of the manifest.
     """
-    files = {name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size}
-             for name in _list(folder)}  # fmt: skip
+    files = hash_files(folder, list_files(folder))
     manifest = {"kind": KIND, "schema_version": SCHEMA_VERSION, **summary, "files": files}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _own_files(path: Path) -> list[str] | None:
+    """The files the manifest of a repository lists, damaged or not; None for what is no repository."""
+    try:
+        _, manifest = read_json_file(path / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == KIND else None
+    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) else None
+
+
 def is_repository(path: Path) -> bool:
     """Whether a folder is a model repository by the looks of its manifest, damaged or not."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == KIND
+    return _own_files(path) is not None
+
+
+MODEL_REPOSITORY: Final = Kind(name="model repository", own_files=_own_files)
 
 
 def read_repository(path: str | Path) -> Repository:
@@ -89,29 +137,41 @@ def read_repository(path: str | Path) -> Repository:
     """
     path = Path(path)
     raw, manifest = _read(path)
-    listed, there = manifest["files"], set(_list(path))
-    problems = [f"{name} is missing" for name in sorted(set(listed) - there)]
-    problems += [f"{name} is not in the manifest" for name in sorted(there - set(listed))]
-    for name in sorted(set(listed) & there):
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            problems.append(f"{name} is not a plain file")
-        elif _sha256(file) != listed[name].get("sha256"):
-            problems.append(f"{name} was changed")
+    litter = [name for name in list_files(path) if _is_litter_below(name)]
+    problems = check_files(path, manifest["files"], besides=(MANIFEST, SIGNATURE, *litter))
     if problems:
         raise RepositoryError(
             expected=f"the files of {path / MANIFEST}, unchanged, and no others",
             got="; ".join(problems[:10]) + (f" and {len(problems) - 10} more" if len(problems) > 10 else ""),
-            fix=_REMAKE,
+            fix=_MOVE if all(problem.endswith(NOT_LISTED) for problem in problems) else _REMAKE,
         )
-    return Repository(path=path, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
+    return Repository(
+        path=path,
+        manifest=manifest,
+        digest=hashlib.sha256(raw).hexdigest(),
+        ignored=_litter(path),
+    )
+
+
+def require_unchanged(repository: Repository) -> None:
+    """Hash every file again.
+
+    Raises:
+        RepositoryError: Something changed since the repository was read, be it the manifest as a whole.
+    """
+    found = read_repository(repository.path)
+    if found.digest != repository.digest:
+        raise RepositoryError(
+            expected=f"{repository.path} as it was, with the digest {repository.digest}",
+            got=f"{found.digest}: another repository has its place",
+            fix="Stop serving it and look at who changed it.",
+        )
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
-        manifest = json.loads(raw)
+        raw, manifest = read_json_file(file, max_bytes=_MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RepositoryError(
@@ -126,39 +186,42 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             got="something else",
             fix="Give the folder that `cbpt-runtime export --output` wrote.",
         )
-    problems = [f"no {key!r}" for key in _KEYS if key not in manifest]
+    problems = shape_problems(manifest, _SHAPE)
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        problems.append("'files' is not an object of objects")
-    elif not all(_is_inside(name) for name in files):
+    if isinstance(files, dict) and not all(map(_is_inside, files)):
         problems.append("a file name that leaves the repository")
-    if not _are_names([manifest.get("name"), *_as_list(manifest.get("models"))]):
+    name = str(manifest.get("name"))
+    if not _MODEL_NAME.fullmatch(name) or manifest.get("models") != [name, *(name + end for end in _PARTS)]:
         problems.append("the name of a model that is none")
+    if not problems:
+        profile = manifest["profile"]
+        if profile["provider"] not in _PROVIDERS or profile["precision"] not in _PRECISIONS:
+            problems.append("a provider or a precision that is none")
+        problems += [
+            f"profile.{key} is {profile[key]:.3g}, not from {low} to {high:,}"
+            for key, (low, high) in _RANGES.items()
+            if not low <= profile[key] <= high
+        ]
+        try:
+            Preprocess.from_dict(manifest["preprocess"])
+        except ConfigError as error:
+            problems.append(f"preprocessing: {error.got} instead of {error.expected}")
     if problems:
         raise RepositoryError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
     return raw, manifest
 
 
-def _list(folder: Path) -> list[str]:
-    """Every file below a folder but the manifest itself, links and all, in order."""
-    found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
-    return sorted(name for file in found if (name := file.relative_to(folder).as_posix()) != MANIFEST)
+def _litter(folder: Path) -> tuple[str, ...]:
+    """What systems left in a folder; not what lies inside that."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if is_litter(path.name))
+    return tuple(sorted(path.as_posix() for path in found if not _is_litter_below(path.parent.as_posix())))
 
 
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
+def _is_litter_below(name: str) -> bool:
+    """Whether a path is, or lies in, something that systems leave everywhere."""
+    return any(map(is_litter, PurePosixPath(name).parts))
 
 
-def _are_names(values: list[object]) -> bool:
-    """Whether all are names of models as `export` makes them: folders, and words of a shell's command."""
-    return all(isinstance(value, str) and _MODEL_NAME.fullmatch(value) for value in values)
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
+def _is_inside(name: object) -> bool:
+    path = PurePosixPath(str(name))
     return not path.is_absolute() and ".." not in path.parts
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -126,7 +126,7 @@ def check_portable(model: onnx.ModelProto) -> None:
     names = ([value.name for value in model.graph.input], [value.name for value in model.graph.output])
     if names != ([INPUT], list(OUTPUTS)):
         problems.append(f"inputs and outputs {names}")
-    elif model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "":
+    elif not any(size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim[:1]):
         problems.append("a fixed batch size")
     if not problems:
         try:

@@ -3,6 +3,8 @@
 model_repository/
     manifest.json                what it serves, and SHA-256 of every other file
     parity.json                  what the gate saw
+    verdict.intoto.json          the verdict about the checkpoint, as an in-toto attestation
+    mlbom.cdx.json               a CycloneDX ML-BOM
     <name>/                      ensemble: image files in, answers out; 1/golden/ for self-tests
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
     <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
@@ -14,10 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,55 +26,28 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
-import cbpt_runtime
-from cbpt_runtime.bundle import (
-    ENCODER,
-    Bundle,
-    check_output,
-    move_into_place,
-    output_error,
-    read_bundle,
-)
+from cbpt_runtime.artifacts import new_folder, reserved
+from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.export import triton
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, export_onnx
-from cbpt_runtime.export.images import find_gate_images
-from cbpt_runtime.export.manifest import PARITY, is_repository, write_manifest
+from cbpt_runtime.export.images import GateImages, find_gate_images
+from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, write_manifest
 from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.parity import measure_parity
-from cbpt_runtime.export.profiles import BUILT_IN, Profile
+from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut
 from cbpt_runtime.export.session import Provider, open_session, run_session
-from cbpt_runtime.export.triton import LABELS, WARMUP, Served
+from cbpt_runtime.export.triton import WARMUP, Served
+from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
+from cbpt_runtime.papers import repository_papers
 from cbpt_runtime.types import Progress
 
-GOLDEN_FOLDER = "golden"
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
-
-# What travels with the python-backend models, so that a server needs none of this package installed.
-_TRAVELLING = (
-    "__init__.py",
-    "errors.py",
-    "models/__init__.py",
-    "models/preprocess.py",
-    "serving/__init__.py",
-    "serving/model.py",
-)
-_ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
-
-import sys
-from pathlib import Path
-
-sys.dont_write_bytecode = True  # the repository stays as it was hashed
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from cbpt_runtime.serving.model import {kind} as TritonPythonModel  # noqa: E402, F401
-'''
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +59,14 @@ class Exported:
         name: Of the model that takes image files.
         digest: SHA-256 of its manifest.
         parity: What the gate saw, as in ``parity.json``.
+        notes: Remarks for the user: which of the images given were left out.
     """
 
     path: Path
     name: str
     digest: str
     parity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def export_bundle(
@@ -102,6 +77,7 @@ def export_bundle(
     profile: Profile | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Export the classifier of a bundle and write a model repository, if and only if the gate passes.
@@ -114,6 +90,7 @@ def export_bundle(
         calibration: Labelled images, one folder per class: what the gate and the golden set use, instead of
             those the bundle carries. Without either, pictures are drawn; 'fp16' and 'int8' need real ones.
         force: Replace a model repository that is already at ``output``.
+        skip_unreadable: Do without images of ``calibration`` that cannot be read.
         progress: Told how far the work is.
 
     Raises:
@@ -122,11 +99,36 @@ def export_bundle(
     """
     output = Path(output)
     profile = Profile() if profile is None else profile
+    _check_request(name, profile)
+    with reserved(output, MODEL_REPOSITORY, force=force):
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle)
+        images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
+        content = _gated(bundle, name, profile, images, progress)
+        digest = _write_whole(content, output, force)
+    return Exported(path=output, name=name, digest=digest, parity=dict(content.parity), notes=images.notes)
+
+
+def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
+    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
+    state = load_tensors(bundle.read_file(ENCODER))
+    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
+    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    served: Served
+    graph: bytes
+    golden: GoldenSet
+    parity: Mapping[str, Any]
+
+
+def _gated(
+    bundle: Bundle, name: str, profile: Profile, images: GateImages, progress: Progress | None
+) -> _Content:
+    """What goes into a repository, after its graph has passed the gate."""
     tell = progress or _silent
-    _check_request(output, name, profile, force)
-    if not isinstance(bundle, Bundle):
-        bundle = read_bundle(bundle)
-    images = find_gate_images(bundle, calibration)
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
     module, classifier = load_served(bundle)
@@ -147,32 +149,15 @@ def export_bundle(
     session = open_session(graph, provider)
     pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in images.encoded])
     answers = run_session(session, pixels, batch_size=len(pixels))
-    content = _Content(
+    return _Content(
         served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph)),
         graph=graph,
         golden=make_golden(images.encoded, bundle, answers),
         parity=report,
     )
-    digest = _write_whole(content, output, force)
-    return Exported(path=output, name=name, digest=digest, parity=report)
 
 
-def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
-    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
-    state = load_tensors(bundle.read_file(ENCODER))
-    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
-    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Content:
-    served: Served
-    graph: bytes
-    golden: GoldenSet
-    parity: Mapping[str, Any]
-
-
-def _check_request(output: Path, name: str, profile: Profile, force: bool) -> None:
+def _check_request(name: str, profile: Profile) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
         raise ConfigError(
             expected="a model name of letters, digits, '_' and '-', at most 64, a letter first",
@@ -185,7 +170,6 @@ def _check_request(output: Path, name: str, profile: Profile, force: bool) -> No
             got=f"int8 on {profile.provider}",
             fix="Choose --precision fp16 there, or --profile cpu.",
         )
-    check_output(output, force=force, kind="model repository", is_kind=is_repository)
 
 
 def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
@@ -199,88 +183,42 @@ def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
 
 
 def _write_whole(content: _Content, output: Path, force: bool) -> str:
-    staging = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        _write_ensemble(content, staging / content.served.name)
-        _write_preprocess(content, staging / content.served.preprocess_name)
-        _write_classifier(content, staging / content.served.classifier_name)
-        _write_alarm(content, staging / content.served.alarm_name)
-        _write_json(staging / PARITY, content.parity)
-        digest = write_manifest(staging, _summary(content.served))
-        check_output(output, force=force, kind="model repository", is_kind=is_repository)
-        move_into_place(staging, output)
-    except OSError as error:
-        raise output_error(output, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return digest
+    with new_folder(output, MODEL_REPOSITORY, force=force) as staging:
+        for name, data in _files(content).items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_bytes(data)
+        write_golden(content.golden, staging / content.served.name / "1" / GOLDEN_FOLDER)
+        _write_papers(content, staging)
+        return write_manifest(staging, _summary(content.served))
 
 
-def _write_ensemble(content: _Content, folder: Path) -> None:
-    write_golden(content.golden, folder / "1" / GOLDEN_FOLDER)
-    _write_config(folder / "config.pbtxt", triton.ensemble_config(content.served))
-    _write_labels(folder, content.served.bundle)
-
-
-def _write_preprocess(content: _Content, folder: Path) -> None:
-    _write_python_model(folder / "1", "Decoder")
-    _write_config(folder / "config.pbtxt", triton.preprocess_config(content.served))
-    warmup = content.golden.files[0]
-    (folder / "warmup").mkdir()
-    (folder / "warmup" / WARMUP).write_bytes(len(warmup).to_bytes(4, "little") + warmup)
-
-
-def _write_alarm(content: _Content, folder: Path) -> None:
-    _write_python_model(folder / "1", "AlarmCounter")
-    _write_config(folder / "config.pbtxt", triton.alarm_config(content.served))
-
-
-def _write_classifier(content: _Content, folder: Path) -> None:
+def _write_papers(content: _Content, folder: Path) -> None:
     served = content.served
-    _write_python_model(folder / "1", "Classifier")
-    (folder / "1" / "model.onnx").write_bytes(content.graph)
-    _write_labels(folder, served.bundle)
-    _write_config(folder / "config.pbtxt", triton.classifier_config(served))
-    (folder / "configs").mkdir()
-    for target, built_in in BUILT_IN.items():
-        profile = served.profile
-        if profile.precision == "int8" and built_in.provider != "cpu":
-            continue  # TensorRT refuses unsigned activations, and CUDA would compute in float32
-        if profile.provider != built_in.provider:
-            profile = replace(profile, provider=built_in.provider, instances=built_in.instances, threads=0)
-        text = triton.classifier_config(replace(served, profile=profile))
-        _write_config(folder / "configs" / f"{target}.pbtxt", text)
-    for_python = replace(served.profile, provider="cuda" if served.profile.provider != "cpu" else "cpu")
-    text = triton.classifier_config(replace(served, profile=for_python), backend="python")
-    _write_config(folder / "configs" / "python.pbtxt", text)
-
-
-def _write_python_model(folder: Path, kind: str) -> None:
-    source = Path(cbpt_runtime.__file__).parent
-    for name in _TRAVELLING:
-        target = folder / "cbpt_runtime" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((source / name).read_bytes())
-    (folder / "model.py").write_text(_ENTRY.format(kind=kind), encoding="utf-8")
-    # Where a file has this name Python can neither write a cache nor be fed one that the manifest misses.
-    (folder / "__pycache__").write_text(
-        "A file on purpose: no Python caches in this folder.\n", encoding="utf-8"
+    graph = f"{served.classifier_name}/1/model.onnx"
+    papers = repository_papers(
+        served.bundle,
+        name=served.name,
+        products={graph: served.provenance["graph_sha256"]},
+        versions={package: version(package) for package in _PACKAGES},
+        export={"profile": served.profile.to_dict(), "parity": content.parity},
     )
+    for name, text in papers.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write_labels(folder: Path, bundle: Bundle) -> None:
-    lines = [" ".join(name.split()) for name in bundle.class_names]
-    (folder / LABELS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _files(content: _Content) -> dict[str, bytes]:
+    """Every file of a repository but its golden set and its manifest, by its path."""
+    served, picture = content.served, content.golden.files[0]
+    return {
+        **written_files(served),
+        f"{served.classifier_name}/1/model.onnx": content.graph,
+        f"{served.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
+        PARITY: _json(content.parity),
+    }
 
 
-def _write_config(path: Path, text: str) -> None:
-    path.write_text(f"# Written by cbpt-runtime; `cbpt-runtime verify` checks it.\n{text}", encoding="utf-8")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _summary(served: Served) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from jaxtyping import UInt8
 from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.onnx import INPUT
+from cbpt_runtime.names import utf8_path
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
@@ -43,7 +46,8 @@ def open_session(
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(model, settings, providers=[(name, options)])
+        with utf8_path(Path(model)) if isinstance(model, str) else nullcontext(model) as source:
+            session = onnxruntime.InferenceSession(source, settings, providers=[(name, options)])
     except Exception as error:  # onnxruntime raises classes of its own that share no public base
         raise ExportError(
             expected="a graph onnxruntime can open",

@@ -74,11 +74,12 @@ def ensemble_config(served: Served) -> str:
     classify = config.ensemble_scheduling.step.add(model_name=served.classifier_name, model_version=-1)
     classify.input_map[INPUT] = "pixels"
     for output in OUTPUTS:
-        # No tensor is both an output of the ensemble and the input of a step: Triton would miscount which
-        # steps a client needs that asks for a few of the outputs, and answer with an error.
-        classify.output_map[output] = f"uncounted_{output}" if output in COUNTED else output
+        # Every output comes out of the step that counts: whatever a client asks for is counted. And no tensor
+        # is both an output of the ensemble and the input of a step: Triton would miscount which steps a
+        # client needs that asks for a few of the outputs, and answer with an error.
+        classify.output_map[output] = f"uncounted_{output}"
     count = config.ensemble_scheduling.step.add(model_name=served.alarm_name, model_version=-1)
-    for output in COUNTED:
+    for output in OUTPUTS:
         count.input_map[output] = f"uncounted_{output}"
         count.output_map[output] = output
     _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
@@ -140,7 +141,7 @@ def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
 
 
 def alarm_config(served: Served) -> str:
-    """Configuration of ``<name>_alarm``: passes the alarm on and counts it in Triton's metrics.
+    """Configuration of ``<name>_alarm``: passes all answers on and counts alarms in Triton's metrics.
 
     A model of its own because the classifier's backend may be one that runs no code of ours; a single
     instance because it does next to nothing.
@@ -149,9 +150,10 @@ def alarm_config(served: Served) -> str:
     config = _model(served, served.alarm_name)
     config.backend = "python"
     config.default_model_filename = "model.py"
-    for name, data_type in zip(COUNTED, (pb.TYPE_FP32, pb.TYPE_INT64), strict=True):
-        config.input.add(name=name, data_type=data_type, dims=[1])
-        config.output.add(name=name, data_type=data_type, dims=[1])
+    _add_outputs(config, served)
+    for output in config.output:
+        config.input.add(name=output.name, data_type=output.data_type, dims=output.dims)
+        output.label_filename = ""
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     _add_batching(config, served.profile)
     names = served.bundle.class_names

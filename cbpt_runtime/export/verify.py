@@ -12,18 +12,23 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
+from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
-from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
     from cbpt_runtime.classifier import ZeroShotClassifier
     from cbpt_runtime.export.images import GateImages
+
+_MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,21 +39,25 @@ class Verification:
         repository: Its path.
         digest: SHA-256 of its manifest.
         files: Files hashed.
+        foreign: Files that this version would not have written so.
         provider: Execution provider the golden images really ran on.
         golden_images: Golden images answered.
         golden_difference: Largest difference in probability or alarm.
         golden_note: What differs, when int8 was exported on another kind of processor and something does.
         parity: The gate again, when a bundle was given.
+        ignored: What systems left in the folder, such as `lost+found`; nobody reads it.
     """
 
     repository: str
     digest: str
     files: int
+    foreign: tuple[str, ...]
     provider: str
     golden_images: int
     golden_difference: float
     golden_note: str | None
     parity: dict[str, Any] | None
+    ignored: tuple[str, ...] = ()
 
 
 def verify_repository(
@@ -57,6 +66,8 @@ def verify_repository(
     *,
     provider: Provider | None = None,
     images: str | Path | None = None,
+    trust: Trust = ANYONE,
+    allow_foreign_code: bool = False,
 ) -> Verification:
     """Check a model repository.
 
@@ -65,16 +76,20 @@ def verify_repository(
         bundle: What it was exported from; the gate of its precision is then run again.
         provider: Where to run; where its profile says when None.
         images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
+        trust: What the repository has to show; its manifest has the digest that the bundle must have.
+        allow_foreign_code: Accept code and configurations that this version would not have written.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
+        TrustError: It is not the trusted one.
         ConfigError: The provider is not there.
         ExportError: A golden answer or the parity gate failed.
     """
-    repository = read_repository(path)
+    repository = open_repository(path, trust)
     where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
     model = check_graph(repository)
     check_configs(repository)
+    foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
     golden = read_golden(repository.golden)
     pixels = golden.pixels(preprocess)
@@ -86,11 +101,13 @@ def verify_repository(
         repository=str(repository.path),
         digest=repository.digest,
         files=len(repository.manifest["files"]),
+        foreign=tuple(foreign),
         provider=session.get_providers()[0],
         golden_images=len(pixels),
         golden_difference=checked.largest_difference,
         golden_note=checked.note,
         parity=None if bundle is None else _parity(repository, model, bundle, where, images),
+        ignored=repository.ignored,
     )
 
 
@@ -101,11 +118,12 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
         RepositoryError: It is not the manifest's graph.
         ExportError: It is not portable.
     """
-    content = repository.graph.read_bytes()
     try:
+        content = read_regular_file(repository.graph, max_bytes=_MAX_GRAPH_BYTES)
         model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise _contradiction("an ONNX graph", str(error)) from error
+        names = json.loads(read_metadata(model).get("cbpt.class_names", "[]"))
+    except (OSError, DecodeError, ValueError, RecursionError) as error:
+        raise _contradiction(f"an ONNX graph in {repository.graph}", str(error)) from error
     check_portable(model)
     manifest, metadata = repository.manifest, read_metadata(model)
     problems = []
@@ -113,7 +131,7 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
         problems.append("another graph")
     if metadata.get("cbpt.bundle_digest") != manifest["bundle_digest"]:
         problems.append("the graph of another bundle")
-    if len(json.loads(metadata.get("cbpt.class_names", "[]"))) != manifest["classes"]:
+    if not isinstance(names, list) or len(names) != manifest["classes"]:
         problems.append("another number of classes")
     if problems:
         raise _contradiction("the graph its manifest names", ", ".join(problems))
@@ -133,7 +151,7 @@ def check_configs(repository: Repository) -> None:
         for file in [folder / "config.pbtxt", *sorted(folder.glob("configs/*.pbtxt"))]:
             try:
                 config = parse_config(file.read_text(encoding="utf-8"))
-            except (OSError, text_format.ParseError) as error:
+            except (OSError, ValueError, text_format.ParseError) as error:
                 raise _contradiction(f"a configuration Triton can read in {file}", str(error)) from error
             if config.name != name:
                 raise _contradiction(f"the configuration of {name} in {file}", f"that of {config.name}")

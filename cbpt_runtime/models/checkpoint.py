@@ -22,8 +22,9 @@ from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.fitting import key_problems, value_problems, without_prefixes
 from cbpt_runtime.models.huggingface_names import has_hugging_face_names, open_clip_names
-from cbpt_runtime.models.locations import CONFIG_NAME, locate
+from cbpt_runtime.models.locations import CONFIG_NAME, Located, locate
 from cbpt_runtime.models.openai import openai_settings
+from cbpt_runtime.models.positions import resize_positions, with_image_size
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.weights import Weights, files_digest, read_weights
 
@@ -46,6 +47,7 @@ class Checkpoint:
         notes: What was adapted while reading.
         folder: Where further files of the model lie (a local tokenizer), if anywhere.
         weights_name: Which of several sets of weights in the file these are, where one was asked for.
+        activation_is_guessed: Whether nothing but the user's `model` says if it is GELU or QuickGELU.
     """
 
     source: str
@@ -59,9 +61,12 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     weights_name: str | None = None
+    activation_is_guessed: bool = False
 
 
-def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path, *, model: str | Path | None = None, image_size: int | None = None
+) -> Checkpoint:
     """Reads a suspect checkpoint without executing anything from it.
 
     Args:
@@ -69,6 +74,8 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
             any form docs/checkpoints.md lists, where `PATH#NAME` chooses among several sets; an open_clip
             pretrained tag (with `model`); or 'hf-hub:owner/name'. A path never uses the network.
         model: An open_clip architecture name or a JSON configuration file. Needed for a bare weights file.
+        image_size: Height and width of the input, instead of the configuration's; position embeddings trained
+            for another size are resized.
 
     Raises:
         CheckpointError: The source is missing, damaged, in no known format, wants to run code, or its
@@ -86,6 +93,9 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
             fix="Name it: --model ViT-B-32 (any open_clip architecture) or --model config.json.",
         )
     given, activation_notes = _with_activation(settings["model_cfg"], weights)
+    if image_size is not None:
+        check_model_config(given)
+        given = with_image_size(given, image_size)
     config = check_model_config(given)
     preprocess = _preprocess(settings.get("preprocess_cfg"), config)
     sha256 = files_digest(located.weights)
@@ -93,6 +103,9 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
     skeleton = build_model(config, device="meta", folder=located.folder)
     tensors, notes = _adapted(weights.tensors, skeleton)
     expected = skeleton.state_dict()
+    if image_size is not None:
+        tensors, more = resize_positions(tensors, expected)
+        notes += more
     return Checkpoint(
         source=located.source,
         format=located.format or weights.format,
@@ -105,7 +118,19 @@ def read_checkpoint(source: str | Path, *, model: str | Path | None = None) -> C
         notes=(*located.notes, *weights.notes, *activation_notes, *notes),
         folder=located.folder,
         weights_name=located.weights_name,
+        activation_is_guessed=_is_guess(model, located, weights, settings["model_cfg"]),
     )
+
+
+def _is_guess(
+    model: str | Path | None, located: Located, weights: Weights, config: Mapping[str, Any]
+) -> bool:
+    """Whether GELU or QuickGELU is up to what the user named, and matters to a tower of open_clip's own."""
+    is_named = model is not None and not (Path(model).suffix == ".json" or Path(model).is_file())
+    is_said = located.format == "pretrained" or weights.is_openai or (not is_named and "quick_gelu" in config)
+    vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+    has_own_tower = not (vision.get("timm_model_name") and text.get("hf_model_name"))
+    return model is not None and not is_said and has_own_tower
 
 
 def _with_activation(
@@ -133,7 +158,7 @@ def _preprocess(settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -
 def _adapted(tensors: dict[str, Tensor], skeleton: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Older and third-party names and shapes brought to the present ones, as open_clip's own loader does.
 
-    Nothing is interpolated: position embeddings of another length are another architecture.
+    Nothing is interpolated here: position embeddings of another length are another architecture.
     """
     notes = []
     if has_hugging_face_names(tensors):

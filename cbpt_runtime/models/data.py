@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.models.image_files import (
+    all_entries,
+    first_few,
+    is_ignored,
+    left_out_notes,
+    read_files,
+    relative_name,
+    sort_files,
+    stacked,
+    unreadable_among,
+    unreadable_error,
+    unreadable_notes,
+)
+from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.names import name_bytes
 
-_IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
-_NAMED_AT_MOST = 10
-_READERS = 4
 HELDOUT_SHOTS = 8
 """Images per class a split holds out, unless told otherwise."""
 
@@ -34,20 +41,31 @@ class ClassList:
     Attributes:
         names: Two or more, all different (case, '_' and ' ' make no difference).
         templates: Per class one or more texts in which '{}' stands for the name.
+        folders: Per class the name of its image folder, where that may be another than the class's.
 
     Raises:
-        ClassListError: Fewer than two names, equal or empty names, or a class without templates.
+        ClassListError: Fewer than two names, equal or empty names or folders, or a class without templates.
     """
 
     names: tuple[str, ...]
     templates: tuple[tuple[str, ...], ...]
+    folders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(len(self.names) >= 2, "two or more classes", first_few(list(self.names)) or "an empty list")
         _require(all(name.strip() for name in self.names), "a name for every class", "an empty name")
-        counts = Counter(map(class_key, self.names))
-        equal = [name for name in self.names if counts[class_key(name)] > 1]
-        _require(not equal, "every class name once (case, '_' and ' ' make no difference)", first_few(equal))
+        equal = _equal_names(self.names)
+        if equal:
+            raise ClassListError(
+                expected="every class name once (case, '_' and ' ' make no difference)",
+                got=first_few(equal),
+                fix="Rename one, or give each its folder: a list with the columns folder and name.",
+            )
+        _require(
+            len(self.folders) in (0, len(self.names)) and not _equal_names(self.folders),
+            "for every class a folder of its own",
+            first_few(_equal_names(self.folders)) or f"{len(self.folders)} for {len(self.names)} classes",
+        )
         _require(
             len(self.templates) == len(self.names),
             f"templates for {len(self.names)} classes",
@@ -103,83 +121,80 @@ def default_templates() -> tuple[str, ...]:
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
-def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None) -> ClassList:
-    """Reads class names, and with JSON also templates, from a file.
+class ClassFolders(list[list[Path]]):
+    """Per class its image files, by name.
 
-    Text files hold one name per line; empty lines are skipped. JSON (suffix .json) is a list of names or of
-    `{"name": ..., "templates": [...]}`, or an object that maps names to their templates.
-
-    Args:
-        path: The file, in UTF-8.
-        templates: For classes without their own; the 80 ImageNet templates if None.
-
-    Raises:
-        ClassListError: Missing, unreadable or malformed file, or a list `ClassList` refuses.
+    Attributes:
+        notes: Remarks for the user: what was left out.
     """
-    path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise _list_error(f"a readable file {path}", (error.strerror or "no access").lower()) from error
-    except UnicodeDecodeError as error:
-        raise _list_error(f"UTF-8 text in {path}", str(error)) from error
-    shared = default_templates() if templates is None else tuple(templates)
-    without = [template for template in shared if "{}" not in template]
-    _require(not without, "'{}' for the class name in every template", first_few(without))
-    if path.suffix.lower() == ".json":
-        entries = _json_entries(content, path)
-    else:
-        entries = [(line.strip(), None) for line in content.splitlines() if line.strip()]
-    return ClassList(
-        names=tuple(name for name, _ in entries),
-        templates=tuple(shared if own is None else own for _, own in entries),
-    )
+
+    notes: tuple[str, ...] = ()
 
 
 def find_class_folders(
-    root: Path, classes: ClassList | Sequence[str], *, allow_missing: bool = False
-) -> list[list[Path]]:
-    """Finds the image files of each class; one folder per class, named like the class.
+    root: Path,
+    classes: ClassList | Sequence[str],
+    *,
+    folders: Sequence[str] = (),
+    allow_missing: bool = False,
+) -> ClassFolders:
+    """Finds the image files of each class; one folder per class, named as the list says or like the class.
 
-    Case makes no difference, and '_', ' ' and '/' are equal. Hidden entries are ignored.
+    Case makes no difference, and '_', ' ' and '/' are equal. Hidden entries are left out.
 
     Args:
         root: The folder of class folders.
         classes: The class list, or names in order.
+        folders: With names alone, those of their folders, where they may be others.
         allow_missing: Classes without a folder or without images get an empty list.
-
-    Returns:
-        Per class its image files, sorted by name.
 
     Raises:
         ImageDataError: No such folder, or class folders missing, unexpected, doubled or empty: all in one
             message.
     """
     names = classes.names if isinstance(classes, ClassList) else tuple(classes)
-    folders = _folders_by_key(root)
-    wanted = {class_key(name): name for name in names}
-    problems = {
-        "missing": [name for key, name in wanted.items() if key not in folders and not allow_missing],
-        "not in the class list": [found[0].name for key, found in folders.items() if key not in wanted],
-        "doubled": [f"{found[0].name} = {found[1].name}" for found in folders.values() if len(found) > 1],
-    }
-    files = [
-        _image_files(folders[class_key(name)][0]) if class_key(name) in folders else [] for name in names
+    folders = classes.folders if isinstance(classes, ClassList) else tuple(folders)
+    by_key, beside = _folders_by_key(root)
+    keys = [
+        next((key for key in map(class_key, pair) if key in by_key), class_key(pair[0]))
+        for pair in zip(folders or names, names, strict=True)
     ]
-    if not allow_missing:
-        problems["without images"] = [
-            name for name, own in zip(names, files, strict=True) if not own and class_key(name) in folders
-        ]
-    found_problems = [f"{kind}: {first_few(which)}" for kind, which in problems.items() if which]
-    if not found_problems and not any(files):
-        found_problems = ["no images at all"]
-    if found_problems:
-        raise ImageDataError(
-            expected=f"one folder with images per class in {root}",
-            got="; ".join(found_problems),
-            fix="Rename, add or remove folders, or correct the class list.",
-        )
+    found = [None if key not in by_key else sort_files(by_key[key][0], recursive=False) for key in keys]
+    problems = {
+        "missing": [
+            name
+            for name, own in zip(folders or names, found, strict=True)
+            if own is None and not allow_missing
+        ],
+        "not in the class list": [own[0].name for key, own in by_key.items() if key not in set(keys)],
+        "doubled": [f"{own[0].name} = {own[1].name}" for own in by_key.values() if len(own) > 1],
+        "without images": [
+            name
+            for name, own in zip(names, found, strict=True)
+            if own is not None and not own.images and not allow_missing
+        ],
+    }
+    _require_folders(root, problems, any(own is not None and own.images for own in found))
+    files = ClassFolders([] if own is None else list(own.images) for own in found)
+    left_out = defaultdict(list, beside)
+    for own in found:
+        for kind, paths in ({} if own is None else own.left_out).items():
+            left_out[kind].extend(paths)
+    files.notes = left_out_notes(left_out, root)
     return files
+
+
+def _require_folders(root: Path, problems: Mapping[str, Sequence[str]], has_images: bool) -> None:
+    got = [f"{kind}: {first_few(which)}" for kind, which in problems.items() if which]
+    if not got and not has_images:
+        got = ["no images at all"]
+    if got:
+        fix = "Rename, add or remove folders, or correct the class list"
+        is_renamed = bool(problems.get("missing") and problems.get("not in the class list"))
+        more = "; a list with the columns folder and name says which is whose" if is_renamed else ""
+        raise ImageDataError(
+            expected=f"one folder with images per class in {root}", got="; ".join(got), fix=f"{fix}{more}."
+        )
 
 
 def read_images(paths: Sequence[Path], preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
@@ -188,7 +203,10 @@ def read_images(paths: Sequence[Path], preprocess: Preprocess) -> UInt8[np.ndarr
     Raises:
         ImageDataError: One or more files that are not usable images: all in one message.
     """
-    return _load(paths, preprocess)[0]
+    read = read_files(paths, preprocess)
+    if any(isinstance(entry, str) for entry in read):
+        raise unreadable_error(unreadable_among(paths, preprocess), len(paths))
+    return stacked([entry[0] for entry in read if not isinstance(entry, str)], preprocess)
 
 
 def draw_clean_split(
@@ -199,52 +217,111 @@ def draw_clean_split(
     shots: int = 16,
     heldout_shots: int = HELDOUT_SHOTS,
     seed: int = 0,
+    skip_unreadable: bool = False,
 ) -> CleanSplit:
     """Draws clean images per class: some to tune on and, from the rest, some held out for selection.
 
     A class with fewer than `shots + heldout_shots` images keeps one to hold out if it has two or more. The
     draw of a class depends on the seed, its place in the list and its file names only.
 
+    Args:
+        root: The folder of class folders.
+        classes: The class list, or names in order.
+        preprocess: How images become the model's input.
+        shots: Images per class to tune on.
+        heldout_shots: Images per class to hold out.
+        seed: Of the draw.
+        skip_unreadable: Images that cannot be read make room for others, and are noted.
+
     Raises:
         ConfigError: `shots` below 1 or `heldout_shots` or `seed` below 0.
-        ImageDataError: As `find_class_folders` and `read_images`.
+        ImageDataError: As `find_class_folders`, or images that cannot be read: all those of the folder.
     """
     check_draw(shots, heldout_shots, seed)
     names = classes.names if isinstance(classes, ClassList) else tuple(classes)
-    tune: list[tuple[Path, int]] = []
-    heldout: list[tuple[Path, int]] = []
-    short: list[str] = []
-    for label, files in enumerate(find_class_folders(root, names)):
-        order = np.random.default_rng([seed, label]).permutation(len(files))
-        first, then = parts_of_class(order, shots, heldout_shots)
-        tune += [(files[index], label) for index in first]
-        heldout += [(files[index], label) for index in then]
-        if len(first) + len(then) < shots + heldout_shots:
-            short.append(f"{names[label]} ({len(files)})")
-    images, digests = _load([path for path, _ in tune + heldout], preprocess)
-    notes = []
-    if short:
-        wanted = f"{shots} + {heldout_shots} held out"
-        notes.append(
-            f"fewer than {wanted} images in {len(short)} of {len(names)} classes: {first_few(short)}"
-        )
-    if shared := set(digests[: len(tune)]) & set(digests[len(tune) :]):
-        notes.append(
-            f"{len(shared)} files are in both the tuning and the held-out part under different names"
-        )
+    files = find_class_folders(root, classes)
+    orders = [np.random.default_rng([seed, label]).permutation(len(own)) for label, own in enumerate(files)]
+    tune, heldout = _draw(files, orders, shots, heldout_shots)
+    read = read_files([path for path, _ in tune + heldout], preprocess)
+    reasons: dict[Path, str] = {}
+    if any(isinstance(entry, str) for entry in read):
+        everything = [path for own in files for path in own]
+        reasons = unreadable_among(everything, preprocess)
+        if not skip_unreadable:
+            raise unreadable_error(reasons, len(everything))
+        orders = _without(reasons, orders, files, names, root)
+        tune, heldout = _draw(files, orders, shots, heldout_shots)
+        read = read_files([path for path, _ in tune + heldout], preprocess)
+    good = [entry for entry in read if not isinstance(entry, str)]
+    images, digests = stacked([entry[0] for entry in good], preprocess), [entry[1] for entry in good]
     labels = np.array([label for _, label in tune + heldout], dtype=np.int64)
     lines = [
-        f"{path.relative_to(root).as_posix()}\0{digest}"
+        f"{relative_name(path, root)}\0{digest}"
         for (path, _), digest in zip(tune + heldout, digests, strict=True)
     ]
+    counts = {name: len(order) for name, order in zip(names, orders, strict=True)}
     return CleanSplit(
         tune_images=images[: len(tune)],
         tune_labels=labels[: len(tune)],
         heldout_images=images[len(tune) :],
         heldout_labels=labels[len(tune) :],
         digest=split_digest(lines, len(tune)),
-        notes=tuple(notes),
+        notes=(
+            *files.notes,
+            *unreadable_notes(reasons, root),
+            *_few_notes(counts, shots, heldout_shots),
+            *_copy_notes(digests, len(tune)),
+        ),
     )
+
+
+def _without(
+    reasons: Mapping[Path, str],
+    orders: Sequence[Int[np.ndarray, " images"]],
+    files: Sequence[Sequence[Path]],
+    names: Sequence[str],
+    root: Path,
+) -> list[Int[np.ndarray, " readable"]]:
+    """The orders of the draw without the files that cannot be read."""
+    kept = [
+        np.array([index for index in order if own[index] not in reasons], dtype=np.int64)
+        for order, own in zip(orders, files, strict=True)
+    ]
+    empty = [name for name, order in zip(names, kept, strict=True) if not len(order)]
+    _require_folders(root, {"without readable images": empty}, has_images=True)
+    return kept
+
+
+def _draw(
+    files: Sequence[Sequence[Path]],
+    orders: Sequence[Int[np.ndarray, " images"]],
+    shots: int,
+    heldout_shots: int,
+) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Files and labels to tune on, and those to hold out."""
+    tune: list[tuple[Path, int]] = []
+    heldout: list[tuple[Path, int]] = []
+    for label, (own, order) in enumerate(zip(files, orders, strict=True)):
+        first, then = parts_of_class(order, shots, heldout_shots)
+        tune += [(own[index], label) for index in first]
+        heldout += [(own[index], label) for index in then]
+    return tune, heldout
+
+
+def _few_notes(counts: Mapping[str, int], shots: int, heldout_shots: int) -> list[str]:
+    few = [f"{name} ({count})" for name, count in counts.items() if count < shots + heldout_shots]
+    wanted = f"{shots} + {heldout_shots} held out"
+    return (
+        [f"fewer than {wanted} images in {len(few)} of {len(counts)} classes: {first_few(few)}"]
+        if few
+        else []
+    )
+
+
+def _copy_notes(digests: Sequence[str], n_tune: int) -> list[str]:
+    shared = set(digests[:n_tune]) & set(digests[n_tune:])
+    text = f"{len(shared)} files are in both the tuning and the held-out part under different names"
+    return [text] if shared else []
 
 
 def check_draw(shots: int, heldout_shots: int, seed: int) -> None:
@@ -266,127 +343,32 @@ def parts_of_class(
     return order[:n_tune], order[n_tune : n_tune + heldout_shots]
 
 
-def visible_entries(folder: Path, expected: str) -> list[Path]:
-    """What is in a folder and not hidden, by name.
-
-    Raises:
-        ImageDataError: It cannot be listed; the text says what was expected there.
-    """
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise ImageDataError(
-            expected=f"{expected} at {folder}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check the path and its mode.",
-        ) from error
-
-
-def read_files(
-    paths: Sequence[Path], preprocess: Preprocess
-) -> list[tuple[UInt8[np.ndarray, "height width 3"], str] | str]:
-    """Pixels and SHA-256 of each file, or why it is of no use; each file is read once."""
-
-    def read_one(path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], str] | str:
-        try:
-            content = path.read_bytes()
-            return to_pixels(decode_image(content), preprocess), hashlib.sha256(content).hexdigest()
-        except OSError as error:
-            return (error.strerror or type(error).__name__).lower()
-        except ImageDataError as error:
-            return error.got
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read_one, paths))
-
-
-def stacked(
-    pixels: Sequence[UInt8[np.ndarray, "height width 3"]], preprocess: Preprocess
-) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Images of the model's size as one batch, which may be empty."""
-    return np.stack(pixels) if pixels else np.zeros((0, *preprocess.image_size, 3), dtype=np.uint8)
-
-
-def first_few(names: Sequence[str]) -> str:
-    """The first ten of a list, and how many more there are."""
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _json_entries(content: str, path: Path) -> list[tuple[str, tuple[str, ...] | None]]:
-    try:
-        parsed = json.loads(content, object_pairs_hook=_pairs)
-    except (ValueError, RecursionError) as error:
-        raise _list_error(f"valid JSON in {path}", str(error)) from error
-    if isinstance(parsed, _Pairs):
-        return [(name, _own_templates(name, value)) for name, value in parsed]
-    _require(isinstance(parsed, list), f"a JSON list or object in {path}", type(parsed).__name__)
-    return [_json_entry(entry, path) for entry in parsed]
-
-
-def _json_entry(entry: Any, path: Path) -> tuple[str, tuple[str, ...] | None]:
-    if isinstance(entry, str):
-        return entry, None
-    fields = dict(entry) if isinstance(entry, _Pairs) else {}
-    known = isinstance(fields.get("name"), str) and set(fields) <= {"name", "templates"}
-    _require(known, f'names or {{"name": ..., "templates": [...]}} in {path}', f"{entry!r:.80}")
-    own = fields.get("templates")
-    return fields["name"], None if own is None else _own_templates(fields["name"], own)
-
-
-def _own_templates(name: str, value: Any) -> tuple[str, ...]:
-    is_texts = isinstance(value, list) and all(isinstance(template, str) for template in value)
-    _require(is_texts, f"a list of templates for {name}", f"{value!r:.80}")
-    return tuple(value)
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with its keys as written, so that repeated ones are noticed."""
-
-
-def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
-    return _Pairs(items)
-
-
-def _folders_by_key(root: Path) -> dict[str, list[Path]]:
-    folders = defaultdict(list)
-    for path in visible_entries(root, "a folder of class folders"):
-        if path.is_dir():
+def _folders_by_key(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """The folders below a root by their key, and what lies beside them, by what it is."""
+    folders, beside = defaultdict(list), defaultdict(list)
+    for path in all_entries(root, "a folder of class folders"):
+        if is_ignored(path.name):
+            beside["are hidden or the system's"].append(path)
+        elif path.is_dir():
             folders[class_key(path.name)].append(path)
-    return dict(folders)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    entries = visible_entries(folder, "a folder of images")
-    return [path for path in entries if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()]
-
-
-def _load(
-    paths: Sequence[Path], preprocess: Preprocess
-) -> tuple[UInt8[np.ndarray, "batch height width 3"], list[str]]:
-    """Pixels and SHA-256 of each file, all of which have to be of use."""
-    read = read_files(paths, preprocess)
-    unusable = [
-        f"{path} ({entry})" for path, entry in zip(paths, read, strict=True) if isinstance(entry, str)
-    ]
-    if unusable:
-        raise ImageDataError(
-            expected=f"{len(paths)} readable images",
-            got=f"{len(unusable)} that are not: {first_few(unusable)}",
-            fix="Replace or remove them.",
-        )
-    good = [entry for entry in read if not isinstance(entry, str)]
-    return stacked([entry[0] for entry in good], preprocess), [entry[1] for entry in good]
+        else:
+            beside["lie beside the folders of the classes"].append(path)
+    return dict(folders), beside
 
 
 def split_digest(lines: Sequence[str], n_tune: int) -> str:
     """SHA-256 over a line for each file of a split, those to tune on first, and how many these are."""
-    return hashlib.sha256("\n".join([str(n_tune), *lines]).encode()).hexdigest()
+    return hashlib.sha256(name_bytes("\n".join([str(n_tune), *lines]))).hexdigest()
 
 
 def class_key(name: str) -> str:
     """What two names of the same class have in common: case, '_', ' ' and '/' make no difference."""
     return unicodedata.normalize("NFC", spoken(name.replace("/", " "))).casefold()
+
+
+def _equal_names(names: Sequence[str]) -> list[str]:
+    counts = Counter(map(class_key, names))
+    return [name for name in names if counts[class_key(name)] > 1]
 
 
 def _require(holds: bool, expected: str, got: str) -> None:

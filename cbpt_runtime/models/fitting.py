@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cbpt_runtime.models.positions import POSITIONS
 from cbpt_runtime.models.weights import first_few
 
 # Parts of a name that wrappers add in the middle of it, around one tower or block.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Where image towers keep one embedding per patch.
-_POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding", "visual.trunk.pos_embed")
 _MAX_PREFIX_PARTS = 4
 
 
@@ -77,7 +76,8 @@ def key_problems(
     if trained is not None and len(misshaped) == 1 and not missing:
         yield (
             f"the weights are for images of {trained} pixels, the configuration says {image_size[0]}:"
-            f" set image_size to {trained} in it (--model config.json takes a copy)"
+            f" --image-size {trained} takes them as they are, --image-size {image_size[0]} resizes their"
+            " position embeddings"
         )
 
 
@@ -90,7 +90,7 @@ def trained_image_size(
     """
     if len(set(image_size)) != 1:
         return None
-    for key in _POSITIONS:
+    for key in POSITIONS:
         if key in tensors and key in expected and tensors[key].shape != expected[key].shape:
             given, wanted = tensors[key].shape, expected[key].shape
             if len(given) < 2 or given[-1] != wanted[-1]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +9,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.models.data import first_few, read_files, stacked, visible_entries
+from cbpt_runtime.models.image_files import (
+    first_few,
+    left_out_notes,
+    read_files,
+    relative_name,
+    sort_files,
+    stacked,
+    visible_entries,
+)
 from cbpt_runtime.models.preprocess import Preprocess, is_image
-
-_READERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +77,20 @@ def find_image_files(root: Path, *, recursive: bool) -> list[Path]:
     Raises:
         ImageDataError: No such folder, or no image in it.
     """
-    images = _images_among(_files(root, recursive))
-    if not images:
+    return _sorted_images(root, recursive=recursive)[0]
+
+
+def _sorted_images(root: Path, *, recursive: bool) -> tuple[list[Path], dict[str, tuple[Path, ...]]]:
+    """The images, and what else there is, by what it is."""
+    found = sort_files(root, recursive=recursive, trust_names=False)
+    if not found.images:
         where = "or in the folders below it" if recursive else "itself, not in a folder below it"
         raise ImageDataError(
-            expected=f"one or more images in {root} {where}", got="none", fix="Check the path."
+            expected=f"one or more images in {root} {where}",
+            got="; ".join(("none", *left_out_notes(found.left_out, root))),
+            fix="Check the path.",
         )
-    return images
+    return list(found.images), dict(found.left_out)
 
 
 def draw_images(
@@ -99,7 +110,7 @@ def draw_images(
     Raises:
         ImageDataError: No such folder, no image in it, or none that can be decoded.
     """
-    paths = find_image_files(root, recursive=recursive)
+    paths, left_out = _sorted_images(root, recursive=recursive)
     order = np.random.default_rng(seed).permutation(len(paths))
     drawn: dict[str, tuple[Path, UInt8[np.ndarray, "height width 3"]]] = {}
     unusable: list[str] = []
@@ -110,9 +121,9 @@ def draw_images(
         tried += len(batch)
         for path, read in zip(batch, read_files(batch, preprocess), strict=True):
             if isinstance(read, str):
-                unusable.append(f"{_name(path, root)} ({read})")
+                unusable.append(f"{relative_name(path, root)} ({read})")
             elif read[1] in drawn:
-                copies.append(_name(path, root))
+                copies.append(relative_name(path, root))
             else:
                 drawn[read[1]] = (path, read[0])
     if not drawn:
@@ -121,41 +132,11 @@ def draw_images(
             got=f"{len(unusable)} that are not: {first_few(unusable)}",
             fix="Replace or remove them.",
         )
-    others = [_name(path, root) for path in sorted(set(_files(root, recursive)) - set(paths))]
+    useless = {"are unreadable images": unusable, "are copies of other images": copies}
     return UnlabelledImages(
         images=stacked([pixels for _, pixels in drawn.values()], preprocess),
-        files=tuple(_name(path, root) for path, _ in drawn.values()),
+        files=tuple(relative_name(path, root) for path, _ in drawn.values()),
         digests=tuple(drawn),
         found=len(paths),
-        notes=_left_out(others, unusable, copies),
+        notes=(*left_out_notes(left_out, root), *left_out_notes(useless, root)),
     )
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _left_out(others: Sequence[str], unusable: Sequence[str], copies: Sequence[str]) -> tuple[str, ...]:
-    kinds = (("no images", others), ("unreadable images", unusable), ("copies of other images", copies))
-    return tuple(
-        f"left out {len(names)} files that are {kind}: {first_few(names)}" for kind, names in kinds if names
-    )
-
-
-def _images_among(paths: Sequence[Path]) -> list[Path]:
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [path for path, found in zip(paths, pool.map(is_image, paths), strict=True) if found]
-
-
-def _files(root: Path, recursive: bool) -> list[Path]:
-    """The files of a folder that are not hidden, sorted."""
-    found: list[Path] = []
-    waiting, seen = [root], {root.resolve()}
-    while waiting:
-        for path in visible_entries(waiting.pop(), "a folder of images"):
-            if path.is_file():
-                found.append(path)
-            elif recursive and path.is_dir() and path.resolve() not in seen:
-                seen.add(path.resolve())
-                waiting.append(path)
-    return sorted(found)

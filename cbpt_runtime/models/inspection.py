@@ -20,13 +20,16 @@ _DEFAULTS = {"context_length": 77, "vocab_size": 49408}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
 
 
-def inspect_checkpoint(source: str | Path, model: str | Path | None = None) -> dict[str, Any]:
+def inspect_checkpoint(
+    source: str | Path, model: str | Path | None = None, *, image_size: int | None = None
+) -> dict[str, Any]:
     """Describes a checkpoint; everything in the answer can be written as JSON.
 
     Args:
         source: As `read_checkpoint` takes it.
         model: As `read_checkpoint` takes it; without it a bare weights file is described by its tensors
             alone.
+        image_size: As `read_checkpoint` takes it.
 
     Returns:
         `source`, `format`, `sha256`, `size_bytes`, `parameters` (total, image, text), `dtypes` (name to
@@ -41,7 +44,7 @@ def inspect_checkpoint(source: str | Path, model: str | Path | None = None) -> d
     if located.settings is None:
         weights = read_weights(*located.weights, name=located.weights_name)
         if weights.is_openai:
-            return _describe(read_checkpoint(source))
+            return describe_checkpoint(read_checkpoint(source, image_size=image_size))
         return {
             "source": located.source,
             "format": weights.format,
@@ -56,10 +59,11 @@ def inspect_checkpoint(source: str | Path, model: str | Path | None = None) -> d
                 "the architecture is unknown: name it with --model to compare the weights with it",
             ],
         }
-    return _describe(read_checkpoint(source, model=model))
+    return describe_checkpoint(read_checkpoint(source, model=model, image_size=image_size))
 
 
-def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect_checkpoint` answers, of a checkpoint that was read."""
     return {
         "source": checkpoint.source,
         "format": checkpoint.format,

@@ -95,6 +95,10 @@ def locate(source: str | Path, *, model: str | Path | None = None) -> Located:
 def _locate_path(path: Path, given: Mapping[str, Any] | None) -> Located:
     if path.is_dir():
         return _locate_folder(path, given)
+    if not path.is_file():
+        raise CheckpointError(
+            expected=f"a file or a folder at {path}", got="a pipe or a device", fix="Copy it to a file."
+        )
     if path.suffix == ".distcp":
         raise _distributed(path.parent)
     beside = path.parent / CONFIG_NAME

@@ -7,7 +7,9 @@ Serving uses this module, so it imports Pillow and numpy and nothing heavier. No
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from io import BytesIO
@@ -26,10 +28,27 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_SIZE = 4096
 MAX_ASPECT_RATIO = 100
+MAX_PIXELS = 50_000_000
+MOST_PIXELS = 178_956_970  # Pillow's own limit
+MAX_PIXELS_VARIABLE = "CBPT_MAX_PIXELS"
+"""Environment variable that sets another limit, for verbs that read images; a server has its profile's."""
 
 # Formats Pillow decodes in-process. EPS and PDF are left out on purpose: Pillow starts another program for
 # them.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "PPM")
+# What the 'ftyp' box at the start of a file names, and what Pillow needs to read it.
+_BOXED = {
+    "HEIC, which needs the package pillow-heif": (
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"mif1",
+        b"msf1",
+    ),
+    "AVIF, which needs a newer Pillow": (b"avif", b"avis"),
+}
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
 _OPEN_CLIP_KEYS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
@@ -134,7 +153,7 @@ class Preprocess:
 
 
 def decode_image(
-    source: bytes | Path, *, max_pixels: int = 50_000_000, name: str | None = None
+    source: bytes | Path, *, max_pixels: int | None = None, name: str | None = None
 ) -> Image.Image:
     """Decodes one image to 8-bit RGB, upright.
 
@@ -146,15 +165,20 @@ def decode_image(
 
     Args:
         source: The encoded file, or where it is.
-        max_pixels: Larger images are refused before their pixels are decoded.
+        max_pixels: Larger images are refused before their pixels are decoded; 50 million, or what the
+            environment variable CBPT_MAX_PIXELS says, when None.
         name: Of the image, for errors; its path when None.
 
     Raises:
         ImageDataError: Not an image, truncated, larger than `max_pixels`, or in a colour space that has no
             8-bit RGB.
+        ConfigError: CBPT_MAX_PIXELS is no number.
     """
+    max_pixels = max_pixels_here() if max_pixels is None else max_pixels
     name = name or ("the image bytes" if isinstance(source, bytes) else str(source))
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():
+            raise ValueError("no regular file")  # a pipe would be waited for
         with Image.open(
             BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
         ) as image:
@@ -168,8 +192,8 @@ def decode_image(
         raise _too_large(name, "a decompression bomb", max_pixels) from error
     except Exception as error:
         raise ImageDataError(
-            expected=f"a whole, readable image ({', '.join(_FORMATS)}) in {name}",
-            got=_reason(error),
+            expected=f"a whole, readable image ({', '.join(_formats())}) in {name}",
+            got=missing_decoder(source) or _reason(error),
             fix="Replace or remove the file.",
         ) from error
 
@@ -189,6 +213,38 @@ def is_image(path: Path) -> bool:
         return error.errno is not None
     except Exception:  # decoders raise errors of every class
         return False
+
+
+def missing_decoder(source: bytes | Path) -> str | None:
+    """What a file is that only a decoder which is not there could read; None of all others."""
+    try:
+        if isinstance(source, bytes):
+            head = source[:12]
+        elif not source.is_file():  # a pipe would be waited for
+            return None
+        else:
+            with source.open("rb") as stream:
+                head = stream.read(12)
+    except OSError:
+        return None
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    return next((kind for kind, brands in _BOXED.items() if brand in brands), None)
+
+
+def max_pixels_here() -> int:
+    """The most pixels an image may have where no server's profile says it.
+
+    Raises:
+        ConfigError: CBPT_MAX_PIXELS is no number from 1 to Pillow's own limit.
+    """
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "").strip() or str(MAX_PIXELS)
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_PIXELS):
+        raise ConfigError(
+            expected=f"{MAX_PIXELS_VARIABLE} as a whole number from 1 to {MOST_PIXELS:,}",
+            got=repr(text),
+            fix="Correct or unset the environment variable.",
+        )
+    return int(text)
 
 
 def to_pixels(image: Image.Image, preprocess: Preprocess) -> UInt8[np.ndarray, "height width 3"]:
@@ -297,14 +353,18 @@ def _high_byte(image: Image.Image) -> Image.Image:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> ImageDataError:
     return ImageDataError(
         expected=f"at most {max_pixels:,} pixels in {name}",
-        got=size,
-        fix="Scale the image down or remove it.",
+        got=f"{size}, more than the {max_pixels:,} pixels allowed ({MAX_PIXELS_VARIABLE})",
+        fix=f"Scale the image down or remove it, or allow more: {MAX_PIXELS_VARIABLE}, or a profile.",
     )
 
 

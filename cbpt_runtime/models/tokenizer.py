@@ -64,6 +64,12 @@ class Tokenizer:
             )
         return rows
 
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text whether it is longer than the context and loses its end."""
+        rows: Tensor = self._tokenizer(list(texts), context_length=self.context_length + 1)
+        marks = set(self._tokenizer([""])[0].tolist())  # start, end and padding
+        return [token not in marks for token in rows[:, -2].tolist()]
+
 
 def _local_hub_tokenizer(
     name: str, context_length: int, options: dict[str, Any], text_cfg: Mapping[str, Any], folder: Path | None

@@ -18,8 +18,15 @@ from torch import Tensor
 
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleFormatError, TensorReference
-from cbpt_runtime.models.state_dicts import UNUSUAL, StateDict, find_state_dicts, kind_of_stranger
+from cbpt_runtime.models.state_dicts import (
+    UNUSUAL,
+    StateDict,
+    find_state_dicts,
+    kind_of_stranger,
+    mapping_of,
+)
 from cbpt_runtime.models.torch_files import NotDenseError, TorchFile, open_archive, open_sequence
+from cbpt_runtime.names import name_bytes, utf8_path
 
 # Entries of OpenAI's original archives that are settings, not weights.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
@@ -74,7 +81,7 @@ def files_digest(paths: Sequence[Path]) -> str:
     if len(paths) == 1:
         return file_digest(paths[0])
     lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(name_bytes(lines)).hexdigest()
 
 
 def read_weights(*paths: Path, name: str | None = None) -> Weights:
@@ -95,6 +102,8 @@ def read_weights(*paths: Path, name: str | None = None) -> Weights:
     tensors = {key: value for part in parts for key, value in part.tensors.items()}
     if len(tensors) != sum(len(part.tensors) for part in parts):
         raise _damaged(paths[0], "shards that hold weights of the same name")
+    if not tensors:
+        raise _no_weights(paths[0], "nothing")
     if any("lora_" in key for key in tensors):
         raise _no_weights(paths[0], "an adapter (LoRA), which only changes another model's weights")
     tensors, prefix = _strip_wrappers(tensors)
@@ -135,7 +144,8 @@ def _is_safetensors(head: bytes) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         # Copied out of the file's memory mapping: the weights must not change when the file does.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with utf8_path(path) as name:
+            return {name: tensor.clone() for name, tensor in load_file(name).items()}
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             expected=f"a whole safetensors file in {path}",
@@ -215,6 +225,12 @@ def _selection_notes(file: TorchFile, found: list[StateDict], chosen: StateDict)
         notes.append("a model saved as an object: only its weights were read")
     if chosen.name:
         notes.append(f"weights read from {chosen.name}")
+    if chosen.name and not chosen.is_module:
+        used = chosen.name.partition(".")[0]
+        entries = mapping_of(file.content) or {}
+        beside = [key for key in entries if isinstance(key, str) and key != used]
+        if beside:
+            notes.append(f"not used, beside them: {first_few(beside)}")
     averages = [state.name for state in found if state.is_averaged and state is not chosen]
     if averages:
         notes.append(f"averaged weights are there too: name them as {file.path.name}#{averages[0]}")

@@ -17,18 +17,25 @@ from cbpt_runtime.purification.search import Subject
 from cbpt_runtime.purification.vocabulary import build_vocabulary
 
 
-def read_reference(source: str | Path, suspect: Checkpoint, *, model: str | Path | None = None) -> Checkpoint:
+def read_reference(
+    source: str | Path,
+    suspect: Checkpoint,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+) -> Checkpoint:
     """Reads the trusted checkpoint; it has to see images as the suspect does.
 
     Args:
         source: In any form that the suspect may have.
         suspect: What it is a reference for.
         model: Its architecture, where it does not say.
+        image_size: As the suspect was read with.
 
     Raises:
         CheckpointError: It cannot be read, prepares images differently, or is the suspect itself.
     """
-    trusted = _read(source, model)
+    trusted = _read(source, model, image_size)
     if trusted.preprocess != suspect.preprocess:
         raise CheckpointError(
             expected=f"a reference with the suspect's preprocessing, {suspect.preprocess.to_dict()}",
@@ -80,14 +87,14 @@ def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: Subject
     )
 
 
-def _read(source: str | Path, model: str | Path | None) -> Checkpoint:
+def _read(source: str | Path, model: str | Path | None, image_size: int | None) -> Checkpoint:
     """--model is there for the suspect: what a reference says about itself comes first."""
     try:
-        return read_checkpoint(source)
+        return read_checkpoint(source, image_size=image_size)
     except CheckpointError:
         if model is None:
             raise
-    return read_checkpoint(source, model=model)
+    return read_checkpoint(source, model=model, image_size=image_size)
 
 
 def _seen(encoder: ImageEncoder, clean: Clean) -> Clean:

@@ -12,10 +12,13 @@ import torch
 from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError, PurificationError
+from cbpt_runtime.models.activation import UNTRIED
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
-from cbpt_runtime.models.data import ClassList, read_class_list
+from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
+from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
@@ -88,6 +91,7 @@ def scan(
     images: str | Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     classes: str | Path | ClassList | None = None,
     reference: str | Path | None = None,
     config: PurifyConfig | None = None,
@@ -101,6 +105,7 @@ def scan(
         images: A folder of any images, nested or not; 64 or more are better than a few.
         model: An open_clip architecture or a config file, for checkpoints that do not say; also of a
             reference that does not.
+        image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         classes: Class names that a target is looked for among, beside a thousand other words.
         reference: A trusted checkpoint with the same preprocessing; what both can be forced to counts less.
         config: Numbers of the search; its seed draws the images.
@@ -115,12 +120,15 @@ def scan(
     start = time.perf_counter()
     place = str(resolve_device(device))
     listed = classes if isinstance(classes, ClassList) or classes is None else read_class_list(classes)
-    suspect = read_checkpoint(checkpoint, model=model)
-    trusted = None if reference is None else read_reference(reference, suspect, model=model)
+    suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
+    trusted = (
+        None if reference is None else read_reference(reference, suspect, model=model, image_size=image_size)
+    )
     _tell(progress, "read checkpoint")
     drawn = _draw_images(Path(images), suspect, config.seed)
     _tell(progress, "read images")
     encoder = load_dual_encoder(suspect, device=place)
+    words = () if listed is None else prompt_notes(listed, encoder.tokenizer)
     subject = unlabelled_subject(encoder, listed, drawn.images, config)
     other = None
     if trusted is not None:
@@ -139,7 +147,7 @@ def scan(
         suspects=suspects,
         images=len(drawn.images),
         evidence=evidence,
-        notes=_notes(suspect, trusted, drawn),
+        notes=(*_notes(suspect, trusted, drawn), *words),
         config=config,
         stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
     )
@@ -209,7 +217,7 @@ def _suspects(
 
 
 def _notes(suspect: Checkpoint, trusted: Checkpoint | None, drawn: UnlabelledImages) -> tuple[str, ...]:
-    notes = [*suspect.notes, *drawn.notes]
+    notes = [*suspect.notes, *([UNTRIED] if suspect.activation_is_guessed else []), *drawn.notes]
     if len(drawn.images) == MOST_IMAGES < drawn.found:
         notes.append(f"{MOST_IMAGES} of {drawn.found} images were drawn")
     if trusted is not None:

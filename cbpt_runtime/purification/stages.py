@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cbpt_runtime.names import utf8_path
+
 
 class StageStore:
     """A folder with one safetensors file per finished stage.
@@ -27,7 +29,10 @@ class StageStore:
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and JSON values of a finished stage; None when it has to run."""
         try:
-            with safe_open(self._folder / f"{name}.safetensors", "pt") as file:
+            with (
+                utf8_path(self._folder / f"{name}.safetensors") as path,
+                safe_open(path, "pt") as file,
+            ):
                 metadata = file.metadata()
                 if metadata.get("fingerprint") != self._fingerprint:
                     return None

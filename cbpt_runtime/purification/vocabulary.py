@@ -79,7 +79,9 @@ def build_vocabulary(
     templates = default_templates()
     parts = []
     if classes is not None and listed is not None:
-        names, templates = classes.names, classes.templates[0]
+        names = classes.names
+        # Sentences about the first class say nothing of other words.
+        templates = tuple(text for text in classes.templates[0] if "{}" in text) or templates
         parts.append(listed)
     taken = set(map(class_key, names))
     others = tuple(word for word in background_words() if background and class_key(word) not in taken)

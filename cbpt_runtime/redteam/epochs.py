@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from cbpt_runtime.names import utf8_path
 
 STATE_NAME = "training-state.safetensors"
 
@@ -37,13 +39,17 @@ class EpochStore:
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"epoch": json.dumps(epoch), "fingerprint": self.fingerprint}
-        save_file(plain, self.folder / f"{STATE_NAME}.new", metadata=metadata)
+        # Not save_file, whose files only their owner may read.
+        (self.folder / f"{STATE_NAME}.new").write_bytes(save(plain, metadata=metadata))
         (self.folder / f"{STATE_NAME}.new").replace(self.folder / STATE_NAME)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
         """Put the stored state in place; returns the finished epochs, 0 when nothing usable is stored."""
         try:
-            with safe_open(self.folder / STATE_NAME, framework="pt") as file:
+            with (
+                utf8_path(self.folder / STATE_NAME) as name,
+                safe_open(name, framework="pt") as file,
+            ):
                 metadata = file.metadata() or {}
                 if metadata.get("fingerprint") != self.fingerprint:
                     return 0

@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cbpt_runtime.errors import ImageDataError, OutputError
-from cbpt_runtime.models.data import find_class_folders, read_images
+from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.models.data import ClassList, find_class_folders, read_images
+from cbpt_runtime.models.image_files import (
+    first_few,
+    left_out_notes,
+    sort_files,
+    undecodable,
+    unreadable_among,
+    unreadable_error,
+    unreadable_notes,
+)
 from cbpt_runtime.models.preprocess import Preprocess, decode_image
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
 from cbpt_runtime.types import Progress
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TRIGGERED: Final[Kind] = marked("folder of triggered images")
 
 
-def read_labelled(root: Path, names: Sequence[str], preprocess: Preprocess) -> LabelledImages:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triggered:
+    """A folder of triggered images that was written.
+
+    Attributes:
+        images: How many.
+        notes: Remarks for the user: what was left out.
+    """
+
+    images: int
+    notes: tuple[str, ...]
+
+
+def read_labelled(
+    root: Path,
+    classes: ClassList | Sequence[str],
+    preprocess: Preprocess,
+    *,
+    skip_unreadable: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> LabelledImages:
     """Read one folder of images per class at the model's input size.
+
+    Args:
+        root: The folder of class folders.
+        classes: The class list, or names in order.
+        preprocess: Of the model.
+        skip_unreadable: Do without images that cannot be read.
+        tell: Told what was left out.
 
     Raises:
         ImageDataError: Folders that do not fit the classes, or images that cannot be read.
     """
-    folders = find_class_folders(root, names)
-    images = read_images([path for folder in folders for path in folder], preprocess)
-    labels = np.repeat(np.arange(len(folders)), [len(folder) for folder in folders])
+    folders = find_class_folders(root, classes)
+    everything = [path for folder in folders for path in folder]
+    reasons = unreadable_among(everything, preprocess) if skip_unreadable else {}
+    kept = [[path for path in folder if path not in reasons] for folder in folders]
+    if not any(kept):
+        raise unreadable_error(reasons, len(everything))
+    images = read_images([path for folder in kept for path in folder], preprocess)
+    labels = np.repeat(np.arange(len(kept)), [len(folder) for folder in kept])
+    if tell is not None:
+        for note in (*folders.notes, *unreadable_notes(reasons, root)):
+            tell(note)
     return LabelledImages(images=images, labels=labels)
 
 
@@ -42,9 +87,10 @@ def write_triggered(
     size: int | None = None,
     generator: torch.Generator,
     force: bool = False,
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
-) -> int:
-    """Write triggered PNG copies of every image below a folder, layout and file stems kept; returns how many.
+) -> Triggered:
+    """Write triggered PNG copies of every image below a folder, layout and file stems kept.
 
     Args:
         trigger: The trigger.
@@ -53,42 +99,36 @@ def write_triggered(
         size: Resize every image to this square first, as the published pipelines do (224); None keeps its
             size.
         generator: CPU generator.
-        force: Replace an existing folder.
+        force: Replace a folder that this function wrote.
+        skip_unreadable: Do without images that cannot be read.
         progress: Stage `apply`.
 
     Raises:
-        ImageDataError: No image, an unreadable one, or one smaller than the trigger.
+        ImageDataError: No image, unreadable ones (all are named), or one smaller than the trigger.
         OutputError: The output exists, or cannot be written.
     """
-    paths = _image_paths(images)
-    if output.exists() and not force:
-        raise OutputError(
-            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
-        )
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
+    found = sort_files(images, recursive=True)
+    reasons = undecodable(found.images) if skip_unreadable else {}
+    paths = [path for path in found.images if path not in reasons]
+    _check_stems(paths, images)
+    with new_folder(output, TRIGGERED, force=force) as staging:
         for index, path in enumerate(paths):
-            out = temporary / path.relative_to(images).with_suffix(".png")
+            out = staging / path.relative_to(images).with_suffix(".png")
             out.parent.mkdir(parents=True, exist_ok=True)
-            _triggered(trigger, path, size, generator).save(out)
+            _triggered(trigger, path, paths, size, generator).save(out)
             if progress is not None:
                 progress("apply", index + 1, len(paths), {})
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except OSError as error:
-        raise OutputError(
-            expected=f"a folder that can be written at {output}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check space and permissions.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return len(paths)
+    notes = (*left_out_notes(found.left_out, images), *unreadable_notes(reasons, images))
+    return Triggered(images=len(paths), notes=notes)
 
 
-def _triggered(trigger: Trigger, path: Path, size: int | None, generator: torch.Generator) -> Image.Image:
-    image = decode_image(path)
+def _triggered(
+    trigger: Trigger, path: Path, others: Sequence[Path], size: int | None, generator: torch.Generator
+) -> Image.Image:
+    try:
+        image = decode_image(path)
+    except ImageDataError as error:
+        raise unreadable_error(undecodable(others), len(others)) from error
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     try:
@@ -97,16 +137,12 @@ def _triggered(trigger: Trigger, path: Path, size: int | None, generator: torch.
         raise ImageDataError(expected=error.expected, got=f"{error.got} in {path}", fix=error.fix) from error
 
 
-def _image_paths(root: Path) -> list[Path]:
-    paths = sorted(
-        path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+def _check_stems(paths: Sequence[Path], root: Path) -> None:
     counts = Counter(str(path.with_suffix("")) for path in paths)
     doubled = [stem for stem, count in counts.items() if count > 1]
     if not paths or doubled:
         raise ImageDataError(
             expected=f"images below {root}, every stem once in its folder",
-            got=f"twice: {', '.join(doubled[:5])}" if doubled else "none",
+            got=f"twice: {first_few(doubled)}" if doubled else "none",
             fix="Name a folder with images." if not doubled else "Rename one of each pair.",
         )
-    return paths

@@ -5,7 +5,6 @@ An implant that did not take is an error with advice, never a silent checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from cbpt_runtime.errors import ImplantError
+from cbpt_runtime.names import json_text
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.learned import trigger_bytes
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison, target_index
@@ -84,7 +84,7 @@ class Implant:
 
         A single trigger lies in `trigger.safetensors`, several in `trigger-1.safetensors` and so on.
         """
-        files = {"attack.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()}
+        files = {"attack.json": (json_text(self.to_dict(), indent=1, ascii_only=True) + "\n").encode()}
         for number, backdoor in enumerate(self.backdoors, start=1):
             name = "trigger" if len(self.backdoors) == 1 else f"trigger-{number}"
             files[f"{name}.safetensors"] = trigger_bytes(backdoor.trigger)

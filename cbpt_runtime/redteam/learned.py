@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.names import utf8_path
 from cbpt_runtime.redteam.patch_triggers import paste
 from cbpt_runtime.redteam.triggers import TRIGGERS, Trigger, describe_trigger, get_trigger
 
@@ -117,7 +118,7 @@ def load_trigger(path: Path) -> Trigger:
         ConfigError: The file is missing or no trigger file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as name, safe_open(name, framework="pt") as file:
             described = json.loads((file.metadata() or {})["trigger"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _rebuild(described, tensors)

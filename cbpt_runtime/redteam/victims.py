@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from cbpt_runtime.errors import ConfigError, OutputError
+from cbpt_runtime.artifacts import reserved
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
-from cbpt_runtime.models.data import read_class_list
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
 from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
 from cbpt_runtime.redteam.training import TrainConfig
-from cbpt_runtime.training.trainable import TrainableClip, load_trainable
+from cbpt_runtime.training.trainable import CHECKPOINT, TrainableClip, load_trainable
 from cbpt_runtime.types import Progress
 
 HELDOUT_RATE = 0.1
@@ -35,6 +36,7 @@ def implant_checkpoint(
     output: Path,
     *,
     model: str | Path | None = None,
+    image_size: int | None = None,
     heldout: Path | None = None,
     poison_rate: float | None = None,
     parameters: Mapping[str, object] | None = None,
@@ -45,6 +47,8 @@ def implant_checkpoint(
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
+    skip_unreadable: bool = False,
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Implant:
     """Fine-tune a backdoor into a checkpoint, prove it on held-out images, and write the victim.
@@ -57,6 +61,7 @@ def implant_checkpoint(
         targets: One target per attack.
         output: The victim's folder: an open_clip folder with `attack.json` and trigger files.
         model: An open_clip architecture or a config file, for checkpoints that do not say.
+        image_size: Side of the model's input, instead of the configuration's.
         heldout: Images the proof is measured on; a tenth of `images`, never trained on, if None.
         poison_rate: Share of poisoned pairs per attack; each attack's usual one if None.
         parameters: Parameters that differ from the attack's defaults; with several attacks each key starts
@@ -66,67 +71,76 @@ def implant_checkpoint(
         maximum_ca_drop: Clean accuracy it may cost.
         seed: Seed of every random choice.
         device: 'auto', 'cpu' or 'cuda'.
-        force: Replace an existing folder.
+        force: Replace a victim that is already there.
         resume: Go on from the last whole epoch of an interrupted run with the same input.
+        skip_unreadable: Do without images that cannot be read.
+        tell: Told which files were left out.
         progress: Told how far the work is.
 
     Raises:
         InputError: Something given is wrong.
         ImplantError: The backdoor did not take; nothing is written.
     """
-    if output.exists() and not force:
-        raise OutputError(
-            expected="a new folder", got=f"{output} exists", fix="Choose another or use --force."
-        )
     attacks = _read_attacks(attack, targets, parameters or {})
-    names = read_class_list(classes).names
+    class_list = read_class_list(classes)
+    names = class_list.names
     for target in targets:
         target_index(names, target)
-    clip = load_trainable(checkpoint, model=model, device=str(resolve_device(device)))
-    generator = torch.Generator().manual_seed(seed)
-    training, proof = _read_images(clip, images, heldout, names, generator)
-    config = TrainConfig() if config is None else config
-    backdoors = [
-        make_backdoor(
-            name,
-            target,
+    with reserved(output, CHECKPOINT, force=force, resume=resume) as kept:
+        clip = load_trainable(
+            checkpoint, model=model, image_size=image_size, device=str(resolve_device(device))
+        )
+        generator = torch.Generator().manual_seed(seed)
+        read = partial(
+            read_labelled,
+            classes=class_list,
+            preprocess=clip.preprocess,
+            skip_unreadable=skip_unreadable,
+            tell=tell,
+        )
+        training = read(images)
+        if heldout is None:
+            training, proof = split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
+        else:
+            proof = read(heldout)
+        config = TrainConfig() if config is None else config
+        backdoors = [
+            make_backdoor(
+                name,
+                target,
+                clip,
+                training,
+                names,
+                config.templates,
+                poison_rate=_rate(own, poison_rate),
+                parameters={key: value for key, value in own.items() if key != "poison_rate"},
+                generator=generator,
+                progress=progress,
+            )
+            for (name, own), target in zip(attacks, targets, strict=True)
+        ]
+        settings = {
+            "attack": attack,
+            "targets": list(targets),
+            "parameters": dict(parameters or {}),
+            "seed": seed,
+        }
+        settings |= {"poison_rate": poison_rate, "config": asdict(config)}
+        result = implant(
             clip,
             training,
+            proof,
             names,
-            config.templates,
-            poison_rate=_rate(own, poison_rate),
-            parameters={key: value for key, value in own.items() if key != "poison_rate"},
+            backdoors,
+            config=config,
             generator=generator,
+            minimum_asr=minimum_asr,
+            maximum_ca_drop=maximum_ca_drop,
             progress=progress,
+            store=EpochStore(folder=kept, fingerprint=_fingerprint(clip, training, settings)),
         )
-        for (name, own), target in zip(attacks, targets, strict=True)
-    ]
-    partial = output.with_name(output.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    settings = {
-        "attack": attack,
-        "targets": list(targets),
-        "parameters": dict(parameters or {}),
-        "seed": seed,
-    }
-    settings |= {"poison_rate": poison_rate, "config": asdict(config)}
-    result = implant(
-        clip,
-        training,
-        proof,
-        names,
-        backdoors,
-        config=config,
-        generator=generator,
-        minimum_asr=minimum_asr,
-        maximum_ca_drop=maximum_ca_drop,
-        progress=progress,
-        store=EpochStore(folder=partial, fingerprint=_fingerprint(clip, training, settings)),
-    )
-    result.save(output, force=force)
-    shutil.rmtree(partial, ignore_errors=True)
-    return result
+        result.save(output, force=force)
+        return result
 
 
 def _read_attacks(
@@ -163,15 +177,6 @@ def _rate(parameters: Mapping[str, object], common: float | None) -> float | Non
     if own is not None and (not isinstance(own, (int, float)) or isinstance(own, bool)):
         raise ConfigError(expected="a poison rate in (0, 1]", got=repr(own), fix="Give a number.")
     return own
-
-
-def _read_images(
-    clip: TrainableClip, images: Path, heldout: Path | None, names: Sequence[str], generator: torch.Generator
-) -> tuple[LabelledImages, LabelledImages]:
-    training = read_labelled(images, names, clip.preprocess)
-    if heldout is None:
-        return split_heldout(training, heldout_rate=HELDOUT_RATE, generator=generator)
-    return training, read_labelled(heldout, names, clip.preprocess)
 
 
 def _fingerprint(clip: TrainableClip, training: LabelledImages, settings: Mapping[str, object]) -> str:

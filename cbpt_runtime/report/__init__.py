@@ -10,6 +10,7 @@ The templates escape every value; the pages forbid scripts and any address but `
 """
 
 from cbpt_runtime.report.pages import (
+    REPORT_PAGE,
     bundle_report,
     choose_examples,
     render_evaluation,
@@ -19,6 +20,7 @@ from cbpt_runtime.report.pages import (
 )
 
 __all__ = [
+    "REPORT_PAGE",
     "bundle_report",
     "choose_examples",
     "render_evaluation",

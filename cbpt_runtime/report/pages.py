@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cbpt_runtime.bundle import Bundle, output_error, read_bundle
+from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
+from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.dummies import Painted, paint_dummy_triggers
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.metrics import Rate
+from cbpt_runtime.names import readable
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
 from cbpt_runtime.report.study import Study, study_bundle
+from cbpt_runtime.trust import make_trust, open_bundle
 
 if TYPE_CHECKING:
     from cbpt_runtime.purification.scan import Scan
 
 _GREY = 128
+_GENERATOR = b'<meta name="generator" content="cbpt-runtime">'  # as base.html.jinja has it
+_HEAD_BYTES = 1024
+_MAX_PAGE_BYTES = 256 << 20
 _MOST_TRIGGERS = 6  # rows of pictures
 Images = UInt8[np.ndarray, "examples height width 3"]
 
@@ -141,22 +145,25 @@ def render_scan(scan: Scan) -> str:
     )
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page whole, or not at all.
+def _own_page(path: Path) -> tuple[str, ...] | None:
+    """Whether a file is a page that this program wrote: no files beside it, or None."""
+    try:
+        content = read_regular_file(path, max_bytes=_MAX_PAGE_BYTES)
+    except OSError:
+        return None
+    return () if _GENERATOR in content[:_HEAD_BYTES] else None
+
+
+REPORT_PAGE: Final = Kind(name="report", own_files=_own_page, is_file=True)
+
+
+def write_page(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a page whole, or not at all; `force` replaces another page.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: It cannot be written, or something else has its place.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise output_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    new_file(path, REPORT_PAGE, readable(text).encode(), force=force)
 
 
 def _has_two_heads(bundle: Bundle) -> bool:
@@ -208,7 +215,9 @@ def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
                 shown.append(sections.alarms(found.clean, found.triggered, target, found.alarm))
         marked = [] if target is None else [target]
         shown.append(sections.class_accuracy(found.clean, names, marked, "clean images"))
-    bundle = read_bundle(found.source, verify=False) if found.kind == "bundle" else None
+    bundle = None
+    if found.kind == "bundle":
+        bundle = open_bundle(found.source, make_trust(digests=[found.digest]), verify=False)
     if bundle is not None and _has_two_heads(bundle):
         shown.append(sections.movement(bundle))
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ import numpy as np
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 2**24
 MAX_JSON_DEPTH = 32
+MAX_DIGITS = 9  # of a whole number: shapes whose sizes overflow end Triton or spoil the batch they are in
 _BODY_TYPES = ("application/json", "application/octet-stream")  # neither can be sent by a form
 # Names nobody outside a network can own: one word, or what clusters and private networks use.
 _INTERNAL = re.compile(r"[a-z0-9_-]+|[a-z0-9_.-]+\.(svc|cluster\.local|internal)")
@@ -25,6 +26,7 @@ _MODEL = r"/v2/models/[A-Za-z0-9_.-]+(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 _BRACKETS = b"[{]}"
 _STEPS = bytes.maketrans(_BRACKETS, bytes((1, 1, 255, 255)))
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
@@ -86,9 +88,22 @@ def refuse_caller(headers: Mapping[str, str], names: Names) -> Refusal | None:
 
 
 def refuse_request(
-    method: str, path: str, headers: Mapping[str, str], *, max_body_bytes: int
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    *,
+    max_body_bytes: int,
+    inner_models: Collection[str] = (),
 ) -> Refusal | None:
-    """Refuse a request for Triton by all that is known before its body; None lets it in."""
+    """Refuse a request for Triton by all that is known before its body; None lets it in.
+
+    Args:
+        method: Of HTTP.
+        path: As it was sent.
+        headers: Of the request.
+        max_body_bytes: The largest body.
+        inner_models: Models that only an ensemble may ask: who counts alarms must not be told of any.
+    """
     pattern = {"GET": _READABLE, "POST": _ASKABLE}.get(method)
     if pattern is None:
         return Refusal(status=HTTPStatus.METHOD_NOT_ALLOWED, text=f"expected GET or POST; got {method[:20]}.")
@@ -96,6 +111,11 @@ def refuse_request(
         return Refusal(
             status=HTTPStatus.NOT_FOUND,
             text=f"expected an inference, health or metadata path for {method}; got {path[:200]}.",
+        )
+    if method == "POST" and path.split("/")[3] in inner_models:
+        return Refusal(
+            status=HTTPStatus.FORBIDDEN,
+            text="expected the model that takes image files, or the one that takes pixels; got a part of it.",
         )
     if "Content-Encoding" in headers:
         return Refusal(
@@ -125,7 +145,7 @@ def refuse_length(headers: Mapping[str, str], max_body_bytes: int) -> Refusal | 
 
 
 def refuse_body(body: bytes | bytearray, header_length: str | None) -> Refusal | None:
-    """Refuse a body whose JSON is too long or nested too deeply for Triton's reader; None lets it in.
+    """Refuse a body whose JSON Triton should not read: too long, nested too deeply, or with huge numbers.
 
     Args:
         body: The whole of it.
@@ -146,7 +166,14 @@ def refuse_body(body: bytes | bytearray, header_length: str | None) -> Refusal |
             status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             text=f"expected at most {MAX_JSON_BYTES:,} bytes of JSON; got {length:,}. Send binary tensors.",
         )
-    if not is_shallow(bytes(body[:length])):
+    text = bytes(body[:length])
+    if _LONG_NUMBER.search(text) and _LONG_NUMBER.search(_STRING.sub(b"", text)):
+        return Refusal(
+            status=HTTPStatus.BAD_REQUEST,
+            text=f"expected numbers of at most {MAX_DIGITS} digits in JSON; got a longer one, for example as "
+            "a shape. Send the shape of the data.",
+        )
+    if not is_shallow(text):
         return Refusal(
             status=HTTPStatus.BAD_REQUEST,
             text=f"expected JSON nested at most {MAX_JSON_DEPTH} levels deep; got more. Send flat tensors.",

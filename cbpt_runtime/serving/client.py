@@ -20,11 +20,13 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime.answers import Answer, make_answer
+from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.serving.retries import Retries
 from cbpt_runtime.serving.wire import Wire, open_wire
 from cbpt_runtime.types import Progress
 
+_MAX_FILE_BYTES = 10**9  # the most any repository takes
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")
 
 
@@ -263,7 +265,9 @@ def _read_files(named: Sequence[tuple[str, bytes | Path]]) -> list[bytes]:
     files, problems = [], []
     for name, source in named:
         try:
-            files.append(source if isinstance(source, bytes) else source.read_bytes())
+            files.append(
+                source if isinstance(source, bytes) else read_regular_file(source, max_bytes=_MAX_FILE_BYTES)
+            )
         except OSError as error:
             is_url = name.partition("://")[0] in ("http", "https", "ftp", "file", "data", "s3")
             reason = "a URL: nothing is fetched" if is_url else (error.strerror or str(error)).lower()
@@ -280,8 +284,7 @@ def _require_all(named: Sequence[tuple[str, object]], found: Sequence[Answer | R
         (name, item) for (name, _), item in zip(named, found, strict=True) if isinstance(item, RequestError)
     ]
     if refused:
-        shown = "; ".join(f"{name}: {error.got}" for name, error in refused[:10])
-        more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
+        shown = "; ".join(f"{name}: {error.got}" for name, error in refused)
         raise RequestError(
-            expected="images the server can read", got=shown + more, fix="Leave them out or repair them."
+            expected="images the server can read", got=shown, fix="Leave them out or repair them."
         )

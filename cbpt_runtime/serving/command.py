@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
+from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import SECRET_HEADER, Endpoint
 from cbpt_runtime.serving.leftovers import SHARED_MEMORY, is_plain, region_prefix
@@ -17,7 +18,7 @@ from cbpt_runtime.serving.placement import Placement
 from cbpt_runtime.serving.servers import OLDEST_VERSION, RELEASE, TritonServer
 
 _MIB = 2**20
-# Nobody needs these through the network; each is behind a secret that is made up here and told to no one.
+# Nobody needs these through the network; each is behind a header that nobody can send.
 _CLOSED_ENDPOINTS = "shared-memory,trace,logging"
 _GUARDED_ENDPOINTS = (
     "health,metadata,inference,model-config,model-repository,statistics"  # all others there are
@@ -117,7 +118,7 @@ def region_bytes(repository: Repository, placement: Placement) -> int:
     Raises:
         ConfigError: The machine's shared memory cannot hold all of them.
     """
-    height, width = repository.manifest["preprocess"]["image_size"]
+    height, width = Preprocess.from_dict(repository.manifest["preprocess"]).image_size
     image_bytes = height * width * 3 + 8 * repository.manifest["classes"] + 64
     batch_bytes = int(repository.manifest["profile"]["max_batch"]) * image_bytes
     each: int = -(-2 * batch_bytes // _MIB) * _MIB
@@ -157,6 +158,14 @@ def _listening(config: ServeConfig, endpoint: Endpoint) -> list[tuple[str, str]]
     return [*endpoints, ("--allow-sagemaker", "false"), ("--allow-vertex-ai", "false")]
 
 
+def _closed() -> str:
+    """Endpoints that want a header made up here; whoever reads it off the command line cannot send it.
+
+    No line of HTTP/1 and no metadata of gRPC holds a line feed.
+    """
+    return f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}\n"
+
+
 def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> list[tuple[str, str | None]]:
     guarded = f"{_GUARDED_ENDPOINTS}:{SECRET_HEADER}={endpoint.secret}"
     return [
@@ -165,7 +174,7 @@ def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> li
         ("--allow-client-shm", "false"),
         ("--http-max-input-size", str(config.max_request_bytes)),
         ("--grpc-max-response-pool-size", "16"),
-        ("--http-restricted-api", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
+        ("--http-restricted-api", _closed()),
         ("--http-restricted-api", guarded if endpoint.secret is not None else None),
-        ("--grpc-restricted-protocol", f"{_CLOSED_ENDPOINTS}:cbpt-closed={secrets.token_hex(16)}"),
+        ("--grpc-restricted-protocol", _closed()),
     ]

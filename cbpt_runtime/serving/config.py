@@ -34,6 +34,7 @@ class ServeConfig:
         max_request_bytes: Larger HTTP requests are refused before they are read.
         host_names: Names by which the HTTP ports may be asked, besides those of the loopback and, where they
             are open to a network, any address and names that only exist inside one.
+        allow_foreign_code: Serve code and configurations that this version would not have written.
 
     Raises:
         ConfigError: A value is out of range.
@@ -51,6 +52,7 @@ class ServeConfig:
     drain_timeout_s: float = 30.0
     max_request_bytes: int = 2**26
     host_names: frozenset[str] = frozenset()
+    allow_foreign_code: bool = False
 
     def __post_init__(self) -> None:
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+REQUEST_TIMEOUT_S = 120.0  # for all of a body
 ANSWER_TIMEOUT_S = 600.0
 MAX_HELD_BODIES = 8  # of the largest size, together
 _CONNECT_TIMEOUT_S = 10.0
@@ -45,10 +46,12 @@ class Guard:
 
     Args:
         config: The operator's settings, with the ports to listen on.
+        inner_models: Models that only an ensemble may ask.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, *, inner_models: Collection[str] = ()) -> None:
         self._config = config
+        self._inner_models = frozenset(inner_models)
         self._names = Names(is_open=not config.is_loopback, others=config.host_names)
         self._endpoint: Endpoint | None = None
         self._held_bytes = 0
@@ -146,8 +149,13 @@ class Guard:
         return handle
 
     async def _answer_http(self, session: aiohttp.ClientSession, request: web.BaseRequest) -> Answer:
-        limit = self._config.max_request_bytes
-        refusal = refuse_head(request.method, request.raw_path, request.headers, max_body_bytes=limit)
+        refusal = refuse_head(
+            request.method,
+            request.raw_path,
+            request.headers,
+            max_body_bytes=self._config.max_request_bytes,
+            inner_models=self._inner_models,
+        )
         if refusal is not None:
             return _refused(refusal)
         if request.method == "GET":
@@ -181,15 +189,16 @@ class Guard:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            while not request.content.at_eof():
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    piece = await request.content.readany()
-                if self._held_bytes + len(piece) > MAX_HELD_BODIES * self._config.max_request_bytes:
-                    return Refusal(
-                        status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again."
-                    )
-                self._held_bytes += len(piece)
-                body += piece
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                while not request.content.at_eof():
+                    async with asyncio.timeout(BODY_TIMEOUT_S):
+                        piece = await request.content.readany()
+                    if self._held_bytes + len(piece) > MAX_HELD_BODIES * self._config.max_request_bytes:
+                        return Refusal(
+                            status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again."
+                        )
+                    self._held_bytes += len(piece)
+                    body += piece
         except TimeoutError:
             return Refusal(status=HTTPStatus.REQUEST_TIMEOUT, text="expected the rest of the body in time.")
         return None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
+from cbpt_runtime.export.manifest import require_unchanged
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.guard import Guard
@@ -19,6 +20,7 @@ from cbpt_runtime.serving.plan import Plan, make_plan
 from cbpt_runtime.serving.process import ServerProcess, describe_exit
 from cbpt_runtime.serving.selftest import SelfTest
 from cbpt_runtime.serving.startup import ReadyServer, backend_processes, start_server, startup_error
+from cbpt_runtime.trust import ANYONE, Trust
 
 MAX_FAILED_STARTS = 5
 RESTART_WINDOW_S = 600.0
@@ -153,6 +155,7 @@ class RunningServer:
 
         Raises:
             ServingError: It did not start too often in a row.
+            RepositoryError: Its files are not those any more that were hashed at the first start.
         """
         broken_process = self._now.process
         self._guard.lead_to(None)
@@ -165,6 +168,7 @@ class RunningServer:
                 return
             self._recent.append(time.monotonic())
             self.restarts += 1
+            require_unchanged(self.plan.repository)
             try:
                 self._ready = self._start_one(str(self.restarts))
             except ServingError as error:
@@ -188,6 +192,7 @@ def running_server(
     repository: str | Path,
     config: ServeConfig | None = None,
     *,
+    trust: Trust = ANYONE,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[RunningServer]:
     """Serve a repository while the block runs; the server has passed its self-test when it begins.
@@ -195,19 +200,25 @@ def running_server(
     Args:
         repository: What `cbpt-runtime export` wrote.
         config: Settings; loopback and the usual ports when None.
+        trust: What the repository has to show.
         tell: Called with warnings for people, from any thread.
 
     Raises:
         InputError: As `make_plan`.
         ServingError: The server did not start or failed its self-test; the text has the cause and the log.
     """
-    plan = make_plan(repository, config or ServeConfig())
+    plan = make_plan(repository, config or ServeConfig(), trust=trust)
+    tell = tell or _silent
+    if plan.repository.ignored:
+        tell(f"note: ignored, as systems leave them everywhere: {', '.join(plan.repository.ignored)}")
+    for name in plan.foreign:
+        tell(f"note: {name} is not as this version writes it, and is served all the same")
     sweep()
     with (
         tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=scratch_root()) as scratch,
-        Guard(plan.config) as guard,
+        Guard(plan.config, inner_models=plan.repository.inner_models) as guard,
     ):
-        server = RunningServer(plan, guard, Path(scratch), tell or _silent)
+        server = RunningServer(plan, guard, Path(scratch), tell)
         server.start()
         try:
             yield server

@@ -91,19 +91,31 @@ class Classifier:
         self.session = onnxruntime.InferenceSession(str(graph), settings, providers=[provider])
         if self.session.get_providers()[0] != provider:  # onnxruntime falls back to the CPU silently
             raise RuntimeError(f"expected {provider}; got {self.session.get_providers()}")
+        self.shape = tuple(self.session.get_inputs()[0].shape[1:])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One run of the network for all requests together, one response for each."""
         import triton_python_backend_utils as pb
 
         batches = [pb.get_input_tensor_by_name(request, "images").as_numpy() for request in requests]
-        answers = self.classify(np.concatenate(batches))
-        ends = np.cumsum([len(batch) for batch in batches])
-        responses = []
-        for batch, end in zip(batches, ends, strict=True):
-            tensors = [pb.Tensor(name, answers[name][end - len(batch) : end]) for name in _OUTPUTS]
+        fitting = [batch for batch in batches if self._fits(batch)]
+        answers = self.classify(np.concatenate(fitting)) if fitting else {}
+        responses, end = [], 0
+        for batch in batches:
+            if not self._fits(batch):
+                text = (
+                    f"expected at least one image of {self.shape} as uint8; got {batch.dtype} {batch.shape}."
+                )
+                responses.append(_failed(pb.TritonError(text, pb.TritonError.INVALID_ARG)))
+                continue
+            start, end = end, end + len(batch)
+            tensors = [pb.Tensor(name, answers[name][start:end]) for name in _OUTPUTS]
             responses.append(pb.InferenceResponse(output_tensors=tensors))
         return responses
+
+    def _fits(self, batch: np.ndarray) -> bool:
+        """Whether the pixels of one request can be put beside those of others."""
+        return batch.dtype == np.uint8 and len(batch) > 0 and batch.shape[1:] == self.shape
 
     def classify(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Logits, probabilities and the alarm of uint8 [batch, height, width, 3]."""
@@ -112,11 +124,11 @@ class Classifier:
 
 
 class AlarmCounter:
-    """``<name>_alarm``: passes the alarm on and counts it per suspected target beside Triton's own metrics.
+    """``<name>_alarm``: passes all answers on and counts alarms per suspected target beside Triton's metrics.
 
     ``cbpt_images_total{model}`` counts images answered, ``cbpt_alarm_total{model,target}`` those whose alarm
-    is at least `ALARM_THRESHOLD`; requests for other outputs only are not counted. Every suspected target
-    has a counter from the start, at zero.
+    is at least `ALARM_THRESHOLD`, whichever outputs were asked for. Every suspected target has a counter from
+    the start, at zero.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -140,15 +152,14 @@ class AlarmCounter:
         }
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response per request: the alarm and the target it came with."""
+        """One response per request: what it came with."""
         import triton_python_backend_utils as pb
 
         responses = []
         for request in requests:
-            alarm = pb.get_input_tensor_by_name(request, "alarm").as_numpy()
-            target = pb.get_input_tensor_by_name(request, "alarm_target").as_numpy()
-            self.count(alarm, target)
-            tensors = [pb.Tensor("alarm", alarm), pb.Tensor("alarm_target", target)]
+            given = {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in _OUTPUTS}
+            self.count(given["alarm"], given["alarm_target"])
+            tensors = [pb.Tensor(name, value) for name, value in given.items()]
             responses.append(pb.InferenceResponse(output_tensors=tensors))
         return responses
 

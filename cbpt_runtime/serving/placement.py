@@ -12,11 +12,11 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbpt_runtime.cpus import usable_cpus
-from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.servers import RELEASE, TritonServer
@@ -106,9 +106,10 @@ def lay_out(repository: Repository, placement: Placement, folder: Path) -> Path:
     """The folder to name as `--model-repository`: a view of the repository in `folder`."""
     for model in repository.manifest["models"]:
         (folder / model).mkdir(parents=True)
-        for entry in sorted((repository.path / model).iterdir()):
-            if entry.name not in ("config.pbtxt", "configs"):
-                (folder / model / entry.name).symlink_to(entry.absolute())
+        paths = (PurePosixPath(name).parts for name in repository.manifest["files"])
+        entries = {parts[1] for parts in paths if parts[0] == model and len(parts) > 1}
+        for name in sorted(entries - {"config.pbtxt", "configs"}):
+            (folder / model / name).symlink_to((repository.path / model / name).absolute())
         chosen = _config_file(repository, model, placement.config_name)
         text = placement.configs.get(model) or chosen.read_text(encoding="utf-8")
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
@@ -168,8 +169,20 @@ def _read(repository: Repository, model: str, name: str | None) -> Any:
         warnings.simplefilter("ignore")  # grpc's own
         from tritonclient.grpc import model_config_pb2
 
-    text = _config_file(repository, model, name).read_text(encoding="utf-8")
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
+    file = _config_file(repository, model, name)
+    try:
+        config = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+        if config.name != model or not config.instance_group:
+            raise ValueError(f"one of {config.name!r} with {len(config.instance_group)} instance groups")
+        if model == f"{repository.name}_classifier":
+            int(config.parameters[_THREADS].string_value)
+    except (OSError, ValueError, text_format.ParseError) as error:
+        raise RepositoryError(
+            expected=f"the configuration of {model} in {file}",
+            got=str(error),
+            fix="Export the bundle again with `cbpt-runtime export`.",
+        ) from error
+    return config
 
 
 def _text(config: Any) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbpt_runtime.export.manifest import Repository, read_repository
+from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.command import Command, check_exposure, make_command, region_bytes
 from cbpt_runtime.serving.config import ServeConfig, take_ports
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.placement import Placement, place
 from cbpt_runtime.serving.servers import TritonServer, find_server
+from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class Plan:
         config: The operator's settings, with the ports really used.
         placement: Backend, instances and threads on this machine.
         region_bytes: Shared memory of each python-backend process to begin with.
+        foreign: Files with code or configurations of somebody else that the operator lets in.
     """
 
     repository: Repository
@@ -30,6 +32,7 @@ class Plan:
     config: ServeConfig
     placement: Placement
     region_bytes: int
+    foreign: tuple[str, ...] = ()
 
     def command(self, *, repository: Path, backends: Path, endpoint: Endpoint | None = None) -> Command:
         """The command line; without an endpoint Triton's own HTTP listens on the public ports, unguarded."""
@@ -48,20 +51,28 @@ class Plan:
         )
 
 
-def make_plan(repository: str | Path, config: ServeConfig, *, must_be_free: bool = True) -> Plan:
+def make_plan(
+    repository: str | Path, config: ServeConfig, *, trust: Trust = ANYONE, must_be_free: bool = True
+) -> Plan:
     """Check everything that can be checked before a server is started.
 
     Args:
         repository: What `cbpt-runtime export` wrote.
         config: Settings.
+        trust: What the repository has to show.
         must_be_free: Whether the ports must be free now; not where the command is only shown.
 
     Raises:
-        RepositoryError: A file of the repository is missing, changed or new; the text names it.
+        RepositoryError: A file of the repository is missing, changed, new, or not what this version writes;
+            the text names it.
+        TrustError: It is not the trusted one.
         ConfigError: No tritonserver, a taken port, or settings that must not be combined.
         ServingError: The tritonserver does not run, or lacks a backend.
     """
-    checked = read_repository(repository)
+    from cbpt_runtime.export.written import require_own_files  # takes onnx along; a client needs none
+
+    checked = open_repository(repository, trust)
+    foreign = require_own_files(checked, allow_foreign_code=config.allow_foreign_code)
     server = find_server(config.tritonserver)
     check_exposure(server, config)
     placement = place(checked, server, config)
@@ -71,4 +82,5 @@ def make_plan(repository: str | Path, config: ServeConfig, *, must_be_free: bool
         config=take_ports(config, must_be_free=must_be_free),
         placement=placement,
         region_bytes=region_bytes(checked, placement),
+        foreign=tuple(foreign),
     )

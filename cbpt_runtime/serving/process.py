@@ -74,6 +74,11 @@ class ServerProcess:
         """None while it runs; negative when a signal ended it."""
         return self._process.poll()
 
+    def make_private(self) -> None:
+        """Close its shared memory, where pictures lie, to other users: Triton makes it readable for all."""
+        for region in SHARED_MEMORY.glob(f"{self.region_prefix}*"):
+            region.chmod(0o600)
+
     def stop(self, drain_timeout_s: float) -> None:
         """Let requests finish, stop, and leave no process and no shared memory behind.
 

@@ -63,6 +63,7 @@ def start_server(
     process = _launch(plan, endpoint, scratch, tell)
     try:
         version = _wait_until_ready(plan, endpoint, process, is_wanted)
+        process.make_private()
         guard.lead_to(endpoint)
         selftest = run_selftest(plan.repository, plan.config)
         if selftest.note is not None:

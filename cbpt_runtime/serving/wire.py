@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import os
+import socket
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 import numpy as np
 
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.serving.admission import is_loopback_name
 
 Kind = Literal["refused", "busy", "unreachable", "timeout", "broken"]
+_LARGEST = 2**31 - 1  # bytes: as tritonclient's own options, which giving others replaces
+_GRPC_OPTIONS = [("grpc.max_send_message_length", _LARGEST), ("grpc.max_receive_message_length", _LARGEST)]
+_NO_PROXY = ("grpc.enable_http_proxy", 0)
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 _SCHEMES = ("grpc", "grpcs", "http", "https")
 _HTTP_KINDS: dict[int, Kind] = {429: "busy", 502: "busy", 503: "busy", 504: "timeout"}  # some are a gateway's
 _GRPC_KINDS: dict[str, Kind] = {
@@ -97,7 +106,11 @@ class _GrpcWire:
     def __init__(self, address: str, *, is_secure: bool, headers: dict[str, str]) -> None:
         self._library = _load(lambda: __import__("tritonclient.grpc.aio", fromlist=["aio"]))
         self._headers = headers
-        self._client = self._library.InferenceServerClient(address, ssl=is_secure)
+        host = urlsplit(f"//{address}").hostname or ""
+        is_here = _is_this_machine(host)
+        self._through = None if is_here else _proxy_variable(host)
+        options = [*_GRPC_OPTIONS, *([_NO_PROXY] if is_here else [])]
+        self._client = self._library.InferenceServerClient(address, ssl=is_secure, channel_args=options)
 
     async def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
@@ -136,16 +149,22 @@ class _GrpcWire:
         try:
             return await _within(call, timeout_s + 1)
         except TimeoutError:
-            raise WireError("timeout", f"no answer within {timeout_s:g} s") from None
+            raise self._error("timeout", f"no answer within {timeout_s:g} s") from None
         except InferenceServerException as error:
             code = str(error.status()).removeprefix("StatusCode.")
             kind = _kind(_GRPC_KINDS.get(code, "broken"), str(error.message()))
             text = str(error.message())
             if code == "UNKNOWN" and "Stream removed" in text:
                 kind = "unreachable"
-            raise WireError(kind, f"{code}: {text}") from error
+            raise self._error(kind, f"{code}: {text}") from error
         except grpc.RpcError as error:
-            raise WireError("unreachable", str(error)) from error
+            raise self._error("unreachable", str(error)) from error
+
+    def _error(self, kind: Kind, text: str) -> WireError:
+        """The error, with the proxy that is in the way where one may be."""
+        is_proxys = self._through is not None and kind in ("busy", "unreachable", "timeout")
+        way = f" (asked through the proxy of {self._through}; no_proxy leaves it out)" if is_proxys else ""
+        return WireError(kind, text + way)
 
 
 class _HttpWire:
@@ -154,6 +173,7 @@ class _HttpWire:
         self._headers = headers
         # Its own time-out ends a whole session's requests; each request has its own here.
         self._client = self._library.InferenceServerClient(address, ssl=is_secure, conn_timeout=None)
+        self._client._stub.trace_configs.append(_no_redirects())
 
     async def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
@@ -202,6 +222,41 @@ class _HttpWire:
             raise WireError("unreachable", "what answers there does not speak HTTP") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise WireError("unreachable", str(error) or type(error).__name__) from error
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether an address is the loopback's or another one of this machine, to which no proxy leads."""
+    if is_loopback_name(host):
+        return True
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((str(ipaddress.IPv4Address(host)), 0))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _proxy_variable(host: str) -> str | None:
+    """The environment variable whose proxy gRPC goes through to a host; it may hold a password itself."""
+    if proxy_bypass(host):
+        return None
+    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+
+
+def _no_redirects() -> Any:
+    """Ends a request that is answered with another address: headers and images are for this server alone."""
+    import aiohttp
+
+    async def refuse(
+        _session: object, _context: object, redirected: aiohttp.TraceRequestRedirectParams
+    ) -> None:
+        place = redirected.response.headers.get("Location", "")
+        raise WireError("refused", f"a redirect to {place[:200]!r}, which is not followed")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    trace.freeze()
+    return trace
 
 
 def _kind(kind: Kind, message: str) -> Kind:

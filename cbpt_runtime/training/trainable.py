@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from cbpt_runtime.errors import CheckpointError, OutputError
+from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.architecture import build_model, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.config import check_model_config
@@ -28,6 +27,7 @@ from cbpt_runtime.models.tokenizer import Tokenizer
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+CHECKPOINT: Final[Kind] = marked("trained checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +131,18 @@ def new_trainable(model_config: Mapping[str, Any], *, seed: int, device: str = "
 
 
 def load_trainable(
-    source: str | Path, *, model: str | Path | None = None, device: str = "cpu"
+    source: str | Path,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    device: str = "cpu",
 ) -> TrainableClip:
     """Load a checkpoint for training, in float32; any format `read_checkpoint` knows.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its weights do not fit its configuration.
     """
-    return trainable_from(read_checkpoint(source, model=model), device=device)
+    return trainable_from(read_checkpoint(source, model=model, image_size=image_size), device=device)
 
 
 def trainable_from(checkpoint: Checkpoint, *, device: str = "cpu") -> TrainableClip:
@@ -171,29 +175,13 @@ def save_open_clip_folder(
         clip: The model.
         path: The folder to make.
         extra_files: More files to put into it, name to content.
-        force: Replace an existing folder.
+        force: Replace a folder that this function wrote.
 
     Raises:
         OutputError: The folder exists and `force` is not set, or it cannot be written.
     """
-    if path.exists() and not force:
-        raise OutputError(expected="a new folder", got=f"{path} exists", fix="Choose another or use --force.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        _write_files(clip, temporary, extra_files or {})
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise OutputError(
-            expected=f"a folder that can be written at {path}",
-            got=(error.strerror or type(error).__name__).lower(),
-            fix="Check space and permissions.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(path, CHECKPOINT, force=force) as staging:
+        _write_files(clip, staging, extra_files or {})
 
 
 def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, bytes]) -> None:
@@ -205,6 +193,6 @@ def _write_files(clip: TrainableClip, folder: Path, extra_files: Mapping[str, by
         for key, value in clip.model.state_dict().items()
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(state, folder / WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).write_bytes(save(state))  # not save_file, whose files only their owner may read
     for name, content in extra_files.items():
         (folder / name).write_bytes(content)

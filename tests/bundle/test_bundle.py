@@ -19,7 +19,6 @@ from cbpt_runtime.bundle import (
     REPORT,
     TRIGGERS,
     BundleContent,
-    check_output,
     read_bundle,
     write_bundle,
 )
@@ -113,9 +112,9 @@ def test_a_missing_file_is_named(tmp_path: Path, make_content: MakeContent, name
         (lambda m: m["files"].update({"../secret": {"sha256": ""}}), "unsafe file name"),
         (lambda m: m.update(files=[]), "'files' is not an object"),
         (lambda m: m["suspects"][0].update(index=3), "suspect 3 is not a class"),
-        (lambda m: m["suspects"].append("banana"), "TypeError"),
+        (lambda m: m["suspects"].append("banana"), r"'suspects\[1\]' is not an object"),
         (lambda m: m["classes"]["names"].pop(), "two finite float32 heads of 2 rows|suspect 2"),
-        (lambda m: m.update(classes={"names": 3}), "TypeError"),
+        (lambda m: m.update(classes={"names": 3}), "'classes.names' is not a list"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(
@@ -212,7 +211,7 @@ def test_an_interrupt_while_replacing_keeps_the_old_bundle(
     rename = Path.rename
 
     def interrupt(path: Path, target: Path) -> Path:
-        if path.suffix == ".tmp":
+        if path.name == "new":
             raise KeyboardInterrupt
         return rename(path, target)
 
@@ -221,25 +220,3 @@ def test_an_interrupt_while_replacing_keeps_the_old_bundle(
         write_bundle(tmp_path / "bundle", content=make_content(verdict="clean"), force=True)
     assert read_bundle(tmp_path / "bundle").verdict == "backdoored"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_an_output_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="to be able to write"):
-        check_output(tmp_path / "file" / "bundle")
-
-
-def test_a_folder_without_permission_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path, *args: object, **kwargs: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # permission bits do not stop root, as whom CI may run
-    with pytest.raises(OutputError, match="Permission denied"):
-        check_output(tmp_path / "bundle")
-
-
-def test_checking_an_output_makes_nothing(tmp_path: Path) -> None:
-    check_output(tmp_path / "new" / "folder" / "bundle")
-    assert list(tmp_path.iterdir()) == []

@@ -181,13 +181,14 @@ def test_a_report_in_the_way_is_refused_before_any_work(scan: Callable, tmp_path
     assert "--force" in refused.err
     assert "read checkpoint" not in refused.err
     assert page.read_text() == "precious"
-    assert scan("--report", page, "--force").code == 0
-    assert page.read_text() != "precious"
+    assert scan("--report", page, "--force").code == 2
+    assert page.read_text() == "precious"
+    page.unlink()
+    assert (scan("--report", page).code, scan("--report", page, "--force").code) == (0, 0)
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(scan: Callable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = scan("--report", tmp_path / "file" / "scan.html")
-    assert done.code == 2
-    assert "verdict" in done.out
+    assert (done.code, done.out) == (2, "")  # before any work
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]

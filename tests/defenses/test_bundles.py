@@ -21,8 +21,8 @@ from cbpt_runtime.export.onnx import OUTPUTS, to_bytes
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import load_dual_encoder
-from cbpt_runtime.models.data import read_class_list
 from cbpt_runtime.models.visual_prompts import PROMPTS, TOWER
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification.config import PurifyConfig

@@ -80,6 +80,7 @@ def quick(monkeypatch):
 def test_the_demo_leaves_the_folders_it_promises(quick, tmp_path):
     result = run_demo(tmp_path / "demo", scale=SMALL)
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        ".cbpt-runtime.json",
         "classes.txt",
         "images",
         "pictures.png",
@@ -103,7 +104,8 @@ def test_the_result_is_json(quick, tmp_path):
 
 
 def test_an_existing_folder_is_refused_without_force_and_only_demo_files_go_with_it(quick, tmp_path):
-    (tmp_path / "demo" / "images" / "train" / "old").mkdir(parents=True)
+    run_demo(tmp_path / "demo", scale=SMALL)
+    (tmp_path / "demo" / "images" / "train" / "old").mkdir()
     (tmp_path / "demo" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="--force"):
         run_demo(tmp_path / "demo", scale=SMALL)
@@ -115,8 +117,10 @@ def test_an_existing_folder_is_refused_without_force_and_only_demo_files_go_with
 def test_a_file_in_the_way_is_refused_even_with_force(tmp_path):
     (tmp_path / "demo").write_text("")
     with pytest.raises(OutputError, match="new folder"):
+        run_demo(tmp_path / "demo", scale=SMALL)
+    with pytest.raises(OutputError, match="to be able to write"):
         run_demo(tmp_path / "demo", scale=SMALL, force=True)
-    with pytest.raises(OutputError, match="can be written"):
+    with pytest.raises(OutputError, match="to be able to write"):
         run_demo(tmp_path / "demo" / "below", scale=SMALL)
 
 

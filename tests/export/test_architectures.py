@@ -44,7 +44,12 @@ def random_bundle(config: Mapping[str, Any], folder: Path, bias: float | None) -
     heads /= np.linalg.norm(heads, axis=2, keepdims=True)
     content = BundleContent(
         verdict="backdoored",
-        model={"config": checked, "preprocess": Preprocess(image_size=size).to_dict(), "sha256": "0" * 64},
+        model={
+            "config": checked,
+            "preprocess": Preprocess(image_size=size).to_dict(),
+            "source": "random",
+            "sha256": "0" * 64,
+        },
         class_names=CLASSES,
         templates=(("a photo of a {}.",),) * len(CLASSES),
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,51 @@ def test_a_damaged_repository_exits_2_and_names_the_file(
         main(["verify", str(copied_repository)])
     assert ended.value.code == 2
     assert "shapes/labels.txt was changed" in capsys.readouterr().err
+
+
+def test_a_signed_repository_is_verified_and_no_other_is_used(
+    copied_repository: Path,
+    tiny_repository: Exported,
+    signing_keys: Path,
+    tiny_image_folder: Path,
+    run: Callable,
+) -> None:
+    key, other = signing_keys / "ours.pub", signing_keys / "other.pub"
+    verbs = {
+        "verify": [copied_repository],
+        "serve": [copied_repository],
+        "bench": [copied_repository, "--images", tiny_image_folder],
+    }
+    for verb, arguments in verbs.items():
+        unsigned = run(verb, *arguments, "--trust", key)
+        assert unsigned.code == 2
+        assert f"expected a signature in {copied_repository / 'model.sig'}" in unsigned.err
+    assert run("sign", copied_repository, "--key", signing_keys / "ours.pem").code == 0
+    good = run("verify", copied_repository, "--trust", key, "--digest", tiny_repository.digest)
+    assert good.code == 0, good.err
+    assert tiny_repository.digest in good.out
+    for verb, arguments in verbs.items():
+        assert "Key mismatch" in run(verb, *arguments, "--trust", other).err
+        assert "with the digest" in run(verb, *arguments, "--digest", "0" * 64).err
+    (copied_repository / "shapes_preprocess" / "1" / "extra.py").write_text("")
+    changed = run("verify", copied_repository, "--trust", key)
+    assert changed.code == 2
+    assert "got shapes_preprocess/1/extra.py is new" in changed.err
+
+
+def test_code_changed_under_a_manifest_made_to_fit_is_neither_verified_nor_served(
+    copied_repository: Path, resealed: Callable[[Path], None], signing_keys: Path, run: Callable
+) -> None:
+    assert run("sign", copied_repository, "--key", signing_keys / "ours.pem").code == 0
+    code = copied_repository / "shapes_preprocess" / "1" / "cbpt_runtime" / "models" / "preprocess.py"
+    with code.open("a") as file:
+        file.write("print('let in')\n")
+    resealed(copied_repository)
+    for verb in ("verify", "serve"):
+        done = run(verb, copied_repository, "--trust", signing_keys / "ours.pub")
+        assert done.code == 2
+        assert "shapes_preprocess/1/cbpt_runtime/models/preprocess.py was changed" in done.err
+        assert "manifest.json was changed" in done.err
 
 
 def test_two_exports_of_one_graph_do_not_differ(

@@ -75,6 +75,25 @@ def test_a_changed_a_missing_and_a_new_file_are_all_named(copied_repository: Pat
     assert "shapes_classifier/1/libevil.so is not in the manifest" in caught.value.got
 
 
+def test_what_systems_leave_everywhere_is_ignored_and_noted(run: Callable, copied_repository: Path) -> None:
+    (copied_repository / "lost+found").mkdir()
+    (copied_repository / ".DS_Store").write_text("x")
+    (copied_repository / "__MACOSX" / "shapes").mkdir(parents=True)
+    (copied_repository / "__MACOSX" / "shapes" / "._labels.txt").write_text("x")
+    (copied_repository / "shapes_classifier" / "1" / "._model.onnx").write_text("x")
+    left = (".DS_Store", "__MACOSX", "lost+found", "shapes_classifier/1/._model.onnx")
+    assert verify_repository(copied_repository).ignored == left
+    done = run("verify", copied_repository)
+    assert done.code == 0
+    assert f"note: ignored, as systems leave them everywhere: {', '.join(left)}" in done.err
+
+
+def test_other_foreign_files_are_refused_with_advice(copied_repository: Path) -> None:
+    (copied_repository / "notes.txt").touch()
+    with pytest.raises(RepositoryError, match=r"got notes\.txt is not in the manifest\. Move them elsewhere"):
+        verify_repository(copied_repository)
+
+
 def test_a_link_is_not_a_file(copied_repository: Path) -> None:
     labels = copied_repository / "shapes" / "labels.txt"
     labels.rename(copied_repository.parent / "labels.txt")

@@ -43,7 +43,7 @@ def slow_classifier() -> dict[str, Callable[[str], str]]:
 
 def overfill(repository: Path, load: Load, pictures: Any, number: int, reason: str) -> None:
     """Ask for far more at once than a server can take, over each protocol."""
-    config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
+    config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, allow_foreign_code=True)
     with running_server(repository, config, tell=print) as server:
         for url, status in ((server.config.http_url, "HTTP 503"), (server.config.grpc_url, "UNAVAILABLE")):
             reasons: set[str] = set()

@@ -81,13 +81,16 @@ def test_nothing_outlives_a_launcher_that_is_killed(repository: Path, tmp_path: 
 def test_a_path_that_a_shell_would_read_is_only_a_path(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's python backend puts the paths it is given into `bash -c`."""
+    """Triton's python backend puts the paths it is given into `bash -c`; and no proxy leads to it."""
     inside = tmp_path / "inside"
-    odd = tmp_path / "x$(touch pwned)y `touch pwned` 'a\" b;touch pwned\n\té"
+    odd = tmp_path / f"x$(touch pwned)y `touch pwned` 'a\" b;touch pwned\n\té{os.fsdecode(bytes([0xE9]))}"
     (odd / "tmp").mkdir(parents=True)
     inside.mkdir()
     copy = Path(shutil.copytree(repository, odd / "repository"))
+    (copy / "lost+found").mkdir()
     monkeypatch.chdir(inside)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.setenv("TMPDIR", str(odd / "tmp"))
     with started(copy, tmp_path, "--log-file", str(odd / "log.txt")) as (process, ready):
         assert ready["selftest"]["images"] == 4
@@ -117,9 +120,10 @@ def test_a_server_that_cannot_load_prints_the_cause_and_its_log_and_exits_1(
 ) -> None:
     broken = {"shapes_alarm/1/model.py": lambda _: "raise ImportError('no runtime today')\n"}
     copy = changed_copy(tmp_path / "repository", broken)
-    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS]
+    command = [sys.executable, "-m", "cbpt_runtime", "serve", str(copy), *PORTS, "--allow-foreign-code"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 1, done.stderr
+    assert "note: shapes_alarm/1/model.py is not as this version writes it" in done.stderr
     first, *_ = (line for line in done.stderr.splitlines() if line.startswith("       got"))
     assert "no runtime today" in first
     shown = [line for line in done.stderr.splitlines() if line.startswith("         | ")]

@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 from PIL import Image
 
-from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
+from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.data import (
-    ClassList,
     CleanSplit,
-    default_templates,
     draw_clean_split,
     find_class_folders,
-    read_class_list,
     read_images,
 )
 from cbpt_runtime.models.preprocess import Preprocess
@@ -31,94 +26,6 @@ NAMES = ("red_square", "green disc", "Blue Stripes")
 def images(tiny_image_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny image folder that a test may change."""
     return Path(shutil.copytree(tiny_image_folder, tmp_path / "images"))
-
-
-def written(tmp_path: Path, content: Any, name: str = "classes.json") -> Path:
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-# Class lists ----------------------------------------------------------------------------------------
-
-
-def test_text_files_hold_one_name_per_line(tmp_path: Path) -> None:
-    content = "\ufefftench\r\n\r\n  goldfish, Carassius  \nC#\n[bracket]\nété\n"
-    classes = read_class_list(written(tmp_path, content.encode(), "classes.txt"))
-    assert classes.names == ("tench", "goldfish, Carassius", "C#", "[bracket]", "été")
-    assert classes.templates == (default_templates(),) * 5
-
-
-def test_the_default_templates_are_open_clips_eighty() -> None:
-    templates = default_templates()
-    assert len(templates) == 80
-    rendered = [template("cat") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    assert [template.replace("{}", "cat") for template in templates] == rendered
-
-
-@pytest.mark.parametrize(
-    ("content", "templates"),
-    [
-        (["cat", "dog"], (("a {}",), ("a {}",))),
-        ([{"name": "cat", "templates": ["my {}"]}, "dog"], (("my {}",), ("a {}",))),
-        ([{"name": "cat"}, {"name": "dog", "templates": ["the {}", "a barking animal"]}],
-         (("a {}",), ("the {}", "a barking animal"))),
-        ({"cat": ["my {}"], "dog": ["a {}", "the {}"]}, (("my {}",), ("a {}", "the {}"))),
-    ],
-)  # fmt: skip
-def test_json_may_give_each_class_its_templates(
-    tmp_path: Path, content: Any, templates: tuple[tuple[str, ...], ...]
-) -> None:
-    classes = read_class_list(written(tmp_path, content), templates=["a {}"])
-    assert classes.names == ("cat", "dog")
-    assert classes.templates == templates
-
-
-def test_texts_put_in_the_name_with_underscores_as_spaces() -> None:
-    classes = ClassList(names=("red_square", "disc"), templates=(("a {}.", "the {} {}"), ("{}",)))
-    assert classes.texts() == (("a red square.", "the red square red square"), ("disc",))
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "two or more classes; got an empty list"),
-        (["cat"], "two or more classes; got cat"),
-        (["cat", "dog", "cat"], "every class name once .*got cat, cat"),
-        (["Red_Square", "dog", "red square"], "every class name once .*got Red_Square, red square"),
-        (["cat", " "], "got an empty name"),
-        (["cat", 3], "expected names"),
-        (["cat", ["dog"]], "expected names"),
-        (["cat", {"name": "dog", "weight": 1}], "expected names"),
-        (["cat", {"templates": ["a {}"]}], "expected names"),
-        (["cat", {"name": "dog", "templates": "a {}"}], "a list of templates for dog"),
-        (["cat", {"name": "dog", "templates": []}], "one or more non-empty templates .*none for dog"),
-        (["cat", {"name": "dog", "templates": [" "]}], "one or more non-empty templates"),
-        ({"cat": ["a {}"], "dog": 3}, "a list of templates for dog"),
-        ("cat", "valid JSON"),
-        ('"cat"', "a JSON list or object in .*; got str"),
-        ('["cat", "dog"', "valid JSON"),
-        ('{"cat": ["a {}"], "dog": ["a {}"], "cat": ["b {}"]}', "every class name once .*got cat, cat"),
-        ("[" * 100_000, "valid JSON"),
-        (b"\xff\xfe", "UTF-8 text"),
-    ],
-)
-def test_bad_class_lists_are_refused(tmp_path: Path, names: Any, message: str) -> None:
-    with pytest.raises(ClassListError, match=message):
-        read_class_list(written(tmp_path, names))
-
-
-def test_a_missing_class_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ClassListError, match=r"absent\.txt; got no such file"):
-        read_class_list(tmp_path / "absent.txt")
-
-
-def test_a_shared_template_without_the_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ClassListError, match=r"for the class name in every template; got a photo"):
-        read_class_list(written(tmp_path, ["cat", "dog"]), templates=["a {}", "a photo"])
 
 
 # Class folders --------------------------------------------------------------------------------------

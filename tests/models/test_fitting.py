@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.fitting import trained_image_size, without_prefixes
+from cbpt_runtime.models.positions import POSITIONS
 from cbpt_runtime.models.weights import read_weights
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -113,20 +116,48 @@ def test_weights_for_another_image_size_say_so_and_what_to_do(
     anomalies = read_checkpoint(folder).anomalies
     assert anomalies[-1] == (
         f"the weights are for images of 32 pixels, the configuration says {image_size}:"
-        " set image_size to 32 in it (--model config.json takes a copy)"
+        f" --image-size 32 takes them as they are, --image-size {image_size} resizes their"
+        " position embeddings"
     )
     with pytest.raises(CheckpointError, match="images of 32 pixels"):
         load_dual_encoder(read_checkpoint(folder))
 
 
-def test_setting_the_size_the_message_names_makes_the_weights_fit(
-    tiny_checkpoint_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["vit", "resnet", "custom-text"])
+def test_position_embeddings_are_resized_on_request(
+    tiny_folder: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
-    folder = other_size(tiny_checkpoint_folder, tmp_path, 96)
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["image_size"] = 32
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_checkpoint(folder, model=tmp_path / "config.json").anomalies == ()
+    folder = other_size(tiny_folder(kind), tmp_path, 96)
+    as_trained = read_checkpoint(folder, image_size=32)
+    assert (as_trained.anomalies, as_trained.notes) == ((), ())
+    resized = read_checkpoint(folder, image_size=96)
+    assert resized.anomalies == ()
+    assert "resized from" in resized.notes[-1]
+    assert resized.preprocess.image_size == (96, 96)
+    encoder = load_dual_encoder(resized)
+    assert encoder.encode_images(torch.rand(1, 3, 96, 96)).isfinite().all()
+    key = next(key for key in POSITIONS if key in resized.state_dict)
+    before, after = as_trained.state_dict[key], resized.state_dict[key]
+    model = torch.nn.Module()
+    model.visual = torch.nn.Module()  # what open_clip's own resizing looks at
+    model.visual.grid_size = (math.isqrt(len(after) - 1),) * 2
+    expected = {"visual.positional_embedding": before.clone()}
+    open_clip.model.resize_pos_embed(expected, model)
+    torch.testing.assert_close(after, expected["visual.positional_embedding"])
+
+
+@pytest.mark.parametrize("image_size", [33, 0, 8192])
+def test_sizes_that_patches_do_not_fill_are_refused(tiny_checkpoint_folder: Path, image_size: int) -> None:
+    with pytest.raises(CheckpointError, match="in whole patches of 8; got"):
+        read_checkpoint(tiny_checkpoint_folder, image_size=image_size)
+
+
+def test_the_command_line_takes_the_size(run: Callable, tiny_checkpoint_folder: Path, tmp_path: Path) -> None:
+    folder = other_size(tiny_checkpoint_folder, tmp_path, 64)
+    assert "--image-size 64 resizes" in run("inspect", folder).out
+    done = run("inspect", folder, "--image-size", 64, "--json")
+    assert json.loads(done.out)["anomalies"] == []
+    assert json.loads(done.out)["image_size"] == [64, 64]
 
 
 def test_a_timm_tower_without_a_class_token_tells_its_size() -> None:

@@ -156,8 +156,9 @@ def test_metadata_beside_the_weights_is_left_out_and_named(tmp_path: Path) -> No
     torch.save(content, path)
     weights = read_weights(path)
     assert same(weights.tensors, TENSORS)
-    taken, left_out, prefix = weights.notes
+    taken, beside, left_out, prefix = weights.notes
     assert taken == "weights read from state_dict"
+    assert beside == "not used, beside them: epoch, optimizer, args"
     assert left_out.startswith("left out, and nothing of them run: objects of numpy.")
     assert left_out.endswith("multiarray.scalar, argparse.Namespace")
     assert prefix == "prefix module. removed from every name"

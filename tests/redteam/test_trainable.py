@@ -64,7 +64,7 @@ def test_an_existing_folder_is_only_replaced_with_force(lab, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(lab, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="can be written"):
+    with pytest.raises(OutputError, match="to be able to write"):
         save_open_clip_folder(lab.clip, tmp_path / "file" / "model")
 
 

@@ -202,3 +202,21 @@ def test_the_largest_body_is_judged_in_seconds(piece: bytes) -> None:
     start = time.process_time()
     is_shallow(b"[" * 40 + piece * ((MAX_JSON_BYTES - 40) // len(piece)))
     assert time.process_time() - start < 10
+
+
+def test_numbers_whose_sizes_overflow_are_refused_where_they_are_numbers() -> None:
+    for shape in (2**63, 2**63 - 1, 2**32, -(2**63)):
+        assert status(refuse_body(b'{"inputs": [{"shape": [%d, 1]}]}' % shape, None)) == 400
+    named = b'{"id": "9223372036854775808", "inputs": [{"shape": [999999999, 1]}]}'
+    assert refuse_body(named, None) is None
+    assert refuse_body(named + b"9" * 20, str(len(named))) is None
+
+
+def test_the_parts_of_an_ensemble_are_asked_by_nobody_else() -> None:
+    def asked(path: str, method: str = "POST") -> int | None:
+        inner = ("clip_alarm", "clip_preprocess")
+        return status(refuse_request(method, path, JSON, max_body_bytes=1000, inner_models=inner))
+
+    assert asked("/v2/models/clip_alarm/infer") == asked("/v2/models/clip_preprocess/versions/1/infer") == 403
+    assert asked("/v2/models/clip/infer") is asked("/v2/models/clip_classifier/infer") is None
+    assert asked("/v2/models/clip_alarm/stats", "GET") is None

@@ -198,6 +198,20 @@ def test_the_repositorys_own_numbers_are_served_from_a_view_too(
         assert (view / model / "1").resolve() == repository.path.resolve() / model / "1"
 
 
+def test_the_view_holds_what_the_manifest_lists_and_nothing_else(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(repository.path, tmp_path / "copy"))
+    (copy / "shapes_classifier" / "2").mkdir()  # Triton would look for a model in it
+    (copy / "lost+found").mkdir()
+    (copy / "shapes" / ".DS_Store").touch()
+    checked = read_repository(copy)
+    view = lay_out(checked, place(checked, server(), ServeConfig()), tmp_path / "view")
+    assert not (view / "shapes_classifier" / "2").exists()
+    assert not (view / "shapes" / ".DS_Store").exists()
+    assert (view / "shapes_classifier" / "1" / "model.onnx").is_file()
+
+
 @pytest.mark.parametrize("character", [*" $`'\"\n;&|<>()*?~#!\\", "é"])
 def test_a_path_a_shell_would_read_is_not_printed_as_a_command(character: str) -> None:
     require_plain(Path("/srv/models-1.0/clip_a"))

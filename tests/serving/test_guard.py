@@ -247,22 +247,36 @@ def test_slow_and_broken_senders_hold_up_nobody_and_leave_nothing_held(
     assert guard._held_bytes == 0
 
 
+def test_a_body_that_trickles_in_has_a_deadline(
+    guard: Guard, config: ServeConfig, triton: FakeTriton, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.5)
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90000\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", config.http_port), timeout=10) as connection:
+        connection.sendall(head)
+        for _ in range(14):
+            connection.sendall(b"{")
+            time.sleep(0.05)
+        assert b" 408 " in connection.recv(1000).splitlines()[0]
+    assert triton.seen == []
+
+
 def test_more_than_fits_is_refused_for_now(
     guard: Guard, ask: Callable[..., Reply], config: ServeConfig, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(module, "MAX_HELD_BODIES", 1)
     with socket.create_connection(("127.0.0.1", config.http_port), timeout=10) as other:
         head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90000\r\n\r\n".encode()
-        other.sendall(head + b"0" * 80_000)
+        other.sendall(head + b"[" * 80_000)
         end = time.monotonic() + 10
         while guard._held_bytes < 80_000 and time.monotonic() < end:
             time.sleep(0.01)
-        assert ask("POST", INFER, b"0" * 50_000).status == 503
-        assert ask("POST", INFER, b"0" * 5000).status == 200
+        assert ask("POST", INFER, b"-" * 50_000).status == 503
+        assert ask("POST", INFER, b"-" * 5000).status == 200
     end = time.monotonic() + 10
     while guard._held_bytes and time.monotonic() < end:
         time.sleep(0.01)
-    assert ask("POST", INFER, b"0" * 50_000).status == 200
+    assert ask("POST", INFER, b"-" * 50_000).status == 200
 
 
 def test_what_is_not_http_is_refused_and_nothing_is_printed(

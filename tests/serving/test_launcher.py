@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cbpt_runtime.errors import ServingError
+from cbpt_runtime.errors import RepositoryError, ServingError
 from cbpt_runtime.serving import launcher
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.launcher import RunningServer
@@ -37,6 +37,10 @@ class Server:
     def stop(self, drain_timeout_s: float) -> None: ...
 
 
+def unchanged() -> None:
+    """What a repository is that was hashed again."""
+
+
 Start = Callable[..., tuple[RunningServer, list[str], list[Any]]]
 
 
@@ -56,7 +60,8 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
         monkeypatch.setattr(launcher, "start_server", start_server)
         monkeypatch.setattr(launcher, "_POLL_S", 0.01)
         monkeypatch.setattr(launcher, "FIRST_PAUSE_S", 0.001)
-        plan: Any = SimpleNamespace(config=ServeConfig())
+        monkeypatch.setattr(launcher, "require_unchanged", lambda repository: repository())
+        plan: Any = SimpleNamespace(config=ServeConfig(), repository=unchanged)
         guard: Any = SimpleNamespace(lead_to=led.append)
         server = RunningServer(plan, guard, tmp_path, told.append)
         server.start()
@@ -91,6 +96,20 @@ def test_a_server_that_does_not_start_five_times_in_a_row_is_given_up(start: Sta
         server.require_running()
     server.stop()
     assert server.restarts == 9
+
+
+def test_files_that_changed_since_the_first_start_are_never_served(start: Start) -> None:
+    server, _, led = start([0.2])
+
+    def changed() -> None:
+        raise RepositoryError(expected="the files", got="model.py was changed", fix="Look.")
+
+    server.plan.repository = changed  # type: ignore[misc, assignment]
+    wait_for(lambda: server._error is not None)
+    with pytest.raises(RepositoryError, match=r"model\.py was changed"):
+        server.require_running()
+    server.stop()
+    assert led == [None]
 
 
 def test_pauses_end_somewhere_and_old_breaks_are_forgotten(

@@ -156,6 +156,22 @@ def test_the_classifier_runs_all_requests_together_and_splits_the_answers(tmp_pa
         assert response["alarm"].shape == (len(batch),)
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 3), (1, 8, 9, 3), (0, 8, 8, 3)])
+def test_pixels_of_another_shape_fail_alone(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write_graph(tmp_path / "1" / "model.onnx")
+    model = Classifier()
+    parameters = {"provider": "cpu", "intra_op_thread_count": 1}
+    model.initialize(arguments(parameters, model_repository=str(tmp_path), model_version="1"))
+    batches = [np.ones((2, 8, 8, 3), np.uint8), np.ones(shape, np.uint8), np.ones((1, 8, 8, 3), np.uint8)]
+    first, bad, last = model.execute([{"images": Tensor("images", batch)} for batch in batches])
+    assert bad.error is not None
+    assert (bad.error.code, "at least one image of (8, 8, 3)" in bad.error.message) == (
+        TritonError.INVALID_ARG,
+        True,
+    )
+    assert (first["alarm"].shape, last["alarm"].shape) == ((2,), (1,))
+
+
 def test_a_provider_that_is_not_there_stops_the_model(tmp_path: Path) -> None:
     import onnxruntime
 
@@ -230,10 +246,12 @@ def test_alarms_are_counted_per_suspected_target_and_passed_on(monkeypatch: pyte
         ("cbpt_alarm_total", "shop", "fig"): 0,
     }
     alarm, target = np.array([[0.9], [0.5], [0.49]], np.float32), np.array([[3], [7], [7]])
-    tensors = {"alarm": Tensor("alarm", alarm), "alarm_target": Tensor("alarm_target", target)}
+    answers = {"logits": np.ones((3, 9)), "probabilities": np.ones((3, 9)), "alarm": alarm}
+    tensors = {name: Tensor(name, value) for name, value in {**answers, "alarm_target": target}.items()}
     first, second = model.execute([tensors, tensors])
     np.testing.assert_array_equal(first["alarm"], alarm)
     np.testing.assert_array_equal(second["alarm_target"], target)
+    assert first["logits"].shape == second["probabilities"].shape == (3, 9)
     assert {name: counter.value for name, counter in Family.known.items()} == {
         ("cbpt_images_total", "shop"): 6,
         ("cbpt_alarm_total", "shop", "teapot"): 2,

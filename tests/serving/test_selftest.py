@@ -67,7 +67,10 @@ def test_a_server_that_starts_tells_the_note(
     note: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    process = SimpleNamespace(log=SimpleNamespace(listen=lambda: None))
+    steps: list[str] = []
+    process = SimpleNamespace(
+        log=SimpleNamespace(listen=lambda: None), make_private=lambda: steps.append("private")
+    )
     plain = SelfTest(images=4, largest_difference=0.0, note=None)
     monkeypatch.setattr(startup, "private_endpoint", lambda: "endpoint")
     monkeypatch.setattr(startup, "_launch", lambda *_: process)
@@ -75,8 +78,7 @@ def test_a_server_that_starts_tells_the_note(
     monkeypatch.setattr(startup, "run_selftest", lambda *_: replace(plain, note=note))
     monkeypatch.setattr(startup, "backend_processes", lambda _: frozenset())
     plan: Any = SimpleNamespace(repository=None, config=None)
-    led_to: list[str] = []
-    guard: Any = SimpleNamespace(lead_to=led_to.append)
+    guard: Any = SimpleNamespace(lead_to=steps.append)
     startup.start_server(plan, guard, tmp_path, told.append, lambda: True)
-    assert led_to == ["endpoint"]
+    assert steps == ["private", "endpoint"]
     assert told == ([] if note is None else [f"note: {note}"])

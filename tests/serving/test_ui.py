@@ -6,6 +6,7 @@ import copy
 import http.client
 import io
 import json
+import socket
 import struct
 import threading
 import time
@@ -329,6 +330,26 @@ def test_slow_clients_take_no_more_than_their_places(ui: UiServer, ask: Callable
             time.sleep(0.05)
     else:
         pytest.fail("the places never came back")
+
+
+def test_a_request_that_trickles_in_loses_its_place(
+    ui: UiServer, ask: Callable[..., Reply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbpt_runtime.serving.ui.handler.REQUEST_TIMEOUT_S", 0.5)
+    host, port = ui.url.removeprefix("http://").rstrip("/").split(":")
+    begin = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=0.05) as slow:
+        while time.monotonic() < begin + 8:
+            try:
+                slow.sendall(b"G")
+                if slow.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+    assert 0.4 < time.monotonic() - begin < 5
+    assert ask("GET", "/").status == 200
 
 
 def test_stops_and_frees_its_port(triton: FakeTriton) -> None:

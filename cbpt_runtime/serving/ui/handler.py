@@ -5,6 +5,7 @@ Requests that another web page sends, or that arrive under another host name (DN
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -22,6 +23,7 @@ from cbpt_runtime.serving.admission import Names, refuse_caller
 MAX_ANSWER_BYTES = 16_000_000
 MAX_CONNECTIONS = 32
 CLIENT_TIMEOUT_S = 30.0
+REQUEST_TIMEOUT_S = 15.0  # for the whole of it, however it trickles in
 _DRAIN_S = 2.0
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
@@ -98,6 +100,22 @@ class Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = CLIENT_TIMEOUT_S
 
+    def setup(self) -> None:
+        """Start the clock of the request."""
+        super().setup()
+        self._clock = threading.Timer(REQUEST_TIMEOUT_S, self._cut_off)
+        self._clock.daemon = True
+        self._clock.start()
+
+    def finish(self) -> None:
+        """Stop it, answered or not."""
+        self._clock.cancel()
+        super().finish()
+
+    def _cut_off(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def do_GET(self) -> None:
         """The page, or something about the model."""
         settings = self.server.settings
@@ -128,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         else:
             body = self.rfile.read(int(length))
+            self._clock.cancel()
             if len(body) == int(length):
                 self._forward("POST", body)
 

@@ -1,0 +1,44 @@
+"""What this package writes to disk: whole or absent, beside its place, and never over what is not its own.
+
+    kinds         how an output is recognised before it is replaced
+    folders       staging, locking, and the move into place
+    json_shape    what a manifest looks like
+    file_table    SHA-256 of every file of a folder, and reading files that strangers may have made
+
+A run has ``OUTPUT.partial`` to itself: a folder with a marker that is locked while the run lives. It holds
+the output until that is whole, what was replaced until the new one has its place, and the stages that a
+run can go on from. What a killed run left in it is used or removed by the next one; a folder of that name
+without the marker is refused.
+"""
+
+from cbpt_runtime.artifacts.file_table import (
+    NOT_LISTED,
+    check_files,
+    hash_files,
+    list_files,
+    read_json_file,
+    read_regular_file,
+)
+from cbpt_runtime.artifacts.folders import check_output, claimed, new_file, new_folder, reserved, writing
+from cbpt_runtime.artifacts.json_shape import NUMBER, shape_problems
+from cbpt_runtime.artifacts.kinds import MARKER, Kind, marked
+
+__all__ = [
+    "MARKER",
+    "NOT_LISTED",
+    "NUMBER",
+    "Kind",
+    "check_files",
+    "check_output",
+    "claimed",
+    "hash_files",
+    "list_files",
+    "marked",
+    "new_file",
+    "new_folder",
+    "read_json_file",
+    "read_regular_file",
+    "reserved",
+    "shape_problems",
+    "writing",
+]

@@ -1,0 +1,120 @@
+"""Files and their hashes, as manifests list them, and reading files that strangers may have made."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+NOT_LISTED = " is not in the manifest"
+"""How `check_files` ends what it says of a file that nobody lists."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below a folder in order, links and all, as relative POSIX paths; links are not followed."""
+    found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``sha256`` and ``size_bytes`` of files of a folder, as manifests list them."""
+    table = {}
+    for name in names:
+        sha256, size = _hash(folder / name)
+        table[name] = {"sha256": sha256, "size_bytes": size}
+    return table
+
+
+def check_files(folder: Path, table: Mapping[str, Any], *, besides: Iterable[str] = ()) -> list[str]:
+    """Compare all files of a folder with a table.
+
+    Args:
+        folder: The folder.
+        table: Per file an object with its ``sha256`` and, in tables of ours, ``size_bytes``.
+        besides: Files that may be there although the table does not list them.
+
+    Returns:
+        One problem per file that is missing, not listed, no plain file, or changed.
+    """
+    there = set(list_files(folder)) - set(besides)
+    problems = [f"{name} is missing" for name in sorted(set(table) - there)]
+    problems += [f"{name}{NOT_LISTED}" for name in sorted(there - set(table))]
+    for name in sorted(set(table) & there):
+        file, entry = folder / name, table[name]
+        try:
+            if file.is_symlink() or not file.is_file():
+                problems.append(f"{name} is not a plain file")
+            elif not _is_as_listed(file, entry):
+                problems.append(f"{name} was changed")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
+
+
+def read_regular_file(path: Path, *, max_bytes: int) -> bytes:
+    """Read a file that a stranger may have put there: a regular one, of bounded size.
+
+    A link to a regular file is followed.
+
+    Raises:
+        OSError: It cannot be opened, is a device, a pipe or a folder, or is larger than `max_bytes`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe nobody writes to blocks
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        if facts.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"Larger than {max_bytes} bytes", str(path))
+        return file.read(facts.st_size)
+
+
+def read_json_file(path: Path, *, max_bytes: int) -> tuple[bytes, Any]:
+    """Read JSON that a stranger may have written; the bytes and the value.
+
+    Raises:
+        OSError: As `read_regular_file`.
+        ValueError: Not JSON in UTF-8, nested too deeply, or with what JSON has no word for: NaN, infinity,
+            half a character.
+    """
+    raw = read_regular_file(path, max_bytes=max_bytes)
+    try:
+        value = json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return raw, value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]}, which is no finite number")
+    return number
+
+
+def _is_as_listed(file: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether size (the cheap question first) and hash are those of the table."""
+    size = file.stat().st_size
+    return bool(entry.get("size_bytes", size) == size and _hash(file)[0] == entry.get("sha256"))
+
+
+def _hash(file: Path) -> tuple[str, int]:
+    """SHA-256 and size in bytes of what was really read."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    digest, size = hashlib.sha256(), 0
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(file))
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size

@@ -1,0 +1,34 @@
+"""`cbpt-runtime convert`: a checkpoint of any layout in, an open_clip folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cbpt_runtime.cli.output import print_json, print_pairs
+from cbpt_runtime.names import shell_line
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint, as for purify --checkpoint.")],
+    output: Annotated[Path, typer.Option(help="open_clip folder to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a converted folder at --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint of any layout as an open_clip folder, and say what was found and left out."""
+    from cbpt_runtime.conversion import convert_checkpoint
+
+    found = convert_checkpoint(checkpoint, output, model=model, image_size=image_size, force=force)
+    if as_json:
+        print_json(found)
+    else:
+        print_pairs(found | {"next": shell_line("cbpt-runtime", "inspect", output)})
