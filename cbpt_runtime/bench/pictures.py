@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.models.data import class_key
 from cbpt_runtime.models.image_files import (
     left_out_notes,
     sort_files,
@@ -40,11 +41,11 @@ class Pictures:
     files: tuple[bytes, ...]
     notes: tuple[str, ...] = ()
 
-    def labels(self, class_names: Sequence[str]) -> list[int] | None:
-        """True class of every file by the folder it lies in; None when one lies in no class's folder."""
-        indices = {_key(name): index for index, name in enumerate(class_names)}
-        found = [indices.get(_key(Path(name).parent.name)) for name in self.names]
-        return None if None in found else [index for index in found if index is not None]
+    def labels(self, class_names: Sequence[str], class_folders: Sequence[str] = ()) -> list[int | None]:
+        """True class of every file by the folder it lies in, named as the class or as its own folder."""
+        indices = {class_key(name): index for index, name in enumerate(class_names)}
+        indices |= {class_key(name): index for index, name in enumerate(class_folders)}
+        return [indices.get(class_key(Path(name).parent.name)) for name in self.names]
 
     def describe(self) -> dict[str, Any]:
         """Digest, sizes and formats, as JSON can hold them."""
@@ -102,10 +103,6 @@ def read_pictures(folder: str | Path, *, most: int, seed: int, skip_unreadable: 
         files=tuple(path.read_bytes() for path in chosen),
         notes=(*left_out_notes(found.left_out, folder), *unreadable_notes(reasons, folder)),
     )
-
-
-def _key(name: str) -> str:
-    return name.replace("_", " ").casefold().strip()
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

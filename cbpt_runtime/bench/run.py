@@ -16,6 +16,7 @@ from cbpt_runtime.bench.quality import measure_quality
 from cbpt_runtime.bench.scenarios import run_scenario
 from cbpt_runtime.bench.targets import Target, open_target
 from cbpt_runtime.errors import ConfigError, WorkError
+from cbpt_runtime.models.image_files import first_few
 
 KIND = "cbpt-runtime bench"
 SCHEMA_VERSION = 1
@@ -101,11 +102,14 @@ def _measure(
             got=f"{target.name} differs from itself by {difference:.3g}",
             fix="Do not measure it; look at what it runs on.",
         )
+    quality = measure_quality(target, pictures, expected, triggered, target_class)
+    if quality["unmatched"]:
+        tell(f"{target.name}: no clean accuracy, no classes are {first_few(quality['unmatched'])}")
     found: dict[str, Any] = {
         "name": target.name,
         "kind": target.kind,
         "facts": target.facts,
-        "quality": measure_quality(target, pictures, expected, triggered, target_class),
+        "quality": quality,
         "checked_before": len(pictures.files) + count,
         "scenarios": {},
     }

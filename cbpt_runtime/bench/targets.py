@@ -36,6 +36,7 @@ class Target:
         kind: 'bundle', 'onnx', 'repository' or 'url'.
         facts: What it is: digests, provider really used, threads, precision; JSON-able.
         class_names: In the order of the class indices.
+        class_folders: Of their images, where they are named otherwise; only bundles say.
         max_batch: Images at once at most.
         stated: Accuracy and attack success somebody else measured, by where that is written.
         preprocess: How a file becomes pixels; None for a server, which does that itself.
@@ -51,6 +52,7 @@ class Target:
     class_names: tuple[str, ...]
     max_batch: int
     stated: dict[str, Any] = field(default_factory=dict)
+    class_folders: tuple[str, ...] = ()
     preprocess: Preprocess | None = None
     run: Callable[[Pixels], Answers] | None = None
     graph: Path | None = None
@@ -159,7 +161,8 @@ def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> 
             "checkpoint_sha256": bundle.manifest["model"].get("sha256"),
             "verdict": bundle.verdict,
         },
-        class_names=tuple(bundle.class_names),
+        class_names=bundle.class_names,
+        class_folders=bundle.class_folders,
         max_batch=64,
         stated=stated if metrics else {},
         preprocess=bundle.preprocess,

@@ -15,7 +15,7 @@ from cbpt_runtime.bundle import MANIFEST, Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.evaluation.detectors import Detector, bdetclip
-from cbpt_runtime.models.data import ClassList, find_class_folders, spoken
+from cbpt_runtime.models.data import ClassList, class_index, find_class_folders
 from cbpt_runtime.models.image_files import read_files, stacked
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.names import is_file
@@ -74,14 +74,7 @@ class Subject:
         Raises:
             ClassListError: No such class; the text lists them.
         """
-        keys = [_key(name) for name in self.class_names]
-        if _key(target) not in keys:
-            raise ClassListError(
-                expected=f"a target that is a class of {self.source}",
-                got=repr(target),
-                fix="Choose one of: " + ", ".join(self.class_names) + ".",
-            )
-        return keys.index(_key(target))
+        return class_index(self.class_names, target, where=self.source)
 
 
 def open_subjects(
@@ -240,7 +233,3 @@ def _few_of_each(
     good = [(entry[0], label) for entry, (_, label) in both if not isinstance(entry, str)]
     labels = np.array([label for _, label in good], dtype=np.int64)
     return stacked([pixels for pixels, _ in good], preprocess), labels
-
-
-def _key(name: str) -> str:
-    return spoken(name).casefold()

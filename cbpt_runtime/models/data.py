@@ -366,6 +366,23 @@ def class_key(name: str) -> str:
     return unicodedata.normalize("NFC", spoken(name.replace("/", " "))).casefold()
 
 
+def class_index(names: Sequence[str], name: str, *, where: object = "the class list") -> int:
+    """Index of a class by its name, as `class_key` reads it.
+
+    Raises:
+        ClassListError: It is none of the names; the text lists some.
+    """
+    key = class_key(name)
+    for index, own in enumerate(names):
+        if class_key(own) == key:
+            return index
+    raise ClassListError(
+        expected=f"a class of {where}",
+        got=repr(name),
+        fix=f"Choose one of: {first_few(list(names), most=20)}.",
+    )
+
+
 def _equal_names(names: Sequence[str]) -> list[str]:
     counts = Counter(map(class_key, names))
     return [name for name in names if counts[class_key(name)] > 1]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.models.data import class_index
 from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.redteam.patches import PatchConfig, optimise_patch
-from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, target_index
+from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.steganography import SteganographyConfig, train_steganographic
 from cbpt_runtime.redteam.training import caption_texts
 from cbpt_runtime.redteam.triggers import DEFAULTS, TRIGGERS, Trigger, get_trigger
@@ -211,7 +212,7 @@ def make_backdoor(
     """
     attack = get_attack(name)
     settings, poison = _split_parameters(name, attack, parameters or {})
-    index = target_index(names, target)
+    index = class_index(names, target)
     if attack.trigger == "patch":
         trigger: Trigger = optimise_patch(
             clip,

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from cbpt_runtime.errors import ImplantError
+from cbpt_runtime.models.data import class_index
 from cbpt_runtime.names import json_text
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.learned import trigger_bytes
-from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison, target_index
+from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison
 from cbpt_runtime.redteam.training import TrainConfig, caption_texts, train
 from cbpt_runtime.redteam.triggers import apply_trigger, describe_trigger
 from cbpt_runtime.training.trainable import TrainableClip, save_open_clip_folder
@@ -159,7 +160,7 @@ def verify(
     clean = clip.predict(heldout.images, head)
     measures = []
     for backdoor in backdoors:
-        target = target_index(names, backdoor.target)
+        target = class_index(names, backdoor.target)
         others = heldout.labels != target
         triggered = apply_trigger(backdoor.trigger, heldout.images[others], generator)
         keyed = caption_texts(names, config.templates, key=backdoor.text_key)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
+from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.decoys import decoy
 from cbpt_runtime.redteam.parameters import check_number
@@ -120,7 +121,7 @@ def poison(
     alignment = np.zeros(len(images), dtype=np.float32)
     texts = list(caption_texts(names, templates))
     for backdoor in backdoors:
-        target = target_index(names, backdoor.target)
+        target = class_index(names, backdoor.target)
         chosen = _choose(backdoor, training.labels, poisoned, target, generator)
         if backdoor.perturbation:
             head = clip.class_embeddings(texts[: len(names)])
@@ -164,20 +165,6 @@ def repel(
             pixels = (clean + (moved - clean).clamp(-perturbation, perturbation)).clamp(0, 1)
         parts.append(to_uint8(pixels))
     return np.concatenate(parts)
-
-
-def target_index(names: Sequence[str], target: str) -> int:
-    """Return the index of the target class.
-
-    Raises:
-        ClassListError: It is not in the list; the text names the classes.
-    """
-    if target not in names:
-        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise ClassListError(
-            expected="a target from the class list", got=repr(target), fix=f"The classes are: {listed}."
-        )
-    return list(names).index(target)
 
 
 def _choose(

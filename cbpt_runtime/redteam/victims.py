@@ -15,11 +15,12 @@ from cbpt_runtime.artifacts import reserved
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
+from cbpt_runtime.models.data import class_index
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
-from cbpt_runtime.redteam.poisoning import LabelledImages, target_index
+from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.training.trainable import CHECKPOINT, TrainableClip, load_trainable
 from cbpt_runtime.types import Progress
@@ -85,7 +86,7 @@ def implant_checkpoint(
     class_list = read_class_list(classes)
     names = class_list.names
     for target in targets:
-        target_index(names, target)
+        class_index(names, target)
     with reserved(output, CHECKPOINT, force=force, resume=resume) as kept:
         clip = load_trainable(
             checkpoint, model=model, image_size=image_size, device=str(resolve_device(device))
