@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import ImageSizeOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.cli.settings import named_trigger, parsed_settings
@@ -102,10 +103,7 @@ def implant(
     model: Annotated[
         str | None, typer.Option(help="open_clip architecture or config, for checkpoints that do not say.")
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    image_size: ImageSizeOption = None,
     heldout: Annotated[
         Path | None, typer.Option(help="Images to prove the implant on; a tenth of --images otherwise.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
@@ -89,10 +90,8 @@ def command(
     different_hardware: Annotated[
         bool, typer.Option("--different-hardware", help="compare: although the machines differ.")
     ] = False,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure latency and throughput honestly, and that the answers stay right."""
     if targets[0] == COMPARE:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 from cbpt_runtime.names import is_folder
@@ -34,13 +35,11 @@ def command(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Served model, where a server has several.")] = None,
     timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-    ] = False,
+    skip_unreadable: SkipUnreadableOption = False,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
     trust: TrustOption = None,
     digest: DigestOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Classify images with the purified head and show the alarm."""
     asked = given_trust(trust, digest)

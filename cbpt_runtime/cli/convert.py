@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, ModelOption
 from cbpt_runtime.cli.output import print_json, print_pairs
 from cbpt_runtime.names import shell_line
 
@@ -14,15 +15,10 @@ from cbpt_runtime.names import shell_line
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint, as for purify --checkpoint.")],
     output: Annotated[Path, typer.Option(help="open_clip folder to make.")],
-    model: Annotated[
-        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a converted folder at --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint of any layout as an open_clip folder, and say what was found and left out."""
     from cbpt_runtime.conversion import convert_checkpoint

@@ -9,6 +9,7 @@ import typer
 
 from cbpt_runtime.cli.classify import print_answers
 from cbpt_runtime.cli.evaluate import print_evaluation
+from cbpt_runtime.cli.options import JsonOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.names import shell_line
@@ -21,7 +22,7 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder to make.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo in --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw images, train a backdoored CLIP, prove the backdoor, purify it, measure it again, serve it."""
     from cbpt_runtime.demo import run_demo, serve_demo

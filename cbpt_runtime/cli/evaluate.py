@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cbpt_runtime.cli.options import ForcePageOption, ImageSizeOption, ReportOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
 from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
@@ -64,22 +65,17 @@ def command(
         list[str] | None, typer.Option(help="Prompt of checkpoints, {} is the class; repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    image_size: ImageSizeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     detector: Annotated[
         Literal["bdetclip"] | None,
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-    ] = False,
+    skip_unreadable: SkipUnreadableOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
-    report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
+    report: ReportOption = None,
+    force: ForcePageOption = False,
     output_format: Annotated[
         Format, typer.Option("--format", help="How to print the results.", show_default=True)
     ] = Format.TEXT,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
@@ -38,13 +39,11 @@ def command(
         Path | None,
         typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
     ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-    ] = False,
+    skip_unreadable: SkipUnreadableOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model repository at --output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Bake encoder and heads into one ONNX graph, compare it with PyTorch, write a Triton repository."""
     from cbpt_runtime.export.profiles import read_profile

@@ -6,22 +6,18 @@ from typing import Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, ModelOption
 from cbpt_runtime.cli.output import print_json, print_pairs
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 
 def command(
     path: Annotated[str, typer.Argument(help="Checkpoint (as for purify --checkpoint) or bundle folder.")],
-    model: Annotated[
-        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     trust: TrustOption = None,
     digest: DigestOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.inspection import inspect_path

@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cbpt_runtime.cli.options import (
+    DeviceOption,
+    ImageSizeOption,
+    JsonOption,
+    ModelOption,
+    ReferenceOption,
+    SeedOption,
+    SkipUnreadableOption,
+)
 from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 
@@ -25,24 +34,16 @@ def command(
     classes: Annotated[Path, typer.Option(help="Class names: one per line, or JSON with templates.")],
     images: Annotated[Path, typer.Option(help="A few clean images: one folder per class, or no folders.")],
     output: Annotated[Path, typer.Option(help="Bundle folder to make.")],
-    model: Annotated[
-        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
-    ] = None,
+    reference: ReferenceOption = None,
     shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
     method: Annotated[
         Literal["cbpt", "ft", "cleanclip", "abd", "rvpt"],
         typer.Option(help="How: CBPT tunes the class prompts; the others tune the image tower instead."),
@@ -63,10 +64,8 @@ def command(
     no_images: Annotated[
         bool, typer.Option("--no-images", help="Keep no clean images in the bundle: exports then need some.")
     ] = False,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
     from cbpt_runtime.pipeline import purify_checkpoint, read_config, read_defense

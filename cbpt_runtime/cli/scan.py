@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import (
+    DeviceOption,
+    ForcePageOption,
+    ImageSizeOption,
+    JsonOption,
+    ModelOption,
+    ReferenceOption,
+    ReportOption,
+    SeedOption,
+)
 from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
@@ -23,28 +33,20 @@ _WORDS = 5
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Suspect checkpoint, as for purify --checkpoint.")],
     images: Annotated[Path, typer.Option(help="Any images, in folders or not; 64 or more are better.")],
-    model: Annotated[
-        str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the input in pixels, if to be another: resizes positions."),
-    ] = None,
+    model: ModelOption = None,
+    image_size: ImageSizeOption = None,
     classes: Annotated[
         Path | None, typer.Option(help="Class names to look among first, as for purify; none are needed.")
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    reference: ReferenceOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
     config: Annotated[
         Path | None, typer.Option(help="JSON file with settings, as for purify; flags given here win.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the page at --report.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    report: ReportOption = None,
+    force: ForcePageOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say whether a CLIP has a backdoor, and for which word: exit code 0 clean, 3 backdoored."""
     from cbpt_runtime.pipeline import read_config

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cbpt_runtime.cli.options import JsonOption
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
@@ -56,7 +57,7 @@ def command(
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the tritonserver command and start nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve a model repository until Ctrl-C or SIGTERM; ready only after a self-test through the wire."""
     from cbpt_runtime.serving import ServeConfig, running_server

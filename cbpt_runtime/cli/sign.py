@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cbpt_runtime.cli.options import JsonOption
 from cbpt_runtime.cli.output import print_json, print_pairs
 
 
@@ -17,7 +18,7 @@ def command(
         Path | None, typer.Option(help="The key's certificate, and any above it after it (PEM).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a signature that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sign a bundle or a model repository by the OpenSSF Model Signing specification, offline."""
     from cbpt_runtime.trust import sign_artefact

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.export import print_parity
+from cbpt_runtime.cli.options import JsonOption
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
@@ -31,7 +32,7 @@ def command(
         bool,
         typer.Option("--allow-foreign-code", help="Accept code that this version would not have written."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a model repository: every hash, the graph, its configurations, the golden answers, parity."""
     from cbpt_runtime.export.verify import verify_repository

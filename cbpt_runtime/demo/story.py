@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cbpt_runtime.metrics import Rate
     from cbpt_runtime.types import Progress
 
-MAXIMUM_ASR = 0.25
+MAXIMUM_ASR = 0.10
 MAXIMUM_CA_DROP = 0.10
 _ENTRIES = (
     "images",

@@ -155,7 +155,7 @@ def test_a_good_purification_passes():
     ],
 )
 def test_a_failed_purification_ends_the_demo_with_the_reason_and_the_bar(changes, reason):
-    with pytest.raises(PurificationError, match=rf"attack success at most 0\.25.*{reason}"):
+    with pytest.raises(PurificationError, match=rf"attack success at most 0\.10.*{reason}"):
         check_purification(evaluation(**changes))
 
 
