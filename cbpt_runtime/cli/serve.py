@@ -37,7 +37,9 @@ def command(
     ] = None,
     allow_foreign_code: Annotated[
         bool,
-        typer.Option("--allow-foreign-code", help="Serve code that this version would not have written."),
+        typer.Option(
+            "--allow-foreign-code", help="Serve code or a graph that this version would not have written."
+        ),
     ] = False,
     profile: Annotated[
         str | None, typer.Option(help="cpu, cuda, tensorrt or python. Default: what the server can run.")

@@ -30,7 +30,9 @@ def command(
     digest: DigestOption = None,
     allow_foreign_code: Annotated[
         bool,
-        typer.Option("--allow-foreign-code", help="Accept code that this version would not have written."),
+        typer.Option(
+            "--allow-foreign-code", help="Accept code or a graph that this version would not have written."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,6 +51,8 @@ def command(
         print_note(f"note: {name} is not as this version writes it")
     if found.golden_note is not None:
         print_note(f"note: {found.golden_note}")
+    if found.graph_note is not None:
+        print_note(f"note: {found.graph_note}")
     if found.ignored:
         print_note(f"note: ignored, as systems leave them everywhere: {', '.join(found.ignored)}")
     if as_json:

@@ -13,10 +13,12 @@ import onnx
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
+from cbpt_runtime.export.operators import OPERATORS
 
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 FEATURES = "features"  # a tensor inside the graph
+OPSETS = (18, 19, 20)
 MAX_IR_VERSION = 10
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "timm")
 
@@ -110,17 +112,17 @@ def check_portable(model: onnx.ModelProto) -> None:
     """Check what every Triton release since 24.10 needs.
 
     Raises:
-        ExportError: A newer operator set or format, an operator outside the standard, external data, or not
-            the inputs and outputs of a served classifier.
+        ExportError: A newer operator set or format, an operator out of the standard or not in `OPERATORS`,
+            which `serve` would refuse, external data, or not the inputs and outputs of a served classifier.
     """
     problems = []
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if set(opsets) != {""} or not 18 <= opsets[""] <= 20:
+    if set(opsets) != {""} or opsets[""] not in OPSETS:
         problems.append(f"operator sets {opsets}")
     if model.ir_version > MAX_IR_VERSION:
         problems.append(f"IR version {model.ir_version}")
-    foreign = sorted({node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")})
-    problems += [f"operator {name}" for name in foreign]
+    foreign = {node.op_type for node in model.graph.node if node.domain or node.op_type not in OPERATORS}
+    problems += [f"operator {name}" for name in sorted(foreign)]
     if any(tensor.external_data for tensor in model.graph.initializer):
         problems.append("external data")
     names = ([value.name for value in model.graph.input], [value.name for value in model.graph.output])

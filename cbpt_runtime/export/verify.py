@@ -15,9 +15,10 @@ from google.protobuf.message import DecodeError
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
+from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES
 from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
+from cbpt_runtime.export.onnx import check_portable, describe, read_metadata, to_bytes
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.export.written import require_own_files
@@ -26,9 +27,8 @@ from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
     from cbpt_runtime.classifier import ZeroShotClassifier
+    from cbpt_runtime.export.graph import ServedClassifier
     from cbpt_runtime.export.images import GateImages
-
-_MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class Verification:
         golden_difference: Largest difference in probability or alarm.
         golden_note: What differs, when int8 was exported on another kind of processor and something does.
         parity: The gate again, when a bundle was given.
+        graph_note: Why the graph was not compared with a new export of the bundle, if it was not.
         ignored: What systems left in the folder, such as `lost+found`; nobody reads it.
     """
 
@@ -57,6 +58,7 @@ class Verification:
     golden_difference: float
     golden_note: str | None
     parity: dict[str, Any] | None
+    graph_note: str | None = None
     ignored: tuple[str, ...] = ()
 
 
@@ -73,11 +75,13 @@ def verify_repository(
 
     Args:
         path: Its folder.
-        bundle: What it was exported from; the gate of its precision is then run again.
+        bundle: What it was exported from; the gate of its precision is then run again, and a float32 graph
+            compared with a new export.
         provider: Where to run; where its profile says when None.
         images: Labelled images for the gate; those the bundle carries, or drawn ones, when None.
         trust: What the repository has to show; its manifest has the digest that the bundle must have.
-        allow_foreign_code: Accept code and configurations that this version would not have written.
+        allow_foreign_code: Accept code, configurations and parts of the graph that this version would not
+            have written; the graph still has to be portable.
 
     Raises:
         RepositoryError: It is damaged, contradicts itself, or is not the bundle's.
@@ -87,9 +91,9 @@ def verify_repository(
     """
     repository = open_repository(path, trust)
     where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
+    foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     model = check_graph(repository)
     check_configs(repository)
-    foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
     golden = read_golden(repository.golden)
     pixels = golden.pixels(preprocess)
@@ -97,6 +101,7 @@ def verify_repository(
     session = open_session(str(repository.graph), where)
     outputs = run_session(session, pixels, batch_size=len(pixels))
     checked = golden.check(outputs, where=str(repository.path), made_on=repository.made_on)
+    parity, graph_note = (None, None) if bundle is None else _again(repository, model, bundle, where, images)
     return Verification(
         repository=str(repository.path),
         digest=repository.digest,
@@ -106,7 +111,8 @@ def verify_repository(
         golden_images=len(pixels),
         golden_difference=checked.largest_difference,
         golden_note=checked.note,
-        parity=None if bundle is None else _parity(repository, model, bundle, where, images),
+        parity=parity,
+        graph_note=graph_note,
         ignored=repository.ignored,
     )
 
@@ -119,7 +125,7 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
         ExportError: It is not portable.
     """
     try:
-        content = read_regular_file(repository.graph, max_bytes=_MAX_GRAPH_BYTES)
+        content = read_regular_file(repository.graph, max_bytes=MAX_GRAPH_BYTES)
         model = onnx.load_model_from_string(content)
         names = json.loads(read_metadata(model).get("cbpt.class_names", "[]"))
     except (OSError, DecodeError, ValueError, RecursionError) as error:
@@ -172,13 +178,14 @@ def _check_pixels(golden: GoldenSet, pixels: Any) -> None:
         )
 
 
-def _parity(
+def _again(
     repository: Repository,
     model: onnx.ModelProto,
     bundle: Bundle | str | Path,
     provider: Provider,
     images: str | Path | None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str | None]:
+    """The gate again, and why the graph was not compared with a new export, if it was not."""
     from cbpt_runtime.export.images import find_gate_images
     from cbpt_runtime.export.parity import measure_parity
     from cbpt_runtime.export.repository import load_served
@@ -188,13 +195,38 @@ def _parity(
         raise _contradiction(f"the repository of {bundle.path}", "that of another bundle")
     profile = repository.manifest["profile"]
     seen = find_gate_images(bundle, images)
-    _, classifier = load_served(bundle)
+    module, classifier = load_served(bundle)
+    graph_note = _compare_with_new_export(model, module, bundle)
     if profile["precision"] != "fp32":
         session = open_session(to_bytes(model), provider)
-        return _quality(session, classifier, seen, profile)
+        return _quality(session, classifier, seen, profile), graph_note
     parity = measure_parity(model, classifier, seen, max_batch=profile["max_batch"], provider=provider)
     parity.require()
-    return parity.to_dict()
+    return parity.to_dict(), graph_note
+
+
+def _compare_with_new_export(model: onnx.ModelProto, module: ServedClassifier, bundle: Bundle) -> str | None:
+    """Export the bundle once more and compare byte by byte; why not, where that says nothing.
+
+    The same bundle and packages give the same bytes in float32. Those of fp16 and int8 also depend on the
+    provider, the calibration images and the processor; the gate alone speaks for them.
+
+    Raises:
+        RepositoryError: The bundle gives another graph.
+    """
+    from cbpt_runtime.export.graph import export_onnx
+
+    metadata, expected = read_metadata(model), describe(bundle, precision="fp32")
+    if metadata.get("cbpt.precision") != "fp32":
+        return "the graph was not compared with a new export, which only float32 allows"
+    if metadata.get("cbpt.versions") != expected["cbpt.versions"]:
+        return (
+            "the graph was not compared with a new export: it was made with other package versions, "
+            f"{metadata.get('cbpt.versions')}"
+        )
+    if to_bytes(export_onnx(module, bundle)) != to_bytes(model):
+        raise _contradiction(f"the graph that {bundle.path} gives when it is exported", "another graph")
+    return None
 
 
 def _quality(

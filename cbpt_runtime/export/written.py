@@ -1,7 +1,8 @@
 """What `export` writes alike for everybody who exports the same: code, configurations, labels.
 
 The rest of a repository are data: the graph, the golden set, one picture to warm up with, what the gate saw.
-A repository with other code or configurations than the installed version writes is not served unasked.
+A repository with other code or configurations than the installed version writes is not served unasked, nor
+one whose graph has parts that `cbpt_runtime.export.foreign_graph` names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import cbpt_runtime
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
+from cbpt_runtime.export.foreign_graph import foreign_graph_parts
 from cbpt_runtime.export.manifest import PARITY, Repository
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
@@ -100,18 +102,21 @@ def _configs(served: Served) -> Iterator[tuple[str, str]]:
 def foreign_files(repository: Repository) -> list[str]:
     """Files of a repository that the installed version would not have written so, and files too many.
 
-    The numbers of instances and threads may be those of another machine.
+    The numbers of instances and threads may be those of another machine. Behind the name of the graph it says
+    in brackets what in it is foreign.
 
     Raises:
-        RepositoryError: Nothing can be said, because the manifest or a configuration contradicts itself.
+        RepositoryError: Nothing can be said, because the manifest or a configuration contradicts itself; or
+            the graph would read files that the manifest does not list.
     """
     served = _served(repository)
     expected = written_files(served)
+    graph = f"{served.classifier_name}/1/model.onnx"
     data = {
         PARITY,
         ATTESTATION,
         BOM,
-        f"{served.classifier_name}/1/model.onnx",
+        graph,
         f"{served.preprocess_name}/warmup/{WARMUP}",
     }
     golden = f"{served.name}/1/{GOLDEN_FOLDER}/"
@@ -125,6 +130,13 @@ def foreign_files(repository: Repository) -> list[str]:
             name.startswith(golden) and _GOLDEN.fullmatch(name.removeprefix(golden))
         ):
             foreign.append(name)
+    parts = foreign_graph_parts(
+        repository,
+        image_size=served.bundle.preprocess.image_size,
+        classes=len(served.bundle.class_names),
+    )
+    if parts:
+        foreign.append(f"{graph} ({'; '.join(parts)})")
     return sorted(foreign)
 
 
@@ -138,8 +150,8 @@ def require_own_files(repository: Repository, *, allow_foreign_code: bool = Fals
     if foreign and not allow_foreign_code:
         more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
         raise RepositoryError(
-            expected=f"the code, configurations and labels in {repository.path} that this version of "
-            "cbpt-runtime writes, and no other files",
+            expected=f"the code, configurations, labels and parts of a graph in {repository.path} that this "
+            "version of cbpt-runtime writes, and no other files",
             got=f"something else in {', '.join(foreign[:_MOST_NAMED])}{more}",
             fix="Export the bundle again with this version; --allow-foreign-code runs what you have read "
             "and trust.",

@@ -34,7 +34,7 @@ class ServeConfig:
         max_request_bytes: Larger HTTP requests are refused before they are read.
         host_names: Names by which the HTTP ports may be asked, besides those of the loopback and, where they
             are open to a network, any address and names that only exist inside one.
-        allow_foreign_code: Serve code and configurations that this version would not have written.
+        allow_foreign_code: Serve code, configurations and graphs that this version would not have written.
 
     Raises:
         ConfigError: A value is out of range.

@@ -24,7 +24,7 @@ class Plan:
         config: The operator's settings, with the ports really used.
         placement: Backend, instances and threads on this machine.
         region_bytes: Shared memory of each python-backend process to begin with.
-        foreign: Files with code or configurations of somebody else that the operator lets in.
+        foreign: Files with code, configurations or a graph of somebody else that the operator lets in.
     """
 
     repository: Repository

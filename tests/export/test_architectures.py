@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.parity import measure_parity
@@ -30,7 +31,9 @@ def check(config: Mapping[str, Any], folder: Path, *, bias: float | None = None)
     module, classifier = load_served(bundle)
     images = draw_gate_images(bundle)
     images = replace(images, pixels=images.pixels[:4])
-    measure_parity(export_onnx(module, bundle), classifier, images, max_batch=4).require()
+    model = export_onnx(module, bundle)
+    assert foreign_parts(model, image_size=bundle.preprocess.image_size, classes=len(CLASSES)) == []
+    measure_parity(model, classifier, images, max_batch=4).require()
 
 
 def random_bundle(config: Mapping[str, Any], folder: Path, bias: float | None) -> Bundle:

@@ -15,6 +15,7 @@ import torch
 from cbpt_runtime import heads
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
+from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import check_exportable, export_onnx
 from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
 from cbpt_runtime.export.repository import Exported, load_served
@@ -79,9 +80,9 @@ def test_without_suspects_the_exported_alarm_is_zero(tiny_export) -> None:
     manifest = tiny_export.bundle.manifest | {"suspects": [], "verdict": "clean"}
     bundle = replace(tiny_export.bundle, manifest=manifest)
     module, _ = load_served(bundle)
-    answers = run_session(
-        open_session(to_bytes(export_onnx(module, bundle))), tiny_export.images.pixels, batch_size=5
-    )
+    model = export_onnx(module, bundle)
+    assert foreign_parts(model, image_size=(32, 32), classes=3) == []
+    answers = run_session(open_session(to_bytes(model)), tiny_export.images.pixels, batch_size=5)
     assert answers["alarm"].tolist() == [0.0] * len(tiny_export.images.pixels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
@@ -17,6 +19,7 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError, RepositoryError
 from cbpt_runtime.export.manifest import read_repository
+from cbpt_runtime.export.onnx import read_metadata, to_bytes, write_metadata
 from cbpt_runtime.export.repository import Exported
 from cbpt_runtime.export.verify import verify_repository
 
@@ -29,6 +32,27 @@ def test_an_intact_repository_verifies(tiny_repository: Exported, tiny_bundle: B
     assert found.golden_difference <= 1e-6
     assert found.parity is not None
     assert found.parity["passed"]
+    assert found.graph_note is None  # it is what the bundle gives when it is exported again
+
+
+def test_another_graph_than_the_bundle_gives_is_refused(
+    copied_repository: Path, resealed: Callable[[Path], None], tiny_bundle: Bundle
+) -> None:
+    """One weight that the parity gate does not see, and a manifest that fits."""
+    nudge_a_weight(copied_repository)
+    resealed(copied_repository)
+    with pytest.raises(RepositoryError, match="gives when it is exported; got another graph"):
+        verify_repository(copied_repository, tiny_bundle)
+
+
+def test_a_graph_of_other_packages_is_not_compared_and_it_is_said(
+    copied_repository: Path, resealed: Callable[[Path], None], tiny_bundle: Bundle
+) -> None:
+    nudge_a_weight(copied_repository, versions='{"torch": "2.6.0"}')
+    resealed(copied_repository)
+    note = verify_repository(copied_repository, tiny_bundle).graph_note
+    assert note is not None
+    assert note.endswith('made with other package versions, {"torch": "2.6.0"}')
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -151,6 +175,21 @@ def test_a_configuration_triton_cannot_read_is_named(
 def test_another_bundle_is_noticed(tiny_repository: Exported, tiny_bundle: Bundle) -> None:
     with pytest.raises(RepositoryError, match="that of another bundle"):
         verify_repository(tiny_repository.path, replace(tiny_bundle, digest="0" * 64))
+
+
+def nudge_a_weight(repository: Path, versions: str | None = None) -> None:
+    """Change a weight by almost nothing; also what the graph says about the packages it was made with."""
+    path = repository / "shapes_classifier" / "1" / "model.onnx"
+    model = onnx.load(path)
+    head = next(tensor for tensor in model.graph.initializer if tensor.name == "class_embeddings")
+    head.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(head) * np.float32(1 + 1e-6), head.name))
+    if versions is not None:
+        write_metadata(model, read_metadata(model) | {"cbpt.versions": versions})
+    path.write_bytes(to_bytes(model))
+    manifest = json.loads((repository / "manifest.json").read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for file in [repository / "manifest.json", *repository.rglob("*.pbtxt")]:
+        file.write_text(file.read_text().replace(manifest["graph_sha256"], digest))
 
 
 def swap_classes(repository: Path) -> None:
