@@ -12,12 +12,15 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cbpt_runtime.artifacts import writing
-from cbpt_runtime.bundle import MANIFEST, Bundle, read_bundle
 from cbpt_runtime.errors import BundleError, ConfigError, OutputError, TrustError
-from cbpt_runtime.export.manifest import Repository, is_repository, read_repository
+from cbpt_runtime.export.manifest import MANIFEST, Repository, is_repository, read_repository
 from cbpt_runtime.signing import SIGNATURE, check_signature, sign_folder
+
+if TYPE_CHECKING:
+    from cbpt_runtime.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,8 @@ def open_bundle(path: str | Path, trust: Trust = ANYONE, *, verify: bool = True)
         ConfigError: The key cannot be used.
         TrustError: Its signature is wrong or missing, or its digest another.
     """
+    from cbpt_runtime.bundle import read_bundle  # takes safetensors along; a server needs none
+
     signed = _signed_digest(Path(path), trust)
     bundle = read_bundle(path, verify=verify)
     _check_digest(bundle, signed, trust)
@@ -148,6 +153,8 @@ def sign_artefact(
         InputError: The folder is damaged or holds files its manifest does not know; the key cannot be used.
         OutputError: It has a signature already, or cannot be written.
     """
+    from cbpt_runtime.bundle import Bundle, read_bundle
+
     path = Path(path)
     file = path / SIGNATURE
     artefact = read_repository(path) if is_repository(path) else read_bundle(path)
