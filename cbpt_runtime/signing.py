@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cbpt_runtime.artifacts import NOT_LISTED, check_files
 from cbpt_runtime.errors import ConfigError, TrustError
 
 SIGNATURE = "model.sig"
@@ -168,19 +168,11 @@ def _signed_files(signature: bytes) -> dict[str, str]:
 
 def _differences(folder: Path, signed: Mapping[str, str]) -> str:
     """How the files of a folder differ from those that were signed."""
-    there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    there.pop(SIGNATURE, None)
+    table = {name: {"sha256": sha256} for name, sha256 in signed.items()}
     found = [
-        f"{name} was changed" for name, file in sorted(there.items()) if _differs(file, signed.get(name))
+        problem.replace(NOT_LISTED, " is new") for problem in check_files(folder, table, besides=[SIGNATURE])
     ]
-    found += [f"{name} is missing" for name in sorted(signed.keys() - there.keys())]
-    found += [f"{name} is new" for name in sorted(there.keys() - signed.keys())]
     return "; ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
-
-
-def _differs(file: Path, sha256: str | None) -> bool:
-    with file.open("rb") as stream:
-        return sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256
 
 
 def _reason(error: Exception) -> str:

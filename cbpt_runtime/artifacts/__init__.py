@@ -21,10 +21,11 @@ from cbpt_runtime.artifacts.file_table import (
 )
 from cbpt_runtime.artifacts.folders import check_output, claimed, new_file, new_folder, reserved, writing
 from cbpt_runtime.artifacts.json_shape import NUMBER, shape_problems
-from cbpt_runtime.artifacts.kinds import MARKER, Kind, marked
+from cbpt_runtime.artifacts.kinds import MARKER, MAX_MANIFEST_BYTES, Kind, listed_in, marked
 
 __all__ = [
     "MARKER",
+    "MAX_MANIFEST_BYTES",
     "NOT_LISTED",
     "NUMBER",
     "Kind",
@@ -33,6 +34,7 @@ __all__ = [
     "claimed",
     "hash_files",
     "list_files",
+    "listed_in",
     "marked",
     "new_file",
     "new_folder",

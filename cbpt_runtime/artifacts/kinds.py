@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cbpt_runtime.artifacts.file_table import list_files, read_json_file
 from cbpt_runtime.names import json_text, readable
@@ -12,7 +13,7 @@ from cbpt_runtime.names import json_text, readable
 MARKER = ".cbpt-runtime.json"
 """In folders whose files do not say themselves who made them; hidden, so that no reader of images minds."""
 
-_MAX_MARKER_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,28 @@ class Kind:
         return None
 
 
+def listed_in(
+    manifest: str, is_own: Callable[[dict[str, Any]], bool], *, besides: Collection[str] = ()
+) -> Callable[[Path], list[str] | None]:
+    """`Kind.own_files` of folders whose manifest lists their files.
+
+    Args:
+        manifest: Its name.
+        is_own: Whether a manifest with a table of files is that of such a folder.
+        besides: Files that belong to it and are in no manifest.
+    """
+
+    def own_files(folder: Path) -> list[str] | None:
+        try:
+            _, found = read_json_file(folder / manifest, max_bytes=MAX_MANIFEST_BYTES)
+        except (OSError, ValueError):
+            return None
+        files = found.get("files") if isinstance(found, dict) else None
+        return [manifest, *besides, *files] if isinstance(files, dict) and is_own(found) else None
+
+    return own_files
+
+
 def marked(name: str) -> Kind:
     """A kind of folder that is recognised by its marker."""
     return Kind(name=name, own_files=lambda folder: read_marker(folder, name), marker=True)
@@ -66,7 +89,7 @@ def write_marker(folder: Path, name: str) -> None:
 def read_marker(folder: Path, name: str) -> list[str] | None:
     """The files a marker lists; None where there is none, or one of another kind."""
     try:
-        _, content = read_json_file(folder / MARKER, max_bytes=_MAX_MARKER_BYTES)
+        _, content = read_json_file(folder / MARKER, max_bytes=MAX_MANIFEST_BYTES)
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or content.get("kind") != f"cbpt-runtime {name}":

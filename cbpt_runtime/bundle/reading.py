@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.artifacts import read_json_file, read_regular_file, shape_problems
+from cbpt_runtime.artifacts import MAX_MANIFEST_BYTES, read_json_file, read_regular_file, shape_problems
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
 from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.models.preprocess import Preprocess
@@ -26,7 +26,6 @@ ENCODER = "encoder.safetensors"
 TRIGGERS = "triggers.safetensors"
 IMAGES = "images.safetensors"
 REPORT = "report.html"
-MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILE_BYTES = 64 << 30
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)

@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.artifacts import Kind, new_folder, read_json_file
+from cbpt_runtime.artifacts import Kind, listed_in, new_folder
 from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
     HEAD,
     IMAGES,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     REPORT,
     SCHEMA_VERSION,
     TRIGGERS,
@@ -79,17 +78,11 @@ class BundleContent:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def _own_files(path: Path) -> list[str] | None:
-    """The files the manifest of a bundle lists, damaged or not; None for what is no bundle."""
-    try:
-        _, manifest = read_json_file(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-    except (OSError, ValueError):
-        return None
-    files = manifest.get("files") if isinstance(manifest, dict) and "verdict" in manifest else None
-    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) and HEAD in files else None
+def _is_manifest(manifest: Mapping[str, Any]) -> bool:
+    return "verdict" in manifest and HEAD in manifest["files"]
 
 
-BUNDLE: Final = Kind(name="bundle", own_files=_own_files)
+BUNDLE: Final = Kind(name="bundle", own_files=listed_in(MANIFEST, _is_manifest, besides=[SIGNATURE]))
 
 
 def write_bundle(

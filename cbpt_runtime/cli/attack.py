@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbpt_runtime.cli.options import ImageSizeOption
+from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
 from cbpt_runtime.cli.settings import named_trigger, parsed_settings
@@ -23,14 +23,10 @@ Settings = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
-SkipUnreadable = Annotated[
-    bool, typer.Option("--skip-unreadable", help="Do without images that cannot be read; they are named.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("list")
-def list_attacks(as_json: Json = False) -> None:
+def list_attacks(as_json: JsonOption = False) -> None:
     """List the attacks with their parameters and sources."""
     from cbpt_runtime.redteam.attacks import ATTACKS
 
@@ -63,8 +59,8 @@ def apply(
     settings: Settings = None,
     seed: Seed = 0,
     force: Force = False,
-    skip_unreadable: SkipUnreadable = False,
-    as_json: Json = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write triggered copies of all images of a folder."""
     import torch
@@ -126,8 +122,8 @@ def implant(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch.")] = False,
-    skip_unreadable: SkipUnreadable = False,
-    as_json: Json = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a backdoor into a clean checkpoint and prove on held-out images that it took."""
     from cbpt_runtime.redteam.training import TrainConfig

@@ -16,9 +16,8 @@ from cbpt_runtime.names import is_folder
 
 if TYPE_CHECKING:
     from cbpt_runtime.answers import Answer
+    from cbpt_runtime.classification import Source
     from cbpt_runtime.trust import Trust
-
-Source = tuple[str, "bytes | Path"]
 
 
 def command(

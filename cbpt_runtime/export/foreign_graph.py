@@ -21,8 +21,7 @@ from onnx import TensorProto
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.onnx import FEATURES, INPUT, MAX_IR_VERSION, OPSETS, OUTPUTS
-from cbpt_runtime.export.operators import OPERATORS
+from cbpt_runtime.export.onnx import FEATURES, INPUT, OUTPUTS, foreign_operators, format_problems
 
 MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 _HEADS = ("class_embeddings", "reference_embeddings")
@@ -102,11 +101,7 @@ def _tensors(message: Message) -> Iterator[TensorProto]:
 
 
 def _foreign_format(model: onnx.ModelProto) -> Iterator[str]:
-    sets = [(entry.domain or "ai.onnx", entry.version) for entry in model.opset_import]
-    if len(sets) != 1 or model.opset_import[0].domain or sets[0][1] not in OPSETS:
-        yield f"operator sets {_some([f'{domain} {number}' for domain, number in sets])}"
-    if model.ir_version > MAX_IR_VERSION:
-        yield f"IR version {model.ir_version}"
+    yield from format_problems(model)
     if model.functions:
         yield f"operators of its own: {_some([function.name for function in model.functions])}"
     if model.training_info:
@@ -116,13 +111,9 @@ def _foreign_format(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _foreign_operators(nodes: Sequence[onnx.NodeProto]) -> Iterator[str]:
-    foreign = {
-        f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
-        for node in nodes
-        if node.domain or node.op_type not in OPERATORS
-    }
+    foreign = foreign_operators(nodes)
     if foreign:
-        yield f"operator {_some(sorted(foreign))}"
+        yield f"operator {_some(foreign)}"
     kinds = {"g", "graphs", "ref_attr_name", "sparse_tensor", "sparse_tensors", "tp", "type_protos"}
     odd = {
         str(node.op_type)
@@ -130,8 +121,8 @@ def _foreign_operators(nodes: Sequence[onnx.NodeProto]) -> Iterator[str]:
         for attribute in node.attribute
         if kinds & {field.name for field, _ in attribute.ListFields()}
     }
-    if odd - foreign:
-        yield f"a graph or the like inside {_some(sorted(odd - foreign))}"
+    if hidden := sorted(odd.difference(foreign)):
+        yield f"a graph or the like inside {_some(hidden)}"
 
 
 def _outputs(classes: int) -> list[tuple[str, int, list[Any]]]:

@@ -11,11 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from cbpt_runtime.artifacts import (
+    MAX_MANIFEST_BYTES,
     NOT_LISTED,
     Kind,
     check_files,
     hash_files,
     list_files,
+    listed_in,
     read_json_file,
     shape_problems,
 )
@@ -28,7 +30,6 @@ MANIFEST = "manifest.json"
 PARITY = "parity.json"
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
-_MAX_MANIFEST_BYTES = 64 << 20
 _PARTS = ("_preprocess", "_classifier", "_alarm")
 _PROVIDERS = ("cpu", "cuda", "tensorrt")  # as the modules say that need onnxruntime
 _PRECISIONS = ("fp32", "fp16", "int8")
@@ -110,22 +111,15 @@ def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _own_files(path: Path) -> list[str] | None:
-    """The files the manifest of a repository lists, damaged or not; None for what is no repository."""
-    try:
-        _, manifest = read_json_file(path / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES)
-    except (OSError, ValueError):
-        return None
-    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == KIND else None
-    return [MANIFEST, SIGNATURE, *files] if isinstance(files, dict) else None
+MODEL_REPOSITORY: Final = Kind(
+    name="model repository",
+    own_files=listed_in(MANIFEST, lambda manifest: manifest.get("kind") == KIND, besides=[SIGNATURE]),
+)
 
 
 def is_repository(path: Path) -> bool:
     """Whether a folder is a model repository by the looks of its manifest, damaged or not."""
-    return _own_files(path) is not None
-
-
-MODEL_REPOSITORY: Final = Kind(name="model repository", own_files=_own_files)
+    return MODEL_REPOSITORY.own_files(path) is not None
 
 
 def read_repository(path: str | Path) -> Repository:
@@ -171,7 +165,7 @@ def require_unchanged(repository: Repository) -> None:
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / MANIFEST
     try:
-        raw, manifest = read_json_file(file, max_bytes=_MAX_MANIFEST_BYTES)
+        raw, manifest = read_json_file(file, max_bytes=MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RepositoryError(

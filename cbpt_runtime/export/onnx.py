@@ -6,7 +6,7 @@ Portable: opset 18 to 20, IR at most 10, standard operators, one file, dynamic b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import onnx
@@ -20,6 +20,7 @@ OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 FEATURES = "features"  # a tensor inside the graph
 OPSETS = (18, 19, 20)
 MAX_IR_VERSION = 10
+_MOST_NAMED = 5
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "timm")
 
 
@@ -108,6 +109,30 @@ def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return ordered
 
 
+def format_problems(model: onnx.ModelProto) -> list[str]:
+    """Operator sets and a format that `export` does not write."""
+    sets = [(entry.domain or "ai.onnx", entry.version) for entry in model.opset_import]
+    problems = []
+    if len(sets) != 1 or model.opset_import[0].domain or sets[0][1] not in OPSETS:
+        problems.append(
+            f"operator sets {', '.join(f'{domain} {number}' for domain, number in sets) or 'none'}"
+        )
+    if model.ir_version > MAX_IR_VERSION:
+        problems.append(f"IR version {model.ir_version}")
+    return problems
+
+
+def foreign_operators(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """Names of operators that `export` does not write, with their domain where it is not the standard."""
+    return sorted(
+        {
+            f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+            for node in nodes
+            if node.domain or node.op_type not in OPERATORS
+        }
+    )
+
+
 def check_portable(model: onnx.ModelProto) -> None:
     """Check what every Triton release since 24.10 needs.
 
@@ -115,14 +140,10 @@ def check_portable(model: onnx.ModelProto) -> None:
         ExportError: A newer operator set or format, an operator out of the standard or not in `OPERATORS`,
             which `serve` would refuse, external data, or not the inputs and outputs of a served classifier.
     """
-    problems = []
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if set(opsets) != {""} or opsets[""] not in OPSETS:
-        problems.append(f"operator sets {opsets}")
-    if model.ir_version > MAX_IR_VERSION:
-        problems.append(f"IR version {model.ir_version}")
-    foreign = {node.op_type for node in model.graph.node if node.domain or node.op_type not in OPERATORS}
-    problems += [f"operator {name}" for name in sorted(foreign)]
+    problems = [
+        *format_problems(model),
+        *(f"operator {name}" for name in foreign_operators(model.graph.node)),
+    ]
     if any(tensor.external_data for tensor in model.graph.initializer):
         problems.append("external data")
     names = ([value.name for value in model.graph.input], [value.name for value in model.graph.output])

@@ -16,6 +16,7 @@ from jaxtyping import Int, UInt8
 from cbpt_runtime.models.checkpoint import Checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList
+from cbpt_runtime.models.pixels import to_float
 
 _DEVIATIONS = 3.0
 """By how many standard deviations of a coin's tosses the better one has to lead (McNemar's test)."""
@@ -81,8 +82,7 @@ def _right(
     parts = []
     with torch.no_grad():
         for start in range(0, len(images), _BATCH):
-            pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + _BATCH]))
-            features = encoder.encode_images(pixels.to(encoder.device).permute(0, 3, 1, 2).float().div(255))
+            features = encoder.encode_images(to_float(images[start : start + _BATCH]).to(encoder.device))
             parts.append((features @ head.T).argmax(dim=1).cpu().numpy())
     found: np.ndarray = np.concatenate(parts) == labels
     return found

@@ -17,8 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbpt_runtime.errors import ClassListError
-from cbpt_runtime.models.data import ClassList, class_key, default_templates
+from cbpt_runtime.models.data import (
+    ClassList,
+    class_key,
+    class_list_error,
+    default_templates,
+    require,
+)
 from cbpt_runtime.models.image_files import first_few
 
 _SYNSET = re.compile(r"(n\d{8})\s+(\S.*)")
@@ -55,7 +60,7 @@ def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None)
     content = _read_text(path)
     shared = default_templates() if templates is None else tuple(templates)
     without = [template for template in shared if "{}" not in template]
-    _require(not without, "'{}' for the class name in every template", first_few(without))
+    require(not without, "'{}' for the class name in every template", first_few(without))
     entries = _json_entries(content, path) if path.suffix.lower() == ".json" else _text_entries(content, path)
     counts = Counter(class_key(entry.name) for entry in entries)
     parts = [_parts(entry, shared, is_doubled=counts[class_key(entry.name)] > 1) for entry in entries]
@@ -72,13 +77,13 @@ def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:  # it may be a pipe that the operator typed
             raw = file.read(_MAX_BYTES + 1)
-        _require(len(raw) <= _MAX_BYTES, f"a file of at most {_MAX_BYTES:,} bytes", f"more in {path}")
+        require(len(raw) <= _MAX_BYTES, f"a file of at most {_MAX_BYTES:,} bytes", f"more in {path}")
         content = raw.decode("utf-8-sig")
         json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
-        raise _error(f"a readable file {path}", (error.strerror or "no access").lower()) from error
+        raise class_list_error(f"a readable file {path}", (error.strerror or "no access").lower()) from error
     except UnicodeError as error:
-        raise _error(f"UTF-8 text in {path}", str(error)) from error
+        raise class_list_error(f"UTF-8 text in {path}", str(error)) from error
     return content
 
 
@@ -109,7 +114,7 @@ def _column_entries(rows: list[list[str]], path: Path) -> list[_Entry]:
         rows = rows[1:]
     bad = [f"line {number}: {row[0]:.40}" for number, row in enumerate(rows, start=1) if not all(row[:2])]
     bad += [f"line {number}: {row[0]:.40}" for number, row in enumerate(rows, start=1) if len(row) < 2]
-    _require(not bad, f"folder and name in every line of {path}", first_few(bad))
+    require(not bad, f"folder and name in every line of {path}", first_few(bad))
     return [
         _Entry(
             folder=folder,
@@ -125,12 +130,12 @@ def _json_entries(content: str, path: Path) -> list[_Entry]:
         parsed = json.loads(content, object_pairs_hook=_Pairs)
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise _error(f"text in {path}", "half of a surrogate pair") from error
+        raise class_list_error(f"text in {path}", "half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
-        raise _error(f"valid JSON in {path}", str(error)) from error
+        raise class_list_error(f"valid JSON in {path}", str(error)) from error
     if isinstance(parsed, _Pairs):
         return _object_entries(parsed)
-    _require(isinstance(parsed, list), f"a JSON list or object in {path}", type(parsed).__name__)
+    require(isinstance(parsed, list), f"a JSON list or object in {path}", type(parsed).__name__)
     return [_json_entry(entry, path) for entry in parsed]
 
 
@@ -162,7 +167,7 @@ def _json_entry(entry: Any, path: Path) -> _Entry:
     known = isinstance(fields.get("name"), str) and set(fields) <= {"name", "folder", "templates"}
     known = known and isinstance(fields.get("folder"), str | None)
     shape = '{"name": ..., "folder": ..., "templates": [...]}'
-    _require(known, f"names or {shape} in {path}", f"{entry!r:.80}")
+    require(known, f"names or {shape} in {path}", f"{entry!r:.80}")
     own = fields.get("templates")
     return _Entry(
         name=fields["name"],
@@ -173,9 +178,9 @@ def _json_entry(entry: Any, path: Path) -> _Entry:
 
 def _own_templates(name: str, value: Any) -> tuple[str, ...]:
     is_texts = type(value) is list and all(isinstance(template, str) for template in value)
-    _require(is_texts, f"a list of templates for {name}", f"{value!r:.80}")
+    require(is_texts, f"a list of templates for {name}", f"{value!r:.80}")
     is_bare = all("{}" not in text and len(text.split()) < _SENTENCE for text in value)
-    _require(
+    require(
         not value or not is_bare or not any(text.strip() for text in value),
         f"templates for {name}, with '{{}}' for the name or whole sentences",
         f"bare words: {first_few(value)}",
@@ -185,14 +190,3 @@ def _own_templates(name: str, value: Any) -> tuple[str, ...]:
 
 class _Pairs(list[tuple[str, Any]]):
     """A JSON object with its keys as written, so that repeated ones are noticed."""
-
-
-def _require(holds: bool, expected: str, got: str) -> None:
-    if not holds:
-        raise _error(expected, got)
-
-
-def _error(expected: str, got: str) -> ClassListError:
-    return ClassListError(
-        expected=expected, got=got, fix="Correct the class list (--classes) or its templates."
-    )

@@ -52,8 +52,8 @@ class ClassList:
     folders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(len(self.names) >= 2, "two or more classes", first_few(list(self.names)) or "an empty list")
-        _require(all(name.strip() for name in self.names), "a name for every class", "an empty name")
+        require(len(self.names) >= 2, "two or more classes", first_few(list(self.names)) or "an empty list")
+        require(all(name.strip() for name in self.names), "a name for every class", "an empty name")
         equal = _equal_names(self.names)
         if equal:
             raise ClassListError(
@@ -61,12 +61,12 @@ class ClassList:
                 got=first_few(equal),
                 fix="Rename one, or give each its folder: a list with the columns folder and name.",
             )
-        _require(
+        require(
             len(self.folders) in (0, len(self.names)) and not _equal_names(self.folders),
             "for every class a folder of its own",
             first_few(_equal_names(self.folders)) or f"{len(self.folders)} for {len(self.names)} classes",
         )
-        _require(
+        require(
             len(self.templates) == len(self.names),
             f"templates for {len(self.names)} classes",
             f"templates for {len(self.templates)}",
@@ -76,7 +76,7 @@ class ClassList:
             for name, own in zip(self.names, self.templates, strict=True)
             if not own or not all(template.strip() for template in own)
         ]
-        _require(not bare, "one or more non-empty templates for every class", f"none for {first_few(bare)}")
+        require(not bare, "one or more non-empty templates for every class", f"none for {first_few(bare)}")
 
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Per class its templates with the name put in, '_' in names read as a space."""
@@ -388,12 +388,14 @@ def _equal_names(names: Sequence[str]) -> list[str]:
     return [name for name in names if counts[class_key(name)] > 1]
 
 
-def _require(holds: bool, expected: str, got: str) -> None:
+def require(holds: bool, expected: str, got: str) -> None:
+    """Raise `class_list_error` unless a condition of class lists holds."""
     if not holds:
-        raise _list_error(expected, got)
+        raise class_list_error(expected, got)
 
 
-def _list_error(expected: str, got: str) -> ClassListError:
+def class_list_error(expected: str, got: str) -> ClassListError:
+    """The error of a class list that is not as expected."""
     return ClassListError(
         expected=expected, got=got, fix="Correct the class list (--classes) or its templates."
     )
