@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +111,14 @@ def evaluate_all(
         trust=trust,
     )
     indices = [None if target is None else subject.find_target(target) for subject in opened]
+    find = partial(_labelled, subject=opened[0], skip_unreadable=skip_unreadable)
     work = _Work(
-        clean=_labelled(Path(images), opened[0]),
-        triggered=None if triggered is None else _labelled(Path(triggered), opened[0], allow_missing=True),
+        clean=find(Path(images)),
+        triggered=None if triggered is None else find(Path(triggered), allow_missing=True),
         triggered_folder=None if triggered is None else str(triggered),
         attack=attack,
         seed=seed,
         batch_size=batch_size,
-        skip_unreadable=skip_unreadable,
     )
     return tuple(
         _evaluate(subject, work, index, progress) for subject, index in zip(opened, indices, strict=True)
@@ -128,7 +129,6 @@ def evaluate_all(
 class _Labelled:
     """Image files of a folder with the indices of their true classes, and what was left out."""
 
-    root: Path
     paths: list[Path]
     labels: np.ndarray
     notes: tuple[str, ...]
@@ -144,7 +144,6 @@ class _Work:
     attack: Trigger | None
     seed: int
     batch_size: int
-    skip_unreadable: bool
 
 
 def _check_attack(triggered: str | Path | None, target: str | None, attack: Trigger | None) -> None:
@@ -167,19 +166,21 @@ def _evaluate(subject: Subject, work: _Work, target: int | None, progress: Progr
         if progress is not None:
             progress(stage, done, total, {})
 
-    clean, notes = _measure(subject, work.clean, work, lambda d, t: tell("clean images", d, t))
+    measure = partial(_measure, subject, batch_size=work.batch_size)
+    clean = measure(work.clean, lambda d, t: tell("clean images", d, t))
+    notes = work.clean.notes
     triggered: Measured | None = None
     described: dict[str, Any] | None = None
     if work.triggered is not None:
         described = {"folder": work.triggered_folder}
-        triggered, more = _measure(subject, work.triggered, work, lambda d, t: tell("triggered images", d, t))
-        notes += tuple(note for note in more if note not in notes)
+        triggered = measure(work.triggered, lambda d, t: tell("triggered images", d, t))
+        notes += tuple(note for note in work.triggered.notes if note not in notes)
     elif work.attack is not None:
         from cbpt_runtime.redteam.triggers import describe_trigger
 
         described = {**describe_trigger(work.attack), "seed": work.seed}
         paint = _painter(work.attack, work.seed)
-        triggered, _ = _measure(subject, work.clean, work, lambda d, t: tell("triggered images", d, t), paint)
+        triggered = measure(work.clean, lambda d, t: tell("triggered images", d, t), paint)
     before, after, alarm = summarise(clean, triggered, target, has_detector=subject.detector is not None)
     return Evaluation(
         source=subject.source,
@@ -211,43 +212,47 @@ def _painter(attack: Trigger, seed: int) -> Callable[[Images], Images]:
     return lambda images: apply_trigger(attack, images, generator)
 
 
-def _labelled(root: Path, subject: Subject, *, allow_missing: bool = False) -> _Labelled:
+def _labelled(
+    root: Path, *, subject: Subject, skip_unreadable: bool, allow_missing: bool = False
+) -> _Labelled:
+    """The images of a folder, read once to leave out those that cannot be read if that is asked for."""
     folders = find_class_folders(
         root, subject.class_names, folders=subject.class_folders, allow_missing=allow_missing
     )
-    labels = np.repeat(np.arange(len(folders)), [len(folder) for folder in folders])
+    labelled = [(path, label) for label, folder in enumerate(folders) for path in folder]
+    reasons: dict[Path, str] = {}
+    if skip_unreadable:
+        reasons = unreadable_among([path for path, _ in labelled], subject.preprocess)
+    kept = [(path, label) for path, label in labelled if path not in reasons]
+    if not kept:
+        raise unreadable_error(reasons, len(labelled))
     return _Labelled(
-        root=root, paths=[path for folder in folders for path in folder], labels=labels, notes=folders.notes
+        paths=[path for path, _ in kept],
+        labels=np.array([label for _, label in kept]),
+        notes=(*folders.notes, *unreadable_notes(reasons, root)),
     )
 
 
 def _measure(
     subject: Subject,
     files: _Labelled,
-    work: _Work,
     tell: Callable[[int, int], None],
     paint: Callable[[Images], Images] | None = None,
-) -> tuple[Measured, tuple[str, ...]]:
-    """Everything said about the files, read batch by batch, and which were left out."""
-    reasons: dict[Path, str] = {}
-    if work.skip_unreadable:
-        reasons = unreadable_among(files.paths, subject.preprocess)
-    kept = np.array([path not in reasons for path in files.paths])
-    paths = [path for path, is_kept in zip(files.paths, kept, strict=True) if is_kept]
-    if not paths:
-        raise unreadable_error(reasons, len(files.paths))
-    count = len(paths)
+    *,
+    batch_size: int,
+) -> Measured:
+    """Everything said about the files, read batch by batch."""
+    count = len(files.paths)
     shown = np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).round().astype(int))
     parts: list[Called] = []
     pictures = []
-    for start in range(0, count, work.batch_size):
-        batch = _read_batch(paths, start, work.batch_size, subject.preprocess)
+    for start in range(0, count, batch_size):
+        batch = _read_batch(files.paths, start, batch_size, subject.preprocess)
         batch = batch if paint is None else paint(batch)
         parts.append(subject.call(batch))
         pictures.append(batch[shown[(shown >= start) & (shown < start + len(batch))] - start])
         tell(start + len(batch), count)
-    notes = (*files.notes, *unreadable_notes(reasons, files.root))
-    return measured(files.labels[kept], parts, shown, np.concatenate(pictures)), notes
+    return measured(files.labels, parts, shown, np.concatenate(pictures))
 
 
 def _read_batch(paths: list[Path], start: int, size: int, preprocess: Preprocess) -> Images:

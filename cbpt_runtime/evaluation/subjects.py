@@ -15,8 +15,7 @@ from cbpt_runtime.bundle import MANIFEST, Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.evaluation.detectors import Detector, bdetclip
-from cbpt_runtime.models.data import ClassList, class_index, find_class_folders
-from cbpt_runtime.models.image_files import read_files, stacked
+from cbpt_runtime.models.data import ClassList, class_index, draw_clean_split
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.names import is_file
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
@@ -195,8 +194,15 @@ def _checkpoint_subject(
 
     checkpoint = read_checkpoint(source, model=model, image_size=image_size)
     if checkpoint.activation_is_guessed and images is not None:
-        pixels, labels = _few_of_each(images, classes, checkpoint.preprocess)
-        checkpoint = settle_activation(checkpoint, classes, pixels, labels, device=device)
+        few = draw_clean_split(
+            images,
+            classes,
+            checkpoint.preprocess,
+            shots=_IMAGES_PER_CLASS,
+            heldout_shots=0,
+            skip_unreadable=True,
+        )
+        checkpoint = settle_activation(checkpoint, classes, few.tune_images, few.tune_labels, device=device)
     encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
     notes = prompt_notes(classes, encoder.tokenizer)
     head = encoder.class_embeddings(classes).cpu().numpy()
@@ -220,16 +226,3 @@ def _checkpoint_subject(
         class_folders=classes.folders,
         notes=(*checkpoint.notes, *notes),
     )
-
-
-def _few_of_each(
-    root: Path, classes: ClassList, preprocess: Preprocess
-) -> tuple[UInt8[np.ndarray, "batch height width 3"], Int[np.ndarray, " batch"]]:
-    """Some readable images of every class, and their labels."""
-    folders = find_class_folders(root, classes)
-    chosen = [(path, label) for label, paths in enumerate(folders) for path in paths[:_IMAGES_PER_CLASS]]
-    read = read_files([path for path, _ in chosen], preprocess)
-    both = zip(read, chosen, strict=True)
-    good = [(entry[0], label) for entry, (_, label) in both if not isinstance(entry, str)]
-    labels = np.array([label for _, label in good], dtype=np.int64)
-    return stacked([pixels for pixels, _ in good], preprocess), labels
