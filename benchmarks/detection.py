@@ -172,8 +172,8 @@ def searched(
         "suspects": [{"name": vocabulary.names[word], "on_list": listed} for word, listed in words],
         "first": evidence["concepts"][:3],
         "margins": [
-            [None if math.isinf(value) else round(float(value), 4) for value in row]
-            for row in result.margins.tolist()
+            [[None if math.isinf(value) else round(float(value), 4) for value in row] for row in one]
+            for one in result.margins.tolist()
         ],
     }
 

@@ -66,13 +66,14 @@ class Reached:
     """What the triggers of one family reach on images that they were not made on.
 
     Attributes:
-        margins: Per concept the mean cosine to the nearest of its words minus that to the nearest rival;
-            minus infinity where it was given up halfway.
+        margins: Per concept the mean of a triggered image's cosine to the nearest of its words minus that to
+            the nearest rival: over all images, then over the half with the lesser margins, because a backdoor
+            works on every image alike; minus infinity where the concept was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
     """
 
-    margins: Float[Tensor, " concepts"]
+    margins: Float[Tensor, "2 concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
 
@@ -91,7 +92,7 @@ class SearchResult:
     """
 
     outliers: Outliers
-    margins: Float[Tensor, "families concepts"]
+    margins: Float[Tensor, "2 families concepts"]
     directions: Float[Tensor, "concepts dim"]
     success: Float[Tensor, " concepts"]
     words: list[int]
@@ -148,8 +149,8 @@ def search(
             margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    stacked = torch.stack(margins)
-    taken = torch.stack([one.margins for one in reached]) > 0
+    stacked = torch.stack(margins, dim=1)
+    taken = torch.stack([one.margins[0] for one in reached]) > 0
     outliers = find_outliers(stacked, taken, config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
@@ -188,7 +189,7 @@ def _measure(
 ) -> Reached:
     heldout = subject.heldout.part(which)
     count, dim = len(goals.positives), goals.texts.shape[1]
-    margins = torch.full((count,), -torch.inf)
+    margins = torch.full((2, count), -torch.inf)
     success = torch.zeros(count)
     directions = torch.zeros(count, dim, device=goals.texts.device)
     shown = (heldout.features @ goals.texts.T).argmax(dim=1)
@@ -201,7 +202,8 @@ def _measure(
         cosines = features @ goals.texts.T
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
         rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)
-        margins[concept] = (reached - rival).mean()
+        ascending = (reached - rival).sort().values
+        margins[:, concept] = torch.stack([ascending.mean(), ascending[: math.ceil(len(ascending) / 2)].mean()])
         success[concept] = (reached > rival).float().mean()
         directions[concept] = normalize(features.mean(dim=0), dim=0)
     return Reached(margins=margins, success=success, directions=directions)
@@ -210,7 +212,7 @@ def _measure(
 def _result(
     vocabulary: Vocabulary,
     outliers: Outliers,
-    margins: Float[Tensor, "families concepts"],
+    margins: Float[Tensor, "2 families concepts"],
     reached: list[Reached],
 ) -> SearchResult:
     concepts = range(vocabulary.n_concepts)

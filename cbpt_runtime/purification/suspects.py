@@ -52,8 +52,8 @@ class Outliers:
     """How far each concept stands out from the others.
 
     Attributes:
-        scores: Distance from the others in deviations: the largest over the families and over their sum, in
-            which a concept stands out that does so a little everywhere.
+        scores: Distance from the others in deviations: the largest over both margins, over the families and
+            over their sum, in which a concept stands out that does so a little everywhere.
         families: The family that shows it best, of those whose trigger reaches it if any does.
         p_values: Of each concept, corrected for the number of concepts.
         suspects: Concepts whose p-value is below the level, the smallest first.
@@ -66,13 +66,15 @@ class Outliers:
 
 
 def find_outliers(
-    margins: Float[Tensor, "families concepts"], reached: Bool[Tensor, "families concepts"], level: float
+    margins: Float[Tensor, "margins families concepts"],
+    reached: Bool[Tensor, "families concepts"],
+    level: float,
 ) -> Outliers:
     """Tests every concept against the others, without those that are suspects already.
 
     Args:
-        margins: What each concept's trigger reaches, in each family; minus infinity where it was given up for
-            being among the lesser half.
+        margins: What each concept's trigger reaches, in each family, measured in one way or several; minus
+            infinity where it was given up for being among the lesser half.
         reached: Whose trigger takes the images to the concept, on average. A trigger that does not is no
             backdoor, however far it stands out.
         level: p-value below which a concept is suspected.
@@ -93,20 +95,20 @@ def find_outliers(
 
 
 def _tested(
-    margins: Float[Tensor, "families concepts"],
+    margins: Float[Tensor, "margins families concepts"],
     reached: Bool[Tensor, "families concepts"],
     suspects: list[int],
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
-    singly = torch.stack([_deviations(family, suspects) for family in margins])
-    scores = singly
-    if len(singly) > 1:
-        jointly = _deviations(singly.clamp(min=0).sum(dim=0), suspects)
-        jointly = jointly.masked_fill(singly.amax(dim=0) == -torch.inf, -torch.inf)
-        scores = torch.cat([singly, jointly.unsqueeze(0)])
-        reached = torch.cat([reached, reached.any(dim=0, keepdim=True)])
-    best = torch.where(reached, scores, scores.clamp(max=_UNREACHED)).amax(dim=0)
-    chances = torch.tensor([p_value(float(score), margins.shape[1]) for score in best])
-    shown = torch.where(reached[: len(singly)], singly, singly - _FAR).argmax(dim=0)
+    singly = torch.stack([torch.stack([_deviations(family, suspects) for family in one]) for one in margins])
+    scores, taken = singly, reached
+    if len(reached) > 1:
+        jointly = torch.stack([_deviations(one, suspects) for one in singly.clamp(min=0).sum(dim=1)])
+        jointly = jointly.masked_fill(singly.amax(dim=1) == -torch.inf, -torch.inf)
+        scores = torch.cat([singly, jointly.unsqueeze(1)], dim=1)
+        taken = torch.cat([reached, reached.any(dim=0, keepdim=True)])
+    best = torch.where(taken, scores, scores.clamp(max=_UNREACHED)).amax(dim=(0, 1))
+    chances = torch.tensor([p_value(float(score), len(best)) for score in best])
+    shown = torch.where(reached, singly, singly - _FAR).amax(dim=0).argmax(dim=0)
     return best, shown.tolist(), chances
 
 
