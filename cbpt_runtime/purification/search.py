@@ -203,7 +203,8 @@ def _measure(
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
         rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)
         ascending = (reached - rival).sort().values
-        margins[:, concept] = torch.stack([ascending.mean(), ascending[: math.ceil(len(ascending) / 2)].mean()])
+        worse = ascending[: math.ceil(len(ascending) / 2)]
+        margins[:, concept] = torch.stack([ascending.mean(), worse.mean()])
         success[concept] = (reached > rival).float().mean()
         directions[concept] = normalize(features.mean(dim=0), dim=0)
     return Reached(margins=margins, success=success, directions=directions)
