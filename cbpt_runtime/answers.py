@@ -32,6 +32,11 @@ class Answer:
     labels: tuple[Label, ...]
     alarm: float
 
+    def __str__(self) -> str:
+        """The first label and the alarm, on one line."""
+        first = self.labels[0] if self.labels else Label(name="no label", probability=0.0)
+        return f"{self.image}: {first.name} {first.probability:.1%}, alarm {self.alarm:.3f}"
+
     def to_dict(self) -> dict[str, Any]:
         """The answer as a JSON-able dict."""
         return asdict(self)

@@ -1,21 +1,45 @@
-"""The purified zero-shot classifier of a bundle, running in PyTorch."""
+"""The purified zero-shot classifier of a bundle, running in PyTorch.
+
+classifier = load("bundle/")
+print(classifier("photo.jpg"))
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from safetensors.torch import load as load_tensors
 
 from cbpt_runtime import heads
+from cbpt_runtime.answers import Answer, make_answer
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
+
+AnyImage = bytes | str | Path | Image.Image | np.ndarray
+"""A path, the bytes of a file, a picture of Pillow's, or RGB of any size as uint8 [height, width, 3]."""
+
+
+def load(bundle: Bundle | str | Path, *, device: str = "auto") -> ZeroShotClassifier:
+    """The classifier of a bundle: call it with images.
+
+    Args:
+        bundle: A bundle or the path of one.
+        device: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        ConfigError: The device is not there.
+    """
+    return ZeroShotClassifier.from_bundle(bundle, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +97,38 @@ class ZeroShotClassifier:
         encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, str(place))
         return cls(bundle, encoder, place)
 
-    def read(self, sources: Sequence[bytes | str | Path]) -> UInt8[np.ndarray, "batch height width 3"]:
+    def __repr__(self) -> str:
+        names = self.bundle.class_names
+        return f"<{type(self).__name__} of {len(names)} classes, {self.bundle.verdict}, on {self.device}>"
+
+    @overload
+    def __call__(self, images: AnyImage, *, top: int = ...) -> Answer: ...
+
+    @overload
+    def __call__(self, images: list[AnyImage] | tuple[AnyImage, ...], *, top: int = ...) -> list[Answer]: ...
+
+    def __call__(
+        self, images: AnyImage | list[AnyImage] | tuple[AnyImage, ...], *, top: int = 5
+    ) -> Answer | list[Answer]:
+        """Labels and alarm of an image, or of each of several.
+
+        Args:
+            images: One image, or a list of them.
+            top: Labels per image.
+
+        Raises:
+            ImageDataError: Names every image that cannot be read.
+        """
+        if isinstance(images, AnyImage):
+            return self([images], top=top)[0]
+        prediction, names = self.predict(self.read(images)), self.bundle.class_names
+        rows = zip(images, prediction.probabilities, prediction.alarm, strict=True)
+        return [
+            make_answer(_name(image, number), row, float(alarm), names=names, top=top)
+            for number, (image, row, alarm) in enumerate(rows, start=1)
+        ]
+
+    def read(self, sources: Sequence[AnyImage]) -> UInt8[np.ndarray, "batch height width 3"]:
         """Decode image files (or the bytes of some) and bring them to the model's size.
 
         Raises:
@@ -82,10 +137,9 @@ class ZeroShotClassifier:
         pixels, problems = [], []
         for number, source in enumerate(sources, start=1):
             try:
-                image = decode_image(Path(source) if isinstance(source, str) else source)
-                pixels.append(to_pixels(image, self.bundle.preprocess))
+                pixels.append(to_pixels(_picture(source), self.bundle.preprocess))
             except ImageDataError as error:
-                problems.append((f"image {number}" if isinstance(source, bytes) else str(source), error))
+                problems.append((_name(source, number), error))
         if problems:
             raise ImageDataError(
                 expected="images that can be read",
@@ -145,3 +199,22 @@ class ZeroShotClassifier:
                 got=f"{images.dtype} {list(images.shape)}",
                 fix="Read them with ZeroShotClassifier.read.",
             )
+
+
+def _picture(source: AnyImage) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, np.ndarray):
+        return decode_image(Path(source) if isinstance(source, str) else source)
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+        raise ImageDataError(
+            expected="a uint8 array [height, width, 3], RGB",
+            got=f"{source.dtype} {list(source.shape)}",
+            fix="Convert it; values go from 0 to 255, channels last.",
+        )
+    return Image.fromarray(source)
+
+
+def _name(source: AnyImage, number: int) -> str:
+    """A path says what image it is; of others only the place is known."""
+    return str(source) if isinstance(source, str | Path) else f"image {number}"

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbpt_runtime import heads
 from cbpt_runtime.bundle import ENCODER, Bundle
 from cbpt_runtime.classification import classify_images
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classifier import ZeroShotClassifier, load
 from cbpt_runtime.errors import BundleError, ImageDataError
 from cbpt_runtime.models.clip import DualEncoder
 
@@ -53,6 +55,40 @@ def test_a_prediction_is_what_the_two_heads_say(
         prediction.alarm, heads.alarm(prediction.reference_logits, prediction.logits, (2,))
     )
     np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(axis=1))
+
+
+def test_a_classifier_is_called_with_images_of_every_kind(
+    tiny_bundle: Bundle, image_files: list[Path]
+) -> None:
+    classifier, path = load(tiny_bundle.path, device="cpu"), image_files[0]
+    with Image.open(path) as image:
+        picture, array = image.convert("RGBA"), np.asarray(image.convert("RGB"))
+    expected = classify_images(tiny_bundle, [(str(path), path)], top=2, device="cpu")[0]
+    assert classifier(path, top=2) == classifier(str(path), top=2) == expected
+    found = classifier([path.read_bytes(), picture, array], top=2)
+    assert [answer.image for answer in found] == ["image 1", "image 2", "image 3"]
+    for answer in found:
+        assert [label.name for label in answer.labels] == [label.name for label in expected.labels]
+        assert answer.alarm == pytest.approx(expected.alarm, abs=1e-5)
+    assert str(expected).startswith(f"{path}: {expected.labels[0].name} ")
+    assert "\n" not in str(expected) + repr(classifier) + repr(classifier.bundle)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)]
+)
+def test_an_array_that_is_no_picture_is_named(classifier: ZeroShotClassifier, array: np.ndarray) -> None:
+    with pytest.raises(ImageDataError, match=r"image 2: .*\["):
+        classifier([np.zeros((8, 8, 3), np.uint8), array])
+
+
+def test_a_notebook_shows_a_bundle_as_a_table_without_markup_of_its_names(tiny_bundle: Bundle) -> None:
+    suspect = {**tiny_bundle.suspects[0], "name": "<b>cat</b>"}
+    manifest = {**tiny_bundle.manifest, "suspects": [suspect]}
+    shown = dataclasses.replace(tiny_bundle, manifest=manifest)._repr_html_()
+    assert "&lt;b&gt;cat&lt;/b&gt;" in shown
+    assert "<b>" not in shown
+    assert tiny_bundle.digest in shown
 
 
 def test_no_images_give_an_empty_prediction(classifier: ZeroShotClassifier) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import cbpt_runtime
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -51,3 +54,11 @@ def test_the_ci_script_runs_make_test() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = [line for line in script.splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["make test"]
+
+
+def test_no_public_function_hides_its_keywords() -> None:
+    for name in cbpt_runtime.__all__:
+        public = getattr(cbpt_runtime, name)
+        if (callable(public) and not issubclass(type(public), type)) or name == "Client":
+            kinds = {parameter.kind for parameter in inspect.signature(public).parameters.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, name

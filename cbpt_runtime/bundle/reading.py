@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ class Bundle:
     reference_embeddings: Float[np.ndarray, "classes dim"]
     logit_scale: float
     logit_bias: float | None
+
+    def __repr__(self) -> str:
+        names = ", ".join(suspect["name"] for suspect in self.suspects)
+        found = f" ({names})" if names else ""
+        return f"<Bundle {self.path}: {self.verdict}{found}, {len(self.class_names)} classes>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, the suspected targets and what was measured."""
+        rows = [("verdict", self.verdict)]
+        rows += [
+            (f"suspect: {suspect['name']}", f"p = {suspect['p_value']:.2g}") for suspect in self.suspects
+        ]
+        rows += [("classes", str(len(self.class_names))), ("digest", self.digest)]
+        rows += [(name, f"{value:.4g}") for name, value in self.metrics.items() if isinstance(value, float)]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table><caption>{escape(str(self.path))}</caption>{cells}</table>"
 
     @property
     def verdict(self) -> str:

@@ -38,18 +38,56 @@ def evaluate(
     images: str | Path,
     triggered: str | Path | None = None,
     target: str | None = None,
-    **options: Any,
+    *,
+    attack: Trigger | None = None,
+    seed: int = 0,
+    classes: ClassList | None = None,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    detector: Detector | None = None,
+    skip_unreadable: bool = False,
+    trust: Trust = ANYONE,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure one bundle or checkpoint; see `evaluate_all`.
+    """Measure one bundle or checkpoint; errors as of `evaluate_all`.
 
     Args:
         bundle: A bundle, the path of one, or a checkpoint.
         images: Clean images, one folder per class.
         triggered: Triggered images, folder = true class; classes may be missing.
         target: The attack's target class.
-        options: Keyword arguments of `evaluate_all`.
+        attack: A trigger to put on the clean images, instead of ``triggered``.
+        seed: Seed of what the trigger draws anew for each image.
+        classes: Class list of checkpoints; that of the first bundle if None.
+        model: Architecture of checkpoints that do not say.
+        image_size: Side of the input of checkpoints, instead of their configuration's.
+        device: 'auto', 'cpu' or 'cuda'.
+        batch_size: Images encoded at once.
+        detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
+        skip_unreadable: Leave out images that cannot be read; the notes count and name them.
+        trust: What every subject given by its path has to show; checkpoints can show nothing.
+        progress: Told after every batch.
     """
-    return evaluate_all([bundle], images, triggered, target, **options)[0]
+    (measured,) = evaluate_all(
+        [bundle],
+        images,
+        triggered,
+        target,
+        attack=attack,
+        seed=seed,
+        classes=classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        batch_size=batch_size,
+        detector=detector,
+        skip_unreadable=skip_unreadable,
+        trust=trust,
+        progress=progress,
+    )
+    return measured
 
 
 def evaluate_all(

@@ -29,15 +29,32 @@ class Client:
     The arguments are those of `AsyncClient`. An event loop in a thread of its own does the work.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 5,
+        in_flight: int = 8,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        async def opened() -> AsyncClient:
+            return AsyncClient(
+                url, model=model, timeout_s=timeout_s, retries=retries, in_flight=in_flight, headers=headers
+            )
+
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cbpt-client", daemon=True)
         self._thread.start()
         try:
-            self._client: AsyncClient = self._run(_opened(url, options))
+            self._client: AsyncClient = self._run(opened())
         except BaseException:
             self._stop()
             raise
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._client.url}>"
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +114,3 @@ class Client:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-async def _opened(url: str, options: Mapping[str, Any]) -> AsyncClient:
-    return AsyncClient(url, **options)
