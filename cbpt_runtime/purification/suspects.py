@@ -15,6 +15,9 @@ _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 
 _STEPS = 2001
 _FEWEST_OTHERS = 3
+_FEW_CONCEPTS = 24
+"""Among fewer, only the clearest is judged: what is left without it is too little to judge a second by."""
+
 _FAR = 1e6
 _UNREACHED = 3.0
 """Most that a concept scores which the trigger does not take most images to: not rare among so many."""
@@ -72,6 +75,8 @@ def find_outliers(
 ) -> Outliers:
     """Tests every concept against the others, without those that are suspects already.
 
+    Among fewer than two dozen concepts there is at most one suspect.
+
     Args:
         margins: What each concept's trigger reaches, in each family, measured in one way or several; minus
             infinity where it was given up for being among the lesser half.
@@ -88,7 +93,8 @@ def find_outliers(
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
-        if not judged or len(suspects) + 2 >= len(p_values):
+        too_few = len(suspects) + 2 >= len(p_values) or (suspects and len(p_values) < _FEW_CONCEPTS)
+        if not judged or too_few:
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)
         suspected.append((float(scores[best]), families[best], float(p_values[best])))

@@ -90,6 +90,13 @@ def test_a_suspect_keeps_the_p_value_it_was_suspected_for() -> None:
         assert (found.p_values[found.suspects] < 0.01).all()
 
 
+@pytest.mark.parametrize(("concepts", "expected"), [(20, [7]), (40, [7, 12])])
+def test_among_few_concepts_only_the_clearest_is_suspected(concepts: int, expected: list[int]) -> None:
+    margins = null(1, 3, concepts)
+    margins[0, 7], margins[1, 12] = 200.0, 100.0
+    assert find_outliers(margins, 0.01).suspects == expected
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_stands_out_by_either_margin_is_found(which: int) -> None:
     margins = torch.stack([null(1, 3), null(1, 3)])
