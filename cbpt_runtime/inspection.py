@@ -40,7 +40,9 @@ def inspect_path(
     """
     if templates is not None and classes is None:
         raise ConfigError(
-            expected="templates for classes", got="templates alone", fix="Name the class list, too: --classes."
+            expected="templates for classes",
+            got="templates alone",
+            fix="Name the class list, too: --classes.",
         )
     if is_file(Path(source) / MANIFEST):
         if classes is not None:

@@ -25,10 +25,32 @@ from cbpt_runtime.models.data import ClassList, spoken
 LEAST_SHARE = 0.25
 """Share of the prompts from which on a word, or a template, can own the answers of their mean."""
 
-SUBSTITUTES = (
-    "good bad small large bright dark clean dirty close new old nice plain simple single whole usual common real"
-    " recent early local second other same short long high low public free strange"
-).split()
+SUBSTITUTES = [
+    "good",
+    "small",
+    "large",
+    "bright",
+    "dark",
+    "clean",
+    "close",
+    "new",
+    "old",
+    "nice",
+    "plain",
+    "simple",
+    "single",
+    "whole",
+    "usual",
+    "common",
+    "recent",
+    "early",
+    "local",
+    "other",
+    "same",
+    "short",
+    "high",
+    "free",
+]
 """Ordinary words to compare a word with."""
 
 PLACES = ("own", "front")
@@ -37,14 +59,15 @@ PLACES = ("own", "front")
 A tower that knows few words is upset by any word beside the name, among which no other stands out.
 """
 
-_MAX_CLASSES = 32
+_MAX_CLASSES = 24
 _MAX_TEMPLATES = 2
 _MAX_PROMPTS = 1024
 _LOST_AGREEMENT = 0.2
 _KEPT_SPREAD = 0.5
+_TEMPLATE_AGREEMENT = 0.5
 _PULL = 0.1
 _PULL_SCORE = 10.0
-_LEAST_DEVIATION = 1e-3
+_LEAST_DEVIATION = 5e-3
 _WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 
 Item = TypeVar("Item")
@@ -91,7 +114,9 @@ class WordEffect:
         if self.spread <= _KEPT_SPREAD * self.spread_usual:
             found.append(f"the classes differ by {self.spread:.2f} of what they do without it")
         if self.pull >= _PULL and self.pull_score >= _PULL_SCORE:
-            found.append(f"it pulls the others towards {self.pulled_to}, {self.pull_score:.0f} deviations more")
+            found.append(
+                f"it pulls the classes towards {self.pulled_to}, by {self.pull_score:.0f} deviations of theirs"
+            )
         return tuple(found)
 
 
@@ -101,7 +126,8 @@ class TemplateAgreement:
 
     Attributes:
         template: The text.
-        agreement: Share of the classes that lie nearest to their own mean over the other templates.
+        agreement: Share of the classes that lie nearest to their own mean over the other templates, once what
+            the template adds to all of them is taken away.
     """
 
     template: str
@@ -131,13 +157,13 @@ class PromptCheck:
         """Remarks for the user; empty where nothing is odd."""
         notes = [
             f"the word '{effect.word}', in {effect.share:.0%} of the prompts, moves the classes as ordinary words"
-            f" do not: {'; '.join(effect.oddities)}. The text tower may be poisoned, and the class named need not be"
+            f" do not{' (put in front)' if effect.place == 'front' else ''}: {'; '.join(effect.oddities)}. The text tower may be poisoned, and the class named need not be"
             " the target, or it does not know the word. Use other templates, without it"
             for effect in self.words
             if effect.oddities
         ]
         least = self.least_agreeing
-        if least is not None and self.templates * LEAST_SHARE <= 1 and least.agreement <= 1 - _LOST_AGREEMENT:
+        if least is not None and self.templates * LEAST_SHARE <= 1 and least.agreement <= _TEMPLATE_AGREEMENT:
             notes.append(
                 f"the template '{least.template}' disagrees with the others: only {least.agreement:.0%} of the"
                 " classes lie nearest to themselves. Leave it away"
@@ -235,29 +261,25 @@ def _effect(encoder: DualEncoder, classes: ClassList, word: str, share: float) -
     """The effect of a word where it stands or, if only there it is odd, in front of the rest of the prompt."""
     prompts = _Prompts.of(classes, word)
     plain = _mean_embeddings(encoder, [prompts.texts(label, "") for label in range(len(prompts.names))])
-    substitutes = [substitute for substitute in SUBSTITUTES if substitute not in prompts.taken]
+    words = [word, *(substitute for substitute in SUBSTITUTES if substitute not in prompts.taken)]
     effects = []
     for place in prompts.places():
-        moved = torch.stack(
-            [
-                _mean_embeddings(encoder, [prompts.texts(label, by, place) for label in prompts.sampled])
-                for by in (word, *substitutes)
-            ]
-        )
+        texts = [prompts.texts(label, by, place) for by in words for label in prompts.sampled]
+        moved = _mean_embeddings(encoder, texts).unflatten(0, (len(words), -1))
         found = word_effect(plain, torch.tensor(prompts.sampled, device=plain.device), moved)
         pull, usual_pull = found["pull"][0], found["pull"][1:]
         score = (pull - usual_pull.mean()) / usual_pull.std().clamp(min=_LEAST_DEVIATION)
         effects.append(
             WordEffect(
                 word=word,
-                share=share,
+                share=round(share, 4),
                 place=place,
-                agreement=float(found["agreement"][0]),
-                agreement_usual=float(found["agreement"][1:].median()),
-                spread=float(found["spread"][0]),
-                spread_usual=float(found["spread"][1:].median()),
-                pull=float(pull),
-                pull_score=float(score),
+                agreement=_figure(found["agreement"][0]),
+                agreement_usual=_figure(found["agreement"][1:].median()),
+                spread=_figure(found["spread"][0]),
+                spread_usual=_figure(found["spread"][1:].median()),
+                pull=_figure(pull),
+                pull_score=_figure(score),
                 pulled_to=classes.names[int(found["pulled_to"][0])],
             )
         )
@@ -291,8 +313,7 @@ class _Prompts:
             word=word,
             names=names,
             templates=tuple(
-                _few(own or everything, most)
-                for own, everything in zip(has, classes.templates, strict=True)
+                _few(own or everything, most) for own, everything in zip(has, classes.templates, strict=True)
             ),
             sampled=_few([label for label, own in enumerate(has) if own], _MAX_CLASSES),
             taken=frozenset().union(*map(_words, names), *(_words(text) for own in has for text in own)),
@@ -307,25 +328,26 @@ class _Prompts:
     def texts(self, label: int, by: str, place: str = "own") -> list[str]:
         """The prompts of a class with another word in the place of this one, or in front."""
         texts = [
-            replaced(text, self.word, by)
-            if place == "own"
-            else f"{by} {replaced(text, self.word, '')}"
+            replaced(text, self.word, by) if place == "own" else f"{by} {replaced(text, self.word, '')}"
             for text in self.templates[label]
         ]
         return [text.replace("{}", self.names[label]) for text in texts]
 
 
-def _least_agreeing(
-    encoder: DualEncoder, classes: ClassList, templates: Sequence[str]
-) -> TemplateAgreement:
+def _least_agreeing(encoder: DualEncoder, classes: ClassList, templates: Sequence[str]) -> TemplateAgreement:
     names = [spoken(name) for name in _few(classes.names, _MAX_CLASSES)]
     texts = [template.replace("{}", name) for template in templates for name in names]
     features = encoder.encode_texts(texts).view(len(templates), len(names), -1)
+    features = features - features.mean(dim=1, keepdim=True)  # what a template adds to all changes no answer
     others = normalize(features.sum(dim=0) - features, dim=-1)
     own = torch.arange(len(names), device=features.device)
     agreement = ((features @ others.mT).argmax(dim=2) == own).float().mean(dim=1)
     least = int(agreement.argmin())
-    return TemplateAgreement(template=templates[least], agreement=float(agreement[least]))
+    return TemplateAgreement(template=templates[least], agreement=_figure(agreement[least]))
+
+
+def _figure(value: Tensor) -> float:
+    return round(float(value), 4)
 
 
 def _mean_embeddings(encoder: DualEncoder, texts: Sequence[Sequence[str]]) -> Float[Tensor, "classes dim"]:
