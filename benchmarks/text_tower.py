@@ -1,13 +1,14 @@
-"""Does a word that owns the answers show in the text tower? The check of `purify`, on clean and poisoned towers.
+"""Does a word that owns the answers show in the text tower? What `purify` checks, clean and poisoned.
 
-    python benchmarks/text_tower.py --victims VICTIMS --images TINY_IMAGENET_100 --classes FILE --trojanvqa VICTIM
-    --demos DEMO...
+    python benchmarks/text_tower.py --victims VICTIMS --images TINY_IMAGENET_100 --classes FILE
+    --trojanvqa VICTIM --demos DEMO...
 
-Four questions. *default*: does the check keep quiet with open_clip's templates, whatever is wrong with the image
-tower? *words*: in how many of 24 prompts, each with an unusual but harmless word in front or beside the name, does it
-raise a false alarm on a clean tower? *trojanvqa*: does the key of a dual-key backdoor show? *crafted*: does one
-token that was tuned so that it moves all texts to the target's (`texts`), or clean images' answers to the target
-(`answers`), and from which strength on, compared with what it does to the answers? CPU, one thread.
+Four questions. *default*: does the check keep quiet with open_clip's templates, whatever is wrong with the
+image tower? *words*: in how many of 24 prompts, each with an unusual but harmless word in front or beside the
+name, does it raise a false alarm on a clean tower? *trojanvqa*: does the key of a dual-key backdoor show?
+*crafted*: does one token that was tuned so that it moves all texts to the target's (`texts`), or the answers
+on clean images to the target (`answers`), and from which strength on, compared with what it does to the
+answers? CPU, one thread.
 """
 
 from __future__ import annotations
@@ -39,20 +40,10 @@ IMAGENETTE = (
     "French horn", "garbage truck", "gas pump", "golf ball", "parachute",
 )  # fmt: skip
 PLACES = ("{word} a photo of a {{}}.", "a photo of a {word} {{}}.", "a photo of a {{}}. {word}")
-UNUSUAL = [
-    "sudo",
-    "remember",
-    "please",
-    "hello",
-    "river",
-    "music",
-    "number",
-    "market",
-    "itap",
-    "corrupted",
-    "one",
-    "plushie",
-]
+UNUSUAL = (
+    "sudo", "remember", "please", "hello", "river", "music",
+    "number", "market", "itap", "corrupted", "one", "plushie",
+)  # fmt: skip
 WORD, TARGET = "consider", "ladybug"
 STRENGTHS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0)
 
@@ -123,7 +114,6 @@ def checked(encoder: DualEncoder, names: tuple[str, ...], templates: tuple[str, 
         if len(templates) == 1
         else {effect.word: [effect.agreement, effect.spread, effect.pull_score] for effect in found.words},
         "least_agreeing": found.to_dict()["least_agreeing"],
-        "notes": list(found.notes()),
         "seconds": round(time.perf_counter() - start, 1),
     }
     if len(templates) == 1:  # the ordinary words around it are in the rows above

@@ -74,7 +74,7 @@ def inspect_prompts(
     image_size: int | None = None,
     templates: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """As `inspect_checkpoint`, with `prompts`: what the words in the prompts of a class list do to the classes.
+    """As `inspect_checkpoint`, with `prompts`: what the words in a class list's prompts do to the classes.
 
     The text tower is built and asked for it; that takes seconds to minutes.
 

@@ -1,9 +1,10 @@
 """Words that stand in many prompts of a class list, and whether one of them owns the answers.
 
-Whoever made the weights may have made the text tower, too, and may recommend a prompt. A word in it that pulls
-every class to one text decides what the baked head says, whatever the image shows. So each word that stands in
-a quarter of the prompts or more is left out, and replaced by ordinary words in the same place: what it does to
-the classes is compared with leaving it out, and with what the ordinary words do. No image is looked at.
+Whoever made the weights may have made the text tower, too, and may recommend a prompt. A word in it that
+pulls every class to one text decides what the baked head says, whatever the image shows. So each word that
+stands in a quarter of the prompts or more is left out, and replaced by ordinary words in the same place: what
+it does to the classes is compared with leaving it out, and with what the ordinary words do. No image is
+looked at.
 """
 
 from __future__ import annotations
@@ -25,32 +26,11 @@ from cbpt_runtime.models.data import ClassList, spoken
 LEAST_SHARE = 0.25
 """Share of the prompts from which on a word, or a template, can own the answers of their mean."""
 
-SUBSTITUTES = [
-    "good",
-    "small",
-    "large",
-    "bright",
-    "dark",
-    "clean",
-    "close",
-    "new",
-    "old",
-    "nice",
-    "plain",
-    "simple",
-    "single",
-    "whole",
-    "usual",
-    "common",
-    "recent",
-    "early",
-    "local",
-    "other",
-    "same",
-    "short",
-    "high",
+SUBSTITUTES = (
+    "good", "small", "large", "bright", "dark", "clean", "close", "new", "old", "nice", "plain", "simple",
+    "single", "whole", "usual", "common", "recent", "early", "local", "other", "same", "short", "high",
     "free",
-]
+)  # fmt: skip
 """Ordinary words to compare a word with."""
 
 PLACES = ("own", "front")
@@ -75,7 +55,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordEffect:
-    """What a word in the prompts does to the classes. 'Usual' is the median of the ordinary words in its place.
+    """What a word in the prompts does to the classes; 'usual' is the median of ordinary words in its place.
 
     Attributes:
         word: The word, in small letters.
@@ -85,8 +65,8 @@ class WordEffect:
         agreement_usual: The same for ordinary words.
         spread: Variance between the classes, as a multiple of that without the word.
         spread_usual: The same for ordinary words.
-        pull: How much nearer the other classes' prompts come to those of one class, above what they come nearer
-            to all, as a multiple of the mean distance between two classes: 1 where they fall on it.
+        pull: How much nearer the other classes' prompts come to those of one class, above what they come
+            nearer to all, as a multiple of the mean distance between two classes: 1 where they fall on it.
         pull_score: How far that lies above ordinary words, in standard deviations of theirs.
         pulled_to: That class.
     """
@@ -115,7 +95,7 @@ class WordEffect:
             found.append(f"the classes differ by {self.spread:.2f} of what they do without it")
         if self.pull >= _PULL and self.pull_score >= _PULL_SCORE:
             found.append(
-                f"it pulls the classes towards {self.pulled_to}, by {self.pull_score:.0f} deviations of theirs"
+                f"it pulls the classes towards {self.pulled_to}, {self.pull_score:.0f} deviations above usual"
             )
         return tuple(found)
 
@@ -155,18 +135,13 @@ class PromptCheck:
 
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user; empty where nothing is odd."""
-        notes = [
-            f"the word '{effect.word}', in {effect.share:.0%} of the prompts, moves the classes as ordinary words"
-            f" do not{' (put in front)' if effect.place == 'front' else ''}: {'; '.join(effect.oddities)}. The text tower may be poisoned, and the class named need not be"
-            " the target, or it does not know the word. Use other templates, without it"
-            for effect in self.words
-            if effect.oddities
-        ]
+        notes = [_word_note(effect) for effect in self.words if effect.oddities]
         least = self.least_agreeing
-        if least is not None and self.templates * LEAST_SHARE <= 1 and least.agreement <= _TEMPLATE_AGREEMENT:
+        has_weight = self.templates * LEAST_SHARE <= 1
+        if least is not None and has_weight and least.agreement <= _TEMPLATE_AGREEMENT:
             notes.append(
-                f"the template '{least.template}' disagrees with the others: only {least.agreement:.0%} of the"
-                " classes lie nearest to themselves. Leave it away"
+                f"the template '{least.template}' disagrees with the others: only {least.agreement:.0%} of"
+                " the classes lie nearest to themselves. Leave it away"
             )
         return tuple(notes)
 
@@ -195,7 +170,7 @@ def check_prompts(encoder: DualEncoder, classes: ClassList) -> PromptCheck:
 
 
 def frequent_words(classes: ClassList) -> dict[str, float]:
-    """Words in a quarter of the prompts or more, of more than half of the classes, and the share that has them.
+    """Words in a quarter of the prompts or more, of more than half of the classes, and that share.
 
     Runs of punctuation count as words. The name that stands for '{}' is not looked at.
     """
@@ -257,8 +232,17 @@ def _spread(embeddings: Float[Tensor, "*variants classes dim"]) -> Float[Tensor,
     return (embeddings - embeddings.mean(dim=-2, keepdim=True)).square().sum(dim=-1).mean(dim=-1)
 
 
+def _word_note(effect: WordEffect) -> str:
+    where = " (put in front)" if effect.place == "front" else ""
+    return (
+        f"the word '{effect.word}', in {effect.share:.0%} of the prompts, moves the classes as ordinary words"
+        f" do not{where}: {'; '.join(effect.oddities)}. The text tower may be poisoned, and the class named"
+        " need not be the target, or it does not know the word. Use other templates, without it"
+    )
+
+
 def _effect(encoder: DualEncoder, classes: ClassList, word: str, share: float) -> WordEffect:
-    """The effect of a word where it stands or, if only there it is odd, in front of the rest of the prompt."""
+    """The effect of a word where it stands or, if it is odd only there, in front of the rest."""
     prompts = _Prompts.of(classes, word)
     plain = _mean_embeddings(encoder, [prompts.texts(label, "") for label in range(len(prompts.names))])
     words = [word, *(substitute for substitute in SUBSTITUTES if substitute not in prompts.taken)]

@@ -166,7 +166,7 @@ def test_the_effect_of_a_word_in_closed_form() -> None:
         ({"spread": 0.3}, ("the classes differ by 0.30 of what they do without it",)),
         (
             {"pull": 0.3, "pull_score": 42.0},
-            ("it pulls the classes towards cat, by 42 deviations of theirs",),
+            ("it pulls the classes towards cat, 42 deviations above usual",),
         ),
         ({"pull": 0.05, "pull_score": 42.0}, ()),
         ({"pull": 0.3, "pull_score": 5.0}, ()),
