@@ -32,6 +32,7 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.purify import Purification, purify
@@ -133,6 +134,9 @@ def purify_checkpoint(
             suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
         )
         words = prompt_notes(class_list, encoder.tokenizer)
+        tell("check prompts", 0, 1, {})
+        prompts = check_prompts(encoder, class_list)
+        tell("check prompts", 1, 1, {})
 
         repaired, found = None, None
         if defense is not None:
@@ -146,9 +150,10 @@ def purify_checkpoint(
                     encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
                 )
         result = _result(repaired, found)
+        result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
         method = _method(config, defense, repaired)
         known = [] if trusted is None else [reference_note(trusted)]
-        notes = [*suspect.notes, *split.notes, *words, *known]
+        notes = [*suspect.notes, *split.notes, *words, *prompts.notes(), *known]
         method |= {"shots": shots, "notes": notes}
         content = _content(suspect, encoder, class_list, split, method, result)
         if keep_images:

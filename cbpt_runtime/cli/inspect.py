@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, ModelOption
-from cbpt_runtime.cli.output import print_json, print_pairs
+from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, ModelOption, TemplateOption
+from cbpt_runtime.cli.output import print_json, print_pairs, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
+from cbpt_runtime.prompt_rows import PROMPT_COLUMNS, prompt_rows, prompt_verdict
 
 
 def command(
     path: Annotated[str, typer.Argument(help="Checkpoint (as for purify --checkpoint) or bundle folder.")],
     model: ModelOption = None,
     image_size: ImageSizeOption = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class list: what the words in its prompts do in a checkpoint's text tower."),
+    ] = None,
+    template: TemplateOption = None,
     trust: TrustOption = None,
     digest: DigestOption = None,
     as_json: JsonOption = False,
@@ -22,8 +29,19 @@ def command(
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.inspection import inspect_path
 
-    found = inspect_path(path, model=model, image_size=image_size, trust=given_trust(trust, digest))
+    found = inspect_path(
+        path,
+        model=model,
+        image_size=image_size,
+        classes=classes,
+        templates=template or None,
+        trust=given_trust(trust, digest),
+    )
     if as_json:
         print_json(found)
-    else:
-        print_pairs(found)
+        return
+    verdict = prompt_verdict(found.get("prompts"))
+    pairs = {name: value for name, value in found.items() if name != "prompts"}
+    print_pairs(pairs if verdict is None else {**pairs, "prompts": verdict})
+    if verdict is not None:
+        print_table(PROMPT_COLUMNS, prompt_rows(found["prompts"]))

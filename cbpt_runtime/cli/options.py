@@ -18,6 +18,10 @@ SkipUnreadableOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option(help="open_clip architecture or config file, where the checkpoint has none.")
 ]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
+]
 ReferenceOption = Annotated[
     str | None,
     typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),

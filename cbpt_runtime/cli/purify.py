@@ -15,9 +15,11 @@ from cbpt_runtime.cli.options import (
     ReferenceOption,
     SeedOption,
     SkipUnreadableOption,
+    TemplateOption,
 )
 from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
 from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.prompt_rows import odd_words, prompt_verdict
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle
@@ -36,10 +38,7 @@ def command(
     output: Annotated[Path, typer.Option(help="Bundle folder to make.")],
     model: ModelOption = None,
     image_size: ImageSizeOption = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
-    ] = None,
+    template: TemplateOption = None,
     reference: ReferenceOption = None,
     shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
     seed: SeedOption = None,
@@ -143,9 +142,11 @@ def print_result(bundle: Bundle) -> None:
     meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
     is_labelled = bundle.manifest["method"].get("labelled_by") != "suspect"
     accuracy = "held-out clean accuracy" if is_labelled else "agreement with the suspect's labels"
+    words = prompt_verdict(bundle.manifest["evidence"].get("prompts"))
     print_pairs(
         {
             "verdict": bundle.verdict + meaning,
+            **({} if words is None else {"prompts": words}),
             accuracy: f"{percent(before)} → {percent(after)}",
             "bundle": bundle.path,
             "digest": bundle.digest,
@@ -156,4 +157,6 @@ def print_result(bundle: Bundle) -> None:
 
 def _summary(bundle: Bundle) -> dict[str, object]:
     keys = ("verdict", "suspects", "metrics", "stage_seconds")
-    return {"bundle": str(bundle.path), "digest": bundle.digest} | {key: bundle.manifest[key] for key in keys}
+    head = {"bundle": str(bundle.path), "digest": bundle.digest}
+    odd = list(odd_words(bundle.manifest["evidence"].get("prompts")))
+    return head | {key: bundle.manifest[key] for key in keys} | {"odd_words": odd}

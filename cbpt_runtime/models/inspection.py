@@ -1,19 +1,23 @@
-"""What a suspect checkpoint is, and what is odd about it, without building the model."""
+"""What a suspect checkpoint is, and what is odd about it; built only where prompts are to be looked at."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.class_lists import read_class_list
+from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.config import is_custom_text
 from cbpt_runtime.models.fitting import value_problems
 from cbpt_runtime.models.locations import locate
+from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.weights import files_digest, read_weights
 
 _DEFAULTS = {"context_length": 77, "vocab_size": 49408}
@@ -60,6 +64,39 @@ def inspect_checkpoint(
             ],
         }
     return describe_checkpoint(read_checkpoint(source, model=model, image_size=image_size))
+
+
+def inspect_prompts(
+    source: str | Path,
+    classes: str | Path,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    templates: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """As `inspect_checkpoint`, with `prompts`: what the words in a class list's prompts do to the classes.
+
+    The text tower is built and asked for it; that takes seconds to minutes.
+
+    Args:
+        source: As `read_checkpoint` takes it.
+        classes: The class list.
+        model: As `read_checkpoint` takes it.
+        image_size: As `read_checkpoint` takes it.
+        templates: For classes without their own; the 80 ImageNet templates if None.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or its model not be built.
+        ClassListError: Missing or malformed class list, or prompts that do not tell the classes apart.
+    """
+    listed = read_class_list(classes, templates=templates)
+    checkpoint = read_checkpoint(source, model=model, image_size=image_size)
+    encoder = load_dual_encoder(checkpoint)
+    notes = prompt_notes(listed, encoder.tokenizer)
+    found = check_prompts(encoder, listed)
+    described = describe_checkpoint(checkpoint)
+    described["notes"] += [*notes, *found.notes()]
+    return {**described, "prompts": found.to_dict()}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.metrics import Rate
 from cbpt_runtime.names import readable
+from cbpt_runtime.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
@@ -102,6 +103,9 @@ def render_report(
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
         words=_searched_words(bundle),
+        prompt_columns=PROMPT_COLUMNS,
+        prompt_rows=prompt_rows(bundle.manifest["evidence"].get("prompts")),
+        odd_words=odd_words(bundle.manifest["evidence"].get("prompts")),
         rows=_picture_rows(bundle, examples, painted, call),
         charts=_study_charts(bundle, study),
     )

@@ -45,7 +45,8 @@ def test_the_result_is_printed_for_people_and_for_machines(
     assert all(word in text.out for word in ("verdict", "held-out clean accuracy", "seconds", "report.html"))
     assert "read checkpoint" in text.err
     parsed = json.loads(run("purify", *arguments, "--output", tmp_path / "json", "--json").out)
-    assert {"bundle", "digest", "verdict", "suspects", "metrics", "stage_seconds"} == set(parsed)
+    keys = {"bundle", "digest", "verdict", "suspects", "metrics", "stage_seconds", "odd_words"}
+    assert keys == set(parsed)
     assert parsed["digest"] == read_bundle(tmp_path / "json").digest
 
 
