@@ -29,6 +29,10 @@ from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleF
 class Phase(enum.Enum):
     TRAIN = "train"
 
+    def __reduce_ex__(self, protocol: object) -> tuple[type[Phase], tuple[str]]:
+        """By value, as most versions of Python do; 3.11.0 to 3.11.3 write a name."""
+        return Phase, (self.value,)
+
 
 class Settings:
     def __init__(self) -> None:
