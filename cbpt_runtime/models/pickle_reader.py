@@ -95,7 +95,7 @@ class PickleReader:
             elif _LITERALS.fullmatch(name):
                 self._stack.append(argument)
             elif name == "STOP":
-                self.value = self._pop()
+                self.value = self._kept(self._pop())
             else:
                 raise PickleFormatError(f"the operation {name}, which torch.save never writes")
 
@@ -132,12 +132,12 @@ class PickleReader:
         entries = target.entries if isinstance(target, Inert) else target
         if not isinstance(entries, dict) or len(pairs) % 2:
             raise PickleFormatError("entries for something that is no mapping")
-        entries.update(_entries(pairs))
+        entries.update(self._entries(pairs))
 
     def _extend(self, values: list[object]) -> None:
         target = self._top()
         if isinstance(target, list):
-            target.extend(values)
+            target.extend(map(self._kept, values))
         elif not isinstance(target, Inert):
             raise PickleFormatError("elements for something that is no list")
 
@@ -169,7 +169,7 @@ class PickleReader:
             return result
         if name in RECONSTRUCTORS and arguments:
             return self._reconstructed(name, arguments)
-        if name == "builtins.getattr" and len(arguments) == 2:  # how Python 3.11 stores enumerations
+        if name == "builtins.getattr" and len(arguments) == 2:  # how Python 3.11.0 to 3.11.3 store enumerations
             return _attribute(*arguments)
         if name in ("operator.getitem", "_operator.getitem") and isinstance(arguments[0], Global):
             name, arguments = arguments[0].name, ()  # list[int] and the like
@@ -183,7 +183,7 @@ class PickleReader:
         if self._copied > MAX_OPCODES:  # one list, made into a mapping over and over
             raise PickleFormatError(f"more than {MAX_OPCODES:,} entries copied")
         flat = [part for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2 for part in pair]
-        return _entries(flat)
+        return self._entries(flat)
 
     def _reconstructed(self, function: str, arguments: tuple[object, ...]) -> object:
         base = arguments[1] if len(arguments) > 1 and function.endswith("_reconstructor") else None
@@ -225,10 +225,13 @@ class PickleReader:
     def _get(self, index: int) -> None:
         self._stack.append(self._memo[index])
 
+    def _entries(self, pairs: list[object]) -> dict[object, object]:
+        keys = (key if type(key) is str else OtherKey(key) for key in pairs[::2])
+        return dict(zip(keys, map(self._kept, pairs[1::2]), strict=True))
 
-def _entries(pairs: list[object]) -> dict[object, object]:
-    keys = (key if type(key) is str else OtherKey(key) for key in pairs[::2])
-    return dict(zip(keys, pairs[1::2], strict=True))
+    def _kept(self, value: object) -> object:
+        """A value of the content: what is only named, say an enumeration's member, is left out as objects are."""
+        return self._placeholder(value.name, ()) if isinstance(value, Global) else value
 
 
 def _attribute(holder: object, attribute: object) -> Global:

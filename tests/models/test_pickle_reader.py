@@ -29,9 +29,13 @@ from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleF
 class Phase(enum.Enum):
     TRAIN = "train"
 
-    def __reduce_ex__(self, protocol: object) -> tuple[type[Phase], tuple[str]]:
-        """By value, as most versions of Python do; 3.11.0 to 3.11.3 write a name."""
-        return Phase, (self.value,)
+
+class NamedPhase(enum.Enum):
+    TRAIN = "train"
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, tuple[type[NamedPhase], str]]:
+        """By name, as Python 3.11.0 to 3.11.3 do for every enumeration."""
+        return getattr, (NamedPhase, self.name)
 
 
 class Settings:
@@ -104,6 +108,7 @@ INERT = {
     "deque": (collections.deque([1]), "collections.deque"),
     "partial": (functools.partial(int, base=2), "functools.partial"),
     "enumeration": (Phase.TRAIN, "Phase"),
+    "enumeration by name": (NamedPhase.TRAIN, "NamedPhase.TRAIN"),
     "object": (Settings(), "Settings"),
     "own dictionary": (Dictionary(a=1), "Dictionary"),
     "named tuple": (Point(1, 2), "Point"),
