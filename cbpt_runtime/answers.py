@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,15 +42,18 @@ class Answer:
         return asdict(self)
 
 
-def make_answer(
-    image: str,
-    probabilities: Float[np.ndarray, " classes"],
-    alarm: float,
+def make_answers(
+    images: Iterable[str],
+    probabilities: Float[np.ndarray, "batch classes"],
+    alarms: Float[np.ndarray, " batch"],
     *,
     names: Sequence[str],
     top: int,
-) -> Answer:
-    """The `top` most likely classes of one image; equal probabilities keep the order of the classes."""
-    best = (-probabilities).argsort(kind="stable")[:top]
-    labels = tuple(Label(name=names[i], probability=float(probabilities[i])) for i in best)
-    return Answer(image=image, labels=labels, alarm=float(alarm))
+) -> list[Answer]:
+    """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
+    answers = []
+    for image, row, alarm in zip(images, probabilities, alarms, strict=True):
+        best = (-row).argsort(kind="stable")[:top]
+        labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
+        answers.append(Answer(image=image, labels=labels, alarm=float(alarm)))
+    return answers

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from cbpt_runtime.answers import Answer, make_answer
+from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ImageDataError
@@ -40,12 +40,12 @@ def classify_images(
     """
     classifier = ZeroShotClassifier.from_bundle(bundle, device)
     names = classifier.bundle.class_names
-    answers = []
+    answers: list[Answer] = []
     for start in range(0, len(sources), batch_size):
         batch = sources[start : start + batch_size]
         prediction = classifier.predict(_read(classifier, sources, batch))
-        for (image, _), row, alarm in zip(batch, prediction.probabilities, prediction.alarm, strict=True):
-            answers.append(make_answer(image, row, float(alarm), names=names, top=top))
+        images = (image for image, _ in batch)
+        answers += make_answers(images, prediction.probabilities, prediction.alarm, names=names, top=top)
     return answers
 
 

@@ -1,8 +1,4 @@
-"""The purified zero-shot classifier of a bundle, running in PyTorch.
-
-classifier = load("bundle/")
-print(classifier("photo.jpg"))
-"""
+"""The purified zero-shot classifier of a bundle, running in PyTorch: `load("bundle/")("photo.jpg")`."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 
 from cbpt_runtime import heads
-from cbpt_runtime.answers import Answer, make_answer
+from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
@@ -29,16 +25,7 @@ AnyImage = bytes | str | Path | Image.Image | np.ndarray
 
 
 def load(bundle: Bundle | str | Path, *, device: str = "auto") -> ZeroShotClassifier:
-    """The classifier of a bundle: call it with images.
-
-    Args:
-        bundle: A bundle or the path of one.
-        device: 'auto', 'cpu' or 'cuda'.
-
-    Raises:
-        BundleError: The bundle is damaged.
-        ConfigError: The device is not there.
-    """
+    """`ZeroShotClassifier.from_bundle`, on a GPU where there is one: call the result with images."""
     return ZeroShotClassifier.from_bundle(bundle, device)
 
 
@@ -121,12 +108,11 @@ class ZeroShotClassifier:
         """
         if isinstance(images, AnyImage):
             return self([images], top=top)[0]
-        prediction, names = self.predict(self.read(images)), self.bundle.class_names
-        rows = zip(images, prediction.probabilities, prediction.alarm, strict=True)
-        return [
-            make_answer(_name(image, number), row, float(alarm), names=names, top=top)
-            for number, (image, row, alarm) in enumerate(rows, start=1)
-        ]
+        prediction = self.predict(self.read(images))
+        names = (_name(image, number) for number, image in enumerate(images, start=1))
+        return make_answers(
+            names, prediction.probabilities, prediction.alarm, names=self.bundle.class_names, top=top
+        )
 
     def read(self, sources: Sequence[AnyImage]) -> UInt8[np.ndarray, "batch height width 3"]:
         """Decode image files (or the bytes of some) and bring them to the model's size.

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cbpt_runtime.answers import Answer, make_answer
+from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.serving.retries import Retries
@@ -215,10 +215,14 @@ class AsyncClient:
                 await self._classify_batch(named[i : i + 1], files[i : i + 1], top) for i in range(len(files))
             ]
             return [item for part in parts for item in part]
-        return [
-            make_answer(name, row, float(alarm), names=info.class_names, top=top)
-            for (name, _), row, alarm in zip(named, prediction.probabilities, prediction.alarm, strict=True)
-        ]
+        answers = make_answers(
+            (name for name, _ in named),
+            prediction.probabilities,
+            prediction.alarm,
+            names=info.class_names,
+            top=top,
+        )
+        return [*answers]
 
     async def _predict(self, model: str, inputs: dict[str, np.ndarray]) -> ServedPrediction:
         found = await self._retries.ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
