@@ -88,7 +88,7 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
         "seed": method["seed"],
         "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
         "verified": sorted(files),
-        "prompts": bundle.manifest["evidence"].get("prompts"),
+        "prompts": bundle.prompts,
         "anomalies": [f"a file the manifest does not know: {name}" for name in bundle.unlisted()],
     }
 

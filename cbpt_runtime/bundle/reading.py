@@ -125,6 +125,11 @@ class Bundle:
         return tuple(int(suspect["index"]) for suspect in self.suspects)
 
     @property
+    def prompts(self) -> object:
+        """What was found of the words in the prompts, for `prompt_rows`; None where nobody looked."""
+        return self.manifest["evidence"].get("prompts")
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """What was measured on held-out clean images when the bundle was made."""
         return dict(self.manifest["metrics"])

@@ -142,7 +142,7 @@ def print_result(bundle: Bundle) -> None:
     meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
     is_labelled = bundle.manifest["method"].get("labelled_by") != "suspect"
     accuracy = "held-out clean accuracy" if is_labelled else "agreement with the suspect's labels"
-    words = prompt_verdict(bundle.manifest["evidence"].get("prompts"))
+    words = prompt_verdict(bundle.prompts)
     print_pairs(
         {
             "verdict": bundle.verdict + meaning,
@@ -158,5 +158,5 @@ def print_result(bundle: Bundle) -> None:
 def _summary(bundle: Bundle) -> dict[str, object]:
     keys = ("verdict", "suspects", "metrics", "stage_seconds")
     head = {"bundle": str(bundle.path), "digest": bundle.digest}
-    odd = list(odd_words(bundle.manifest["evidence"].get("prompts")))
+    odd = list(odd_words(bundle.prompts))
     return head | {key: bundle.manifest[key] for key in keys} | {"odd_words": odd}

@@ -104,8 +104,8 @@ def render_report(
         score_plot=_score_plot(bundle),
         words=_searched_words(bundle),
         prompt_columns=PROMPT_COLUMNS,
-        prompt_rows=prompt_rows(bundle.manifest["evidence"].get("prompts")),
-        odd_words=odd_words(bundle.manifest["evidence"].get("prompts")),
+        prompt_rows=prompt_rows(bundle.prompts),
+        odd_words=odd_words(bundle.prompts),
         rows=_picture_rows(bundle, examples, painted, call),
         charts=_study_charts(bundle, study),
     )
