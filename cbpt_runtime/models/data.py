@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -29,6 +29,8 @@ from cbpt_runtime.models.image_files import (
 )
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.names import name_bytes
+
+Item = TypeVar("Item")
 
 HELDOUT_SHOTS = 8
 """Images per class a split holds out, unless told otherwise."""
@@ -119,6 +121,11 @@ def default_templates() -> tuple[str, ...]:
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def evenly_spaced(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most so many of the items, the first among them."""
+    return items[:: max(1, -(-len(items) // most))]
 
 
 class ClassFolders(list[list[Path]]):

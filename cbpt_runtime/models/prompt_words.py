@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import DualEncoder
-from cbpt_runtime.models.data import ClassList, spoken
+from cbpt_runtime.models.data import ClassList, evenly_spaced, spoken
 
 LEAST_SHARE = 0.25
 """Share of the prompts from which on a word, or a template, can own the answers of their mean."""
@@ -49,8 +49,6 @@ _PULL = 0.1
 _PULL_SCORE = 10.0
 _LEAST_DEVIATION = 5e-3
 _WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,9 +295,10 @@ class _Prompts:
             word=word,
             names=names,
             templates=tuple(
-                _few(own or everything, most) for own, everything in zip(has, classes.templates, strict=True)
+                evenly_spaced(own or everything, most)
+                for own, everything in zip(has, classes.templates, strict=True)
             ),
-            sampled=_few([label for label, own in enumerate(has) if own], _MAX_CLASSES),
+            sampled=evenly_spaced([label for label, own in enumerate(has) if own], _MAX_CLASSES),
             taken=frozenset().union(*map(_words, names), *(_words(text) for own in has for text in own)),
         )
 
@@ -319,7 +318,7 @@ class _Prompts:
 
 
 def _least_agreeing(encoder: DualEncoder, classes: ClassList, templates: Sequence[str]) -> TemplateAgreement:
-    names = [spoken(name) for name in _few(classes.names, _MAX_CLASSES)]
+    names = [spoken(name) for name in evenly_spaced(classes.names, _MAX_CLASSES)]
     texts = [template.replace("{}", name) for template in templates for name in names]
     features = encoder.encode_texts(texts).view(len(templates), len(names), -1)
     features = features - features.mean(dim=1, keepdim=True)  # what a template adds to all changes no answer
@@ -343,8 +342,3 @@ def _mean_embeddings(encoder: DualEncoder, texts: Sequence[Sequence[str]]) -> Fl
 @lru_cache(maxsize=4096)
 def _words(template: str) -> frozenset[str]:
     return frozenset(word.lower() for part in template.split("{}") for word in _WORD.findall(part))
-
-
-def _few(items: Sequence[Item], most: int) -> Sequence[Item]:
-    """At most so many, evenly spaced."""
-    return items[:: max(1, -(-len(items) // most))]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import DualEncoder
-from cbpt_runtime.models.data import ClassList, class_key, default_templates
+from cbpt_runtime.models.data import ClassList, class_key, default_templates, evenly_spaced
 
 NEAR = 0.85
 """Cosine from which on two texts are taken for the same: neither is a rival of the other."""
@@ -86,7 +86,7 @@ def build_vocabulary(
     taken = set(map(class_key, names))
     others = tuple(word for word in background_words() if background and class_key(word) not in taken)
     if len(others) > 1:  # else all of them are on the list
-        few = templates[:: max(1, -(-len(templates) // _TEMPLATES))]
+        few = tuple(evenly_spaced(templates, _TEMPLATES))
         words = ClassList(names=others, templates=(few,) * len(others))
         parts.append(encoder.class_embeddings(words))
         names += others
