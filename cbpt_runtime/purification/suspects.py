@@ -93,8 +93,8 @@ def find_outliers(
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
-        too_few = len(suspects) + 2 >= len(p_values) or (suspects and len(p_values) < _FEW_CONCEPTS)
-        if not judged or too_few:
+        most = len(p_values) - 2 if len(p_values) >= _FEW_CONCEPTS else 1
+        if not judged or len(suspects) >= most:
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)
         suspected.append((float(scores[best]), families[best], float(p_values[best])))

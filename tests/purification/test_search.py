@@ -68,6 +68,14 @@ def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(subject: Calla
     assert found.success[concept] == found.success.max() > 0.3
 
 
+def test_the_second_margin_is_that_of_the_worse_half(subject: Callable[..., Subject]) -> None:
+    everything, worse = search(subject(), CONFIG).margins
+    followed = everything > -torch.inf
+    assert torch.equal(followed, worse > -torch.inf)
+    assert (worse <= everything).all()
+    assert (worse < everything)[followed].float().mean() > 0.9
+
+
 def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., Subject]) -> None:
     found = search(subject(strength=0.0), CONFIG)
     assert found.outliers.suspects == []
