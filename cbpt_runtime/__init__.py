@@ -54,6 +54,7 @@ _HOMES = {
     "export_bundle": "export.repository",
     "inspect_checkpoint": "models.inspection",
     "load": "classifier",
+    "purify": "pipeline:purify_checkpoint",
     "purify_checkpoint": "pipeline",
     "read_bundle": "bundle",
     "run_demo": "demo",
@@ -97,11 +98,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("cbpt-runtime")
-    if name == "purify":
-        name = "purify_checkpoint"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home, _, known_as = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), known_as or name)
 
 
 def __dir__() -> list[str]:
