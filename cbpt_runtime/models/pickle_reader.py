@@ -169,7 +169,7 @@ class PickleReader:
             return result
         if name in RECONSTRUCTORS and arguments:
             return self._reconstructed(name, arguments)
-        if name == "builtins.getattr" and len(arguments) == 2:  # how Python 3.11.0 to 3.11.3 store enumerations
+        if name == "builtins.getattr" and len(arguments) == 2:  # how early Python 3.11 stores enumerations
             return _attribute(*arguments)
         if name in ("operator.getitem", "_operator.getitem") and isinstance(arguments[0], Global):
             name, arguments = arguments[0].name, ()  # list[int] and the like
@@ -230,7 +230,7 @@ class PickleReader:
         return dict(zip(keys, map(self._kept, pairs[1::2]), strict=True))
 
     def _kept(self, value: object) -> object:
-        """A value of the content: what is only named, say an enumeration's member, is left out as objects are."""
+        """A value of the content; what is only named, as enumerations may be, becomes a placeholder."""
         return self._placeholder(value.name, ()) if isinstance(value, Global) else value
 
 
