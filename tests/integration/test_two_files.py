@@ -29,6 +29,6 @@ def test_a_server_answers_from_a_graph_in_two_files(
     export_bundle(tiny_bundle, output, name="shapes", profile=Profile(max_batch=8))
     assert (output / "shapes_classifier" / "1" / WEIGHTS).stat().st_size > 10_000
     config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
-    with running_server(output, config) as server, Client(server.urls.grpc) as client:
+    with running_server(output, config) as server, Client(server.config.grpc_url) as client:
         found = client.predict_files(drawn.files[:4])
     np.testing.assert_allclose(found.probabilities, drawn.expected.probabilities[:4], atol=1e-4)
