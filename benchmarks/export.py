@@ -35,11 +35,12 @@ from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.export.onnx import FEATURES, to_bytes, with_features
+from cbpt_runtime.export.onnx import FEATURES, with_features
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.repository import export_bundle, load_served
 from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.data import find_class_folders, read_images

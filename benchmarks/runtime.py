@@ -44,10 +44,10 @@ from cbpt_runtime.bench.machine import describe_machine, describe_versions
 from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
-from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
+from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 from export import random_bundle
 

@@ -13,8 +13,9 @@ from jaxtyping import UInt8
 from onnx import numpy_helper
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy, to_bytes
+from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy
 from cbpt_runtime.export.session import open_session
+from cbpt_runtime.export.weights import size_bytes
 
 _REPEATS = 15
 
@@ -76,8 +77,10 @@ def measure_class_counts(
 ) -> list[dict[str, Any]]:
     """Latency and size of a graph with heads of several sizes, at batch 1, medians in turns."""
     model = onnx.load(str(graph))
-    contents = {count: to_bytes(with_classes(model, count)) for count in counts}
-    sessions = {count: open_session(content, threads=threads) for count, content in contents.items()}
+    sizes, sessions = {}, {}
+    for count in counts:
+        changed = with_classes(model, count)
+        sizes[count], sessions[count] = size_bytes(changed), open_session(changed, threads=threads)
     spent: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(_REPEATS + 2):
         for count, session in sessions.items():
@@ -90,7 +93,7 @@ def measure_class_counts(
             "classes": count,
             "latency_ms": float(np.median(spent[count])),
             "latencies_ms": [round(value, 4) for value in spent[count]],
-            "size_bytes": len(contents[count]),
+            "size_bytes": sizes[count],
         }
         for count in counts
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bench.links import Answers, answers_of
 from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError
@@ -242,10 +243,12 @@ def _open_graph(path: Path, provider: Provider, threads: int | None) -> tuple[An
 def _metadata(path: Path) -> dict[str, str]:
     import onnx
 
+    from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_weights_beside
     from cbpt_runtime.export.onnx import read_metadata
 
     try:
-        metadata = read_metadata(onnx.load(str(path), load_external_data=False))
+        model = onnx.load_model_from_string(read_regular_file(path, max_bytes=MAX_GRAPH_BYTES))
+        metadata = read_metadata(model)
     except Exception as error:  # protobuf's own classes
         raise ConfigError(
             expected="an ONNX file", got=f"{path}: {error}", fix="Export the bundle again."
@@ -257,6 +260,7 @@ def _metadata(path: Path) -> dict[str, str]:
             got=f"{path} without {', '.join(sorted(missing))}",
             fix="Export the bundle with `cbpt-runtime export`.",
         )
+    require_weights_beside(model, path)
     return metadata
 
 

@@ -10,18 +10,27 @@ and the embedded heads have the size of the class list. `verify --bundle` says t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto
 
-from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.errors import RepositoryError
-from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.onnx import FEATURES, INPUT, OUTPUTS, foreign_operators, format_problems
+from cbpt_runtime.artifacts import hash_files, read_regular_file
+from cbpt_runtime.errors import ConfigError, RepositoryError
+from cbpt_runtime.export.manifest import WEIGHTS, Repository
+from cbpt_runtime.export.onnx import (
+    FEATURES,
+    INPUT,
+    OUTPUTS,
+    foreign_operators,
+    format_problems,
+    read_metadata,
+)
+from cbpt_runtime.export.weights import WEIGHTS_SHA256, is_outside, layout_problems
 
 MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 _HEADS = ("class_embeddings", "reference_embeddings")
@@ -43,7 +52,8 @@ def foreign_graph_parts(repository: Repository, *, image_size: tuple[int, int], 
     try:
         model = onnx.load_model_from_string(read_regular_file(repository.graph, max_bytes=MAX_GRAPH_BYTES))
         locations = external_locations(model)
-        parts = foreign_parts(model, image_size=image_size, classes=classes)
+        weights = repository.weights
+        parts = foreign_parts(model, image_size=image_size, classes=classes, weights=weights)
     except (OSError, DecodeError, ValueError, RecursionError) as error:
         raise RepositoryError(
             expected=f"an ONNX graph in {repository.graph}", got=f"{error}" or "nothing", fix=_REMAKE
@@ -59,33 +69,88 @@ def foreign_graph_parts(repository: Repository, *, image_size: tuple[int, int], 
     return parts
 
 
-def foreign_parts(model: onnx.ModelProto, *, image_size: tuple[int, int], classes: int) -> list[str]:
-    """As `foreign_graph_parts`, of a graph that is loaded."""
+def foreign_parts(
+    model: onnx.ModelProto,
+    *,
+    image_size: tuple[int, int],
+    classes: int,
+    weights: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """As `foreign_graph_parts`, of a graph that is loaded, and of what the manifest says of `WEIGHTS`."""
     images = [(INPUT, int(TensorProto.UINT8), ["batch", *image_size, 3])]
     return [
         *_foreign_format(model),
         *_foreign_operators(model.graph.node),
-        *(f"weights in {name}" for name in external_locations(model)[:_MOST_NAMED]),
+        *_foreign_weights(model, weights),
         *_foreign_values("inputs", model.graph.input, images),
         *_foreign_values("outputs", model.graph.output, _outputs(classes)),
         *_foreign_heads(model.graph, classes),
     ]
 
 
+def require_weights_beside(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a graph without a repository that reads its weights out of any file of the machine.
+
+    Args:
+        model: As it was read from its file.
+        path: Of that file.
+
+    Raises:
+        ConfigError: Weights lie elsewhere than in plain files of the graph's own folder, or are not those the
+            graph was written with.
+    """
+    locations = external_locations(model)
+    bad = [each for each in locations if not _is_plain_file_of(path.parent, each)]
+    if bad:
+        raise ConfigError(
+            expected=f"all weights of {path} in it or in plain files beside it",
+            got=f"weights in {_some(bad)}",
+            fix="Do not use this graph if you do not know it: it reads other files. Export the bundle again.",
+        )
+    stated = read_metadata(model).get(WEIGHTS_SHA256)
+    if locations == [WEIGHTS] and stated != hash_files(path.parent, locations)[WEIGHTS]["sha256"]:
+        raise ConfigError(
+            expected=f"the {WEIGHTS} that {path} was written with", got="another one", fix=_REMAKE
+        )
+
+
 def external_locations(model: onnx.ModelProto) -> list[str]:
     """Files that hold weights of a graph, as it says; ``''`` where it does not say which."""
     found = set()
     for tensor in _tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        if is_outside(tensor):
             named = [entry.value for entry in tensor.external_data if entry.key == "location"]
             found.update(named or [""])
     return sorted(found)
+
+
+def _is_plain_file_of(folder: Path, location: str) -> bool:
+    parts = PurePosixPath(location).parts
+    file = folder / location
+    try:
+        return len(parts) == 1 and parts[0] != ".." and stat.S_ISREG(file.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _is_listed(location: str, folder: str, files: dict[str, Any]) -> bool:
     """Whether a location is a file of the manifest: hashed, regular, no link, inside the repository."""
     path = PurePosixPath(location)
     return not path.is_absolute() and ".." not in path.parts and f"{folder}/{path.as_posix()}" in files
+
+
+def _foreign_weights(model: onnx.ModelProto, file: Mapping[str, Any] | None) -> Iterator[str]:
+    """Weights outside the graph that are not where, or not what, `export` would have written."""
+    elsewhere = [name for name in external_locations(model) if name != WEIGHTS]
+    yield from (f"weights in {name}" for name in elsewhere[:_MOST_NAMED])
+    outside = sum(is_outside(tensor) for tensor in _tensors(model))
+    if outside != sum(is_outside(tensor) for tensor in model.graph.initializer):
+        yield "parts of nodes in other files"
+    elif not elsewhere:
+        yield from layout_problems(model, None if file is None else int(file["size_bytes"]))
+    stated = read_metadata(model).get(WEIGHTS_SHA256)
+    if stated != (None if file is None else file["sha256"]):
+        yield f"other weights in {WEIGHTS} than it says"
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:

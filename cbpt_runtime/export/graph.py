@@ -22,10 +22,10 @@ from torch.nn.functional import normalize
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.onnx import FEATURES, INPUT, OUTPUTS, check_portable, describe, write_metadata
+from cbpt_runtime.export.weights import MAX_WEIGHT_BYTES, fills_two_files, seal_weights
 from cbpt_runtime.models.clip import ImageEncoder
 
 OPSET = 18
-MAX_SIZE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB; some room for the graph itself
 _NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")
 
 
@@ -90,19 +90,24 @@ def alarm(
     return loudest, torch.tensor(suspects)[which]
 
 
-def check_exportable(module: nn.Module) -> None:
-    """Refuse, before any work, what cannot become one ONNX file.
+def check_exportable(module: nn.Module, *, precision: str = "fp32") -> None:
+    """Refuse, before any work, what cannot become an ONNX graph.
 
     Raises:
-        ExportError: The weights are larger than one file can hold.
+        ExportError: One weight is larger than protobuf can hold, or all together than what int8 is made of.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    size_bytes = sum(4 * tensor.numel() for tensor in tensors)
-    if size_bytes > MAX_SIZE_BYTES:
+    sizes = [4 * tensor.numel() for tensor in (*module.parameters(), *module.buffers())]
+    if max(sizes) > MAX_WEIGHT_BYTES:
         raise ExportError(
-            expected=f"at most {MAX_SIZE_BYTES / 2**30:.2f} GiB of float32 weights, what one ONNX file holds",
-            got=f"{size_bytes / 2**30:.2f} GiB",
+            expected=f"at most {MAX_WEIGHT_BYTES / 2**30:.2f} GiB of float32 in one weight, as ONNX has it",
+            got=f"{max(sizes) / 2**30:.2f} GiB",
             fix="Choose a smaller architecture.",
+        )
+    if precision == "int8" and fills_two_files(sum(sizes)):
+        raise ExportError(
+            expected="float32 weights that fit one ONNX file, for int8 to be made of them",
+            got=f"{sum(sizes) / 2**30:.2f} GiB",
+            fix="Choose --precision fp32 or fp16.",
         )
 
 
@@ -144,6 +149,7 @@ def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
     _forget_origin(model)
     _hide_features(model)
     write_metadata(model, describe(bundle, precision="fp32"))
+    seal_weights(model)
     check_portable(model)
     return model
 

@@ -28,6 +28,8 @@ from cbpt_runtime.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
+WEIGHTS = "model.onnx.data"
+"""Beside a graph that is too large for one file."""
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
 _PARTS = ("_preprocess", "_classifier", "_alarm")
@@ -80,6 +82,13 @@ class Repository:
     def graph(self) -> Path:
         """The ONNX file."""
         return self.path / f"{self.name}_classifier" / "1" / "model.onnx"
+
+    @property
+    def weights(self) -> dict[str, Any] | None:
+        """What the manifest says of the file with the weights, where the graph needs one beside it."""
+        name = (self.graph.parent / WEIGHTS).relative_to(self.path).as_posix()
+        entry: dict[str, Any] | None = self.manifest["files"].get(name)
+        return entry
 
     @property
     def golden(self) -> Path:

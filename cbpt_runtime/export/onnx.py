@@ -1,6 +1,6 @@
 """The ONNX file of a served classifier: what it says about itself and what it promises. Needs no torch.
 
-Portable: opset 18 to 20, IR at most 10, standard operators, one file, dynamic batch.
+Portable: opset 18 to 20, IR at most 10, standard operators, dynamic batch, one file or (above 2 GiB) two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import onnx
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
+from cbpt_runtime.export.manifest import WEIGHTS
 from cbpt_runtime.export.operators import OPERATORS
+from cbpt_runtime.export.weights import is_outside, needs_two_files, without_weights
 
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
@@ -50,11 +52,6 @@ def write_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
     del model.metadata_props[:]
     for key in sorted(metadata):
         model.metadata_props.add(key=key, value=metadata[key])
-
-
-def to_bytes(model: onnx.ModelProto) -> bytes:
-    """The file's content; equal models give equal bytes."""
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 def with_features(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -138,13 +135,16 @@ def check_portable(model: onnx.ModelProto) -> None:
 
     Raises:
         ExportError: A newer operator set or format, an operator out of the standard or not in `OPERATORS`,
-            which `serve` would refuse, external data, or not the inputs and outputs of a served classifier.
+            which `serve` would refuse, weights in any other file than `WEIGHTS`, or not the inputs and
+            outputs of a served classifier.
     """
     problems = [
         *format_problems(model),
         *(f"operator {name}" for name in foreign_operators(model.graph.node)),
     ]
-    if any(tensor.external_data for tensor in model.graph.initializer):
+    outside = [tensor for tensor in model.graph.initializer if is_outside(tensor)]
+    places = {entry.value for each in outside for entry in each.external_data if entry.key == "location"}
+    if places - {WEIGHTS}:
         problems.append("external data")
     names = ([value.name for value in model.graph.input], [value.name for value in model.graph.output])
     if names != ([INPUT], list(OUTPUTS)):
@@ -153,12 +153,13 @@ def check_portable(model: onnx.ModelProto) -> None:
         problems.append("a fixed batch size")
     if not problems:
         try:
-            onnx.checker.check_model(model)
+            is_large = bool(outside) or needs_two_files(model)
+            onnx.checker.check_model(without_weights(model) if is_large else model)
         except onnx.checker.ValidationError as error:
             problems.append(f"{' '.join(str(error).split()):.200}")
     if problems:
         raise ExportError(
-            expected=f"one ONNX file, opset 18 to 20, IR at most {MAX_IR_VERSION}, standard operators",
+            expected=f"an ONNX graph, opset 18 to 20, IR at most {MAX_IR_VERSION}, standard operators",
             got="; ".join(problems),
             fix="Install the package versions of constraints.txt.",
         )

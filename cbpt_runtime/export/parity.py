@@ -21,7 +21,7 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.images import GateImages
-from cbpt_runtime.export.onnx import FEATURES, to_bytes, with_features
+from cbpt_runtime.export.onnx import FEATURES, with_features
 from cbpt_runtime.export.session import Provider, open_session, run_session
 
 COSINE_TOLERANCE = 1e-5
@@ -119,8 +119,8 @@ def measure_parity(
         ConfigError: The provider is not there.
         ExportError: onnxruntime cannot open or run the graph.
     """
-    session = open_session(to_bytes(model), provider)
-    inner = open_session(to_bytes(with_features(model)), provider)
+    session = open_session(model, provider)
+    inner = open_session(with_features(model), provider)
     pixels = images.repeated(max(max_batch, min(3 * FEW, len(images.pixels))))
     features = classifier.features(pixels)
     expected = classifier.predict_features(features)

@@ -21,13 +21,13 @@ from cbpt_runtime.export.onnx import (
     describe,
     nodes_after,
     tidy,
-    to_bytes,
     write_metadata,
 )
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import Answer, HeldOut, compare, is_good_enough, refusal
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import Provider, open_session, run_session
+from cbpt_runtime.export.weights import infer_shapes, needs_two_files, size_bytes
 from cbpt_runtime.types import Progress
 
 ANSWERED_AT_ONCE = 32
@@ -62,7 +62,7 @@ def reduce_precision(
         ExportError: No variant stayed within the limits.
     """
     provider, largest = profile.provider, profile.max_batch
-    before = heldout.measure(answers(open_session(to_bytes(model), provider), largest))
+    before = heldout.measure(answers(open_session(model, provider), largest))
     layers = find_layers(model)
     if profile.precision == "fp16":
         attempts: Iterator[tuple[onnx.ModelProto, list[str]]] = iter([(to_fp16(model, provider), [])])
@@ -71,7 +71,7 @@ def reduce_precision(
     report: dict[str, Any] = {}
     for number, (candidate, kept) in enumerate(attempts, start=1):
         write_metadata(candidate, describe(bundle, precision=profile.precision))
-        session = open_session(to_bytes(candidate), provider)
+        session = open_session(candidate, provider)
         report = compare(before, heldout.measure(answers(session, largest)))
         if progress is not None:
             progress("gate precision", number, number, {"accuracy": report["accuracy"]})
@@ -81,7 +81,7 @@ def reduce_precision(
                 "layers": len(layers) if profile.precision == "int8" else 0,
                 "layers_kept_in_fp32": kept,
                 "calibration_images": len(images.calibration) if profile.precision == "int8" else 0,
-                "size_ratio": candidate.ByteSize() / model.ByteSize(),
+                "size_ratio": size_bytes(candidate) / size_bytes(model),
                 "speed_ups": _speed_ups(model, candidate, images, provider),
             }
     raise refusal(report, profile.precision)
@@ -100,8 +100,9 @@ def to_fp16(model: onnx.ModelProto, provider: Provider = "cpu") -> onnx.ModelPro
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     converted: onnx.ModelProto = convert_float_to_float16(
-        onnx.shape_inference.infer_shapes(copy),
+        infer_shapes(copy),
         keep_io_types=True,
+        disable_shape_infer=needs_two_files(copy),
         op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_FP32, *(_KEPT_ON_CPU if provider == "cpu" else ())],
         node_block_list=nodes_after(model, FEATURES),
     )
@@ -134,7 +135,7 @@ def _speed_ups(
     before: onnx.ModelProto, after: onnx.ModelProto, images: GateImages, provider: Provider
 ) -> dict[str, float]:
     """How many times faster one graph is than another by batch size; medians of runs in turns."""
-    sessions = [open_session(to_bytes(model), provider) for model in (before, after)]
+    sessions = [open_session(model, provider) for model in (before, after)]
     ratios = {}
     for size in TIMED_BATCHES:
         batch = images.repeated(size)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from jaxtyping import Float, UInt8
 
-from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy, to_bytes, with_features
+from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy, with_features
 from cbpt_runtime.export.saturation import scale_overrides
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.types import Progress
@@ -139,5 +139,5 @@ def _reader(images: UInt8[np.ndarray, "batch height width 3"]) -> Any:
 def _features(
     model: onnx.ModelProto, images: UInt8[np.ndarray, "batch height width 3"]
 ) -> Float[np.ndarray, "batch dim"]:
-    session = open_session(to_bytes(with_features(model)))
+    session = open_session(with_features(model))
     return run_session(session, images, batch_size=len(images), outputs=[FEATURES])[FEATURES]

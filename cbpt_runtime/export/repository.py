@@ -7,7 +7,8 @@ model_repository/
     mlbom.cdx.json               a CycloneDX ML-BOM
     <name>/                      ensemble: image files in, answers out; 1/golden/ for self-tests
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
-    <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets
+    <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets; weights
+                                 above 2 GiB lie beside it
     <name>_alarm/                python backend: counts alarms per suspected target in Triton's metrics
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from safetensors.torch import load as load_tensors
 
@@ -32,15 +34,16 @@ from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
-from cbpt_runtime.export.graph import ServedClassifier, export_onnx
+from cbpt_runtime.export.graph import ServedClassifier, check_exportable, export_onnx
 from cbpt_runtime.export.images import GateImages, find_gate_images
-from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, write_manifest
-from cbpt_runtime.export.onnx import to_bytes
+from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, write_manifest
+from cbpt_runtime.export.onnx import read_metadata
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import WARMUP, Served
+from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
@@ -119,7 +122,7 @@ def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Content:
     served: Served
-    graph: bytes
+    model: onnx.ModelProto
     golden: GoldenSet
     parity: Mapping[str, Any]
 
@@ -132,6 +135,7 @@ def _gated(
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
     module, classifier = load_served(bundle)
+    check_exportable(module, precision=profile.precision)
     model = export_onnx(module, bundle)
     tell("export graph", 1, 1, {})
     provider: Provider = profile.provider
@@ -145,13 +149,13 @@ def _gated(
         model, report["precision"] = reduce_precision(
             model, bundle, images, heldout, profile, progress=progress
         )
-    graph = to_bytes(model)
-    session = open_session(graph, provider)
+        seal_weights(model)
+    session = open_session(model, provider)
     pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in images.encoded])
     answers = run_session(session, pixels, batch_size=len(pixels))
     return _Content(
-        served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph)),
-        graph=graph,
+        served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, model)),
+        model=model,
         golden=make_golden(images.encoded, bundle, answers),
         parity=report,
     )
@@ -172,11 +176,11 @@ def _check_request(name: str, profile: Profile) -> None:
         )
 
 
-def _provenance(bundle: Bundle, graph: bytes) -> dict[str, str]:
+def _provenance(bundle: Bundle, model: onnx.ModelProto) -> dict[str, str]:
     return {
         "bundle_digest": bundle.digest,
         "checkpoint_sha256": str(bundle.manifest["model"].get("sha256", "")),
-        "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
         "verdict": bundle.verdict,
         "cbpt_runtime_version": version("cbpt-runtime"),
     }
@@ -187,6 +191,7 @@ def _write_whole(content: _Content, output: Path, force: bool) -> str:
         for name, data in _files(content).items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(data)
+        write_graph(content.model, staging / content.served.classifier_name / "1")
         write_golden(content.golden, staging / content.served.name / "1" / GOLDEN_FOLDER)
         _write_papers(content, staging)
         return write_manifest(staging, _summary(content.served))
@@ -194,11 +199,14 @@ def _write_whole(content: _Content, output: Path, force: bool) -> str:
 
 def _write_papers(content: _Content, folder: Path) -> None:
     served = content.served
-    graph = f"{served.classifier_name}/1/model.onnx"
+    place = f"{served.classifier_name}/1"
+    products = {f"{place}/{GRAPH}": served.provenance["graph_sha256"]}
+    if weights := read_metadata(content.model).get(WEIGHTS_SHA256):
+        products[f"{place}/{WEIGHTS}"] = weights
     papers = repository_papers(
         served.bundle,
         name=served.name,
-        products={graph: served.provenance["graph_sha256"]},
+        products=products,
         versions={package: version(package) for package in _PACKAGES},
         export={"profile": served.profile.to_dict(), "parity": content.parity},
     )
@@ -207,11 +215,10 @@ def _write_papers(content: _Content, folder: Path) -> None:
 
 
 def _files(content: _Content) -> dict[str, bytes]:
-    """Every file of a repository but its golden set and its manifest, by its path."""
+    """Every file of a repository but its graph, its golden set and its manifest, by its path."""
     served, picture = content.served, content.golden.files[0]
     return {
         **written_files(served),
-        f"{served.classifier_name}/1/model.onnx": content.graph,
         f"{served.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
         PARITY: _json(content.parity),
     }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnxruntime
 from jaxtyping import UInt8
 
 from cbpt_runtime.cpus import usable_cpus
-from cbpt_runtime.errors import ConfigError, ExportError
+from cbpt_runtime.errors import ConfigError, ExportError, OutputError
 from cbpt_runtime.export.onnx import INPUT
-from cbpt_runtime.names import utf8_path
+from cbpt_runtime.export.weights import written
+from cbpt_runtime.names import readable, utf8_path
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
@@ -25,12 +27,12 @@ PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
 
 
 def open_session(
-    model: bytes | str, provider: Provider = "cpu", *, threads: int | None = None
+    model: bytes | str | onnx.ModelProto, provider: Provider = "cpu", *, threads: int | None = None
 ) -> onnxruntime.InferenceSession:
     """Open a graph.
 
     Args:
-        model: The file's content or path.
+        model: The file's content or path, or the graph itself.
         provider: Where it must run.
         threads: Of one operator; all usable CPUs when None.
 
@@ -46,8 +48,10 @@ def open_session(
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     try:
-        with utf8_path(Path(model)) if isinstance(model, str) else nullcontext(model) as source:
+        with _source(model) as source:
             session = onnxruntime.InferenceSession(source, settings, providers=[(name, options)])
+    except OutputError:
+        raise
     except Exception as error:  # onnxruntime raises classes of its own that share no public base
         raise ExportError(
             expected="a graph onnxruntime can open",
@@ -57,6 +61,22 @@ def open_session(
     if session.get_providers()[0] != name:  # onnxruntime falls back to the CPU without an error
         raise _provider_missing(provider, session.get_providers())
     return session
+
+
+@contextmanager
+def _source(model: bytes | str | onnx.ModelProto) -> Iterator[bytes | str]:
+    """What onnxruntime takes: content, or a path in UTF-8 whose folder also has the weights."""
+    if isinstance(model, onnx.ModelProto):
+        with written(model) as source:
+            yield source
+    elif isinstance(model, bytes):
+        yield model
+    elif (path := Path(model)).name != readable(path.name):  # nobody can have weights beside such a graph
+        with utf8_path(path) as name:
+            yield name
+    else:
+        with utf8_path(path.parent) as folder:
+            yield f"{folder}/{path.name}"
 
 
 def run_session(

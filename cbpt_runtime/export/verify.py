@@ -17,10 +17,11 @@ from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES
 from cbpt_runtime.export.golden import GoldenSet, read_golden
-from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.onnx import check_portable, describe, read_metadata, to_bytes
+from cbpt_runtime.export.manifest import WEIGHTS, Repository
+from cbpt_runtime.export.onnx import check_portable, describe, read_metadata
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
+from cbpt_runtime.export.weights import WEIGHTS_SHA256, read_weights, to_bytes
 from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
@@ -118,7 +119,7 @@ def verify_repository(
 
 
 def check_graph(repository: Repository) -> onnx.ModelProto:
-    """Load the graph; check that it is portable and what the manifest says.
+    """Load the graph, not the weights beside it; check that it is portable and what the manifest says.
 
     Raises:
         RepositoryError: It is not the manifest's graph.
@@ -135,6 +136,8 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
     problems = []
     if hashlib.sha256(content).hexdigest() != manifest["graph_sha256"]:
         problems.append("another graph")
+    if metadata.get(WEIGHTS_SHA256) != (repository.weights or {}).get("sha256"):
+        problems.append(f"other weights in {WEIGHTS}")
     if metadata.get("cbpt.bundle_digest") != manifest["bundle_digest"]:
         problems.append("the graph of another bundle")
     if not isinstance(names, list) or len(names) != manifest["classes"]:
@@ -198,8 +201,9 @@ def _again(
     module, classifier = load_served(bundle)
     graph_note = _compare_with_new_export(model, module, bundle)
     if profile["precision"] != "fp32":
-        session = open_session(to_bytes(model), provider)
+        session = open_session(str(repository.graph), provider)
         return _quality(session, classifier, seen, profile), graph_note
+    read_weights(model, repository.graph.with_name(WEIGHTS))
     parity = measure_parity(model, classifier, seen, max_batch=profile["max_batch"], provider=provider)
     parity.require()
     return parity.to_dict(), graph_note

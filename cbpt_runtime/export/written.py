@@ -21,7 +21,7 @@ from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.foreign_graph import foreign_graph_parts
-from cbpt_runtime.export.manifest import PARITY, Repository
+from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
 from cbpt_runtime.models.preprocess import Preprocess
@@ -117,6 +117,7 @@ def foreign_files(repository: Repository) -> list[str]:
         ATTESTATION,
         BOM,
         graph,
+        f"{served.classifier_name}/1/{WEIGHTS}",  # the graph says whether it is its own
         f"{served.preprocess_name}/warmup/{WARMUP}",
     }
     golden = f"{served.name}/1/{GOLDEN_FOLDER}/"

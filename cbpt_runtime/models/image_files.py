@@ -13,13 +13,19 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, is_image, missing_decoder, to_pixels
+from cbpt_runtime.models.preprocess import (
+    Preprocess,
+    can_decode,
+    decode_image,
+    is_image,
+    missing_decoder,
+    to_pixels,
+)
 from cbpt_runtime.names import is_litter
 
 # A file that is called so has to be a whole image; the others are images if they begin like one.
-_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+_SUFFIXES_OF_SOME = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}  # where there is a decoder
 _NAMED_AT_MOST = 10
 _UNREADABLE_NAMED_AT_MOST = 1000
 _READERS = 4
@@ -63,7 +69,7 @@ def sort_files(folder: Path, *, recursive: bool, trust_names: bool = True) -> So
             left_out["are links that lead nowhere"].append(path)
         elif not path.is_file():
             left_out["are no plain files"].append(path)
-        elif trust_names and path.suffix.lower() in _SUFFIXES:
+        elif trust_names and _is_called_image(path.suffix.lower()):
             images.append(path)
         else:
             unsure.append(path)
@@ -77,6 +83,10 @@ def sort_files(folder: Path, *, recursive: bool, trust_names: bool = True) -> So
     return Sorted(
         images=tuple(sorted(images)), left_out={kind: tuple(sorted(own)) for kind, own in left_out.items()}
     )
+
+
+def _is_called_image(suffix: str) -> bool:
+    return suffix in _SUFFIXES or can_decode(_SUFFIXES_OF_SOME.get(suffix, ""))
 
 
 def left_out_notes(left_out: Mapping[str, Sequence[Path | str]], root: Path) -> tuple[str, ...]:

@@ -36,18 +36,13 @@ MAX_PIXELS_VARIABLE = "CBPT_MAX_PIXELS"
 # Formats Pillow decodes in-process. EPS and PDF are left out on purpose: Pillow starts another program for
 # them.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "PPM")
-# What the 'ftyp' box at the start of a file names, and what Pillow needs to read it.
+# By Pillow's format: what the 'ftyp' box at the start of a file names, and what Pillow needs to read it.
 _BOXED = {
-    "HEIC, which needs the package pillow-heif": (
-        b"heic",
-        b"heix",
-        b"heim",
-        b"heis",
-        b"hevc",
-        b"mif1",
-        b"msf1",
+    "HEIF": (
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"),
+        "HEIC, which needs the package pillow-heif",
     ),
-    "AVIF, which needs a newer Pillow": (b"avif", b"avis"),
+    "AVIF": ((b"avif", b"avis"), "AVIF, which needs a newer Pillow"),
 }
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
@@ -228,7 +223,13 @@ def missing_decoder(source: bytes | Path) -> str | None:
     except OSError:
         return None
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    return next((kind for kind, brands in _BOXED.items() if brand in brands), None)
+    boxed = ((needed, name) for name, (brands, needed) in _BOXED.items() if brand in brands)
+    return next((needed for needed, name in boxed if not can_decode(name)), None)
+
+
+def can_decode(name: str) -> bool:
+    """Whether files of a format can be read here, by Pillow's name of it."""
+    return name in _formats()
 
 
 def max_pixels_here() -> int:

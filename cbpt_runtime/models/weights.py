@@ -42,6 +42,7 @@ _WRAPPER_PREFIXES = (
 )
 _MAX_WRAPPERS = 8
 _NAMED_AT_MOST = 5
+_LISTED_AT_MOST = 20  # of what a file holds beside its weights: enough for any trainer's
 _NAME_LENGTH = 160
 
 
@@ -130,10 +131,10 @@ def _read_file(path: Path, name: str | None) -> Weights:
     return Weights(tensors=_read_safetensors(path), format="safetensors")
 
 
-def first_few(names: Sequence[str]) -> str:
-    """At most five names, and how many more there are."""
-    more = len(names) - _NAMED_AT_MOST
-    listed = ", ".join(name[:_NAME_LENGTH] for name in names[:_NAMED_AT_MOST])
+def first_few(names: Sequence[str], *, most: int = _NAMED_AT_MOST) -> str:
+    """The first names, five by default, and how many more there are."""
+    more = len(names) - most
+    listed = ", ".join(name[:_NAME_LENGTH] for name in names[:most])
     return listed + (f" and {more} more" if more > 0 else "")
 
 
@@ -230,15 +231,16 @@ def _selection_notes(file: TorchFile, found: list[StateDict], chosen: StateDict)
         entries = mapping_of(file.content) or {}
         beside = [key for key in entries if isinstance(key, str) and key != used]
         if beside:
-            notes.append(f"not used, beside them: {first_few(beside)}")
+            notes.append(f"not used, beside them: {first_few(beside, most=_LISTED_AT_MOST)}")
     averages = [state.name for state in found if state.is_averaged and state is not chosen]
     if averages:
         notes.append(f"averaged weights are there too: name them as {file.path.name}#{averages[0]}")
     others = [name for name in chosen.others if name not in _SETTINGS]
     if others:
         notes.append(f"left out, because they are no tensors: {first_few(others)}")
-    if file.skipped and not (file.is_program or chosen.is_module):
-        notes.append(f"left out, and nothing of them run: objects of {first_few(file.skipped)}")
+    skipped = first_few(file.skipped, most=_LISTED_AT_MOST)
+    if skipped and not (file.is_program or chosen.is_module):
+        notes.append(f"left out, and nothing of them run: objects of {skipped}")
     return tuple(notes)
 
 

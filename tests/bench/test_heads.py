@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from cbpt_runtime.bench.heads import measure_class_counts, plain_head, with_classes
-from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.session import open_session
+from cbpt_runtime.export.weights import to_bytes
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.cli.app import app
 from cbpt_runtime.export.manifest import KIND
+from cbpt_runtime.export.repository import export_bundle
+from cbpt_runtime.names import is_folder
+from cbpt_runtime.signing import SIGNATURE
 
 LEAST = 60
 TENSORS = {"visual.conv1.weight": torch.ones(2, 3)}
@@ -195,6 +199,7 @@ SLOTS: dict[str, str] = {
     "scan": "scan {x} --images {images} --report {output}",
     "scan --images": "scan {checkpoint} --images {x} --report {output}",
     "scan --classes": "scan {checkpoint} --images {images} --classes {x} --report {output}",
+    "scan --reference": "scan {checkpoint} --images {images} --reference {x} --report {output}",
     "scan --config": "scan {checkpoint} --images {images} --config {x} --report {output}",
     "purify --checkpoint": "purify --checkpoint {x} --classes {classes} --images {images} --output {output}",
     "purify --classes": "purify --checkpoint {checkpoint} --classes {x} --images {images} --output {output}",
@@ -213,6 +218,11 @@ SLOTS: dict[str, str] = {
     "export --calibration": "export {bundle} --calibration {x} --output {output}",
     "export --profile": "export {bundle} --profile {x} --output {output}",
     "verify": "verify {x}",
+    "verify --bundle": "verify {repository} --bundle {x}",
+    "verify --trust": "verify {repository} --trust {x}",
+    "sign": "sign {x} --key {key}",
+    "sign --key": "sign {bundle} --key {x}",
+    "sign --certificate": "sign {bundle} --key {key} --certificate {x}",
     "serve": "serve {x}",
     "serve --print-command": "serve {x} --print-command",
     "bench": "bench {x} --images {images} --output {output}",
@@ -250,6 +260,10 @@ FINE = {
 }
 
 
+def list_signatures(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{SIGNATURE}*")) if is_folder(folder) else []
+
+
 # One slot of every verb; the others take minutes.
 ALWAYS = (
     *(
@@ -261,10 +275,17 @@ ALWAYS = (
         "evaluate",
         "export",
         "verify",
+        "sign",
         "serve",
     ),
     *("bench", "attack apply", "attack implant", "demo"),
 )
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good one."""
+    return export_bundle(tiny_bundle, tmp_path_factory.mktemp("good") / "repository").path
 
 
 @pytest.mark.parametrize(
@@ -279,14 +300,19 @@ def test_bad_inputs_are_refused_with_advice_and_nothing_is_written(
     tiny_class_file: Path,
     tiny_image_folder: Path,
     tiny_bundle: Bundle,
+    request: pytest.FixtureRequest,
 ) -> None:
-    good = {
+    good: dict[str, Path] = {
         "checkpoint": tiny_checkpoint_folder,
         "classes": tiny_class_file,
         "images": tiny_image_folder,
         "bundle": tiny_bundle.path,
         "output": tmp_path / "output",
     }
+    if "{repository}" in SLOTS[slot]:
+        good["repository"] = request.getfixturevalue("repository")
+    if slot.startswith("sign"):
+        good["key"] = request.getfixturevalue("signing_keys") / "ours.pem"
     wrong = []
     for path in bad:
         if path.name in FINE.get(slot, ()):
@@ -302,6 +328,8 @@ def test_bad_inputs_are_refused_with_advice_and_nothing_is_written(
         says = [line for line in lines if line.startswith(("error: expected ", "       "))]
         if done.code != 2 or len(says) < 3 or done.out or "Traceback" in done.err:
             wrong.append(f"{path.name!r}: exit {done.code}: {done.err[-300:]!r}")
+        if any(list_signatures(each) for each in (path, tiny_bundle.path)):
+            wrong.append(f"{path.name!r}: was signed")
         if left := list(tmp_path.iterdir()):
             wrong.append(f"{path.name!r}: left {[entry.name for entry in left]}")
             shutil.rmtree(tmp_path, ignore_errors=True)
@@ -309,3 +337,13 @@ def test_bad_inputs_are_refused_with_advice_and_nothing_is_written(
         if time.monotonic() - start > 20:
             wrong.append(f"{path.name!r}: took {time.monotonic() - start:.0f} s")
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_verb_has_a_slot_that_ci_runs() -> None:
+    verbs = {command.name for command in app.registered_commands} | {
+        f"{group.name} {command.name}"
+        for group in app.registered_groups
+        for command in group.typer_instance.registered_commands
+    }
+    assert verbs - {"attack list"} == {slot.partition(" --")[0] for slot in ALWAYS}  # which takes no input
+    assert set(ALWAYS) <= set(SLOTS)

@@ -17,9 +17,10 @@ from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.export.graph import export_onnx
-from cbpt_runtime.export.onnx import OUTPUTS, to_bytes
+from cbpt_runtime.export.onnx import OUTPUTS
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
+from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import load_dual_encoder

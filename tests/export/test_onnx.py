@@ -17,9 +17,10 @@ from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import check_exportable, export_onnx
-from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
+from cbpt_runtime.export.onnx import check_portable, read_metadata
 from cbpt_runtime.export.repository import Exported, load_served
 from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.weights import to_bytes
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:

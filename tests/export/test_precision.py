@@ -16,12 +16,13 @@ from cbpt_runtime.dummies import Painted
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export import precision
 from cbpt_runtime.export.images import GateImages, find_gate_images
-from cbpt_runtime.export.onnx import check_portable, read_metadata, to_bytes
+from cbpt_runtime.export.onnx import check_portable, read_metadata
 from cbpt_runtime.export.precision import reduce_precision
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut, Quality, compare, is_good_enough
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.weights import to_bytes
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError, RepositoryError
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.export.onnx import read_metadata, to_bytes, write_metadata
+from cbpt_runtime.export.onnx import read_metadata, write_metadata
 from cbpt_runtime.export.repository import Exported
 from cbpt_runtime.export.verify import verify_repository
+from cbpt_runtime.export.weights import to_bytes
 
 
 def test_an_intact_repository_verifies(tiny_repository: Exported, tiny_bundle: Bundle) -> None:

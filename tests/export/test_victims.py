@@ -12,9 +12,9 @@ import pytest
 from cbpt_runtime import metrics
 from cbpt_runtime.bundle import BundleContent, write_bundle
 from cbpt_runtime.export.graph import export_onnx
-from cbpt_runtime.export.onnx import to_bytes
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.data import ClassList, find_class_folders, read_images

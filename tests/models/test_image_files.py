@@ -15,6 +15,7 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.models import preprocess
 from cbpt_runtime.models.data import draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.image_files import sort_files
 from cbpt_runtime.models.preprocess import MAX_PIXELS_VARIABLE, Preprocess, decode_image
@@ -22,6 +23,14 @@ from cbpt_runtime.models.preprocess import MAX_PIXELS_VARIABLE, Preprocess, deco
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
 NAMES = ("red_square", "green disc", "Blue Stripes")
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+AVIF = b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"
+
+
+@pytest.fixture(autouse=True)
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No decoder of HEIC and AVIF, whatever is installed; test_heif.py has one."""
+    few = tuple(name for name in preprocess._formats() if name not in ("HEIF", "AVIF"))
+    monkeypatch.setattr(preprocess, "_formats", lambda: few)
 
 
 @pytest.fixture
@@ -36,6 +45,7 @@ def messy(tiny_image_folder: Path, tmp_path: Path) -> Path:
     shutil.copy(first / "03.png", first / "deep" / "deeper" / "03.png")
     (first / "gone.png").symlink_to("nowhere.png")
     (first / "phone.heic").write_bytes(HEIC)
+    (first / "web.avif").write_bytes(AVIF)
     (first / "notes.txt").write_text("x")
     (first / ".04.png").write_bytes((first / "04.png").read_bytes())
     (first / "Thumbs.db").write_text("x")
@@ -54,6 +64,7 @@ LEFT_OUT = {
     "are no plain files": {"red_square/pipe.png"},
     "are no images": {"red_square/notes.txt"},
     "are HEIC, which needs the package pillow-heif": {"red_square/phone.heic"},
+    "are AVIF, which needs a newer Pillow": {"red_square/web.avif"},
 }
 
 
@@ -193,6 +204,8 @@ def test_the_limit_of_pixels_is_named_and_can_be_set(tmp_path: Path, monkeypatch
 def test_a_format_without_its_decoder_is_named() -> None:
     with pytest.raises(ImageDataError, match="got HEIC, which needs the package pillow-heif"):
         decode_image(HEIC)
+    with pytest.raises(ImageDataError, match="got AVIF, which needs a newer Pillow"):
+        decode_image(AVIF)
 
 
 # Class lists and folders ------------------------------------------------------------------------------
