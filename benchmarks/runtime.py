@@ -8,7 +8,7 @@ PHOTOS is a folder of full-size JPEGs. Image towers have random weights: speed d
 accuracy is not measured here. Whatever is compared takes turns in one process; a figure is the median of
 five rounds, a ratio the median of the rounds' ratios. Everyone's answers are compared with eager PyTorch's
 before the clock runs. Parts and towers already in the results file are kept, so that they can be measured
-one by one; the tables of benchmarks/README.md are written anew at the end. torch.compile needs a C++
+one by one; the tables of benchmarks/runtime.md are written anew at the end. torch.compile needs a C++
 compiler; OpenVINO is left out where it is not installed.
 
 On a machine that others use, too, wall-clock times compare who waits worse. There, `--threads 1 --clock

@@ -5,7 +5,7 @@
 PHOTOS is a folder of full-size JPEGs; they are sent as they are, over gRPC. BUNDLE is a purified victim (its
 repository is also what is started); ViT-B-32 has random weights. Triton and the same graph in this process
 take turns, five rounds; a figure is the median of the rounds. Needs the `server` extra, or another
-tritonserver. Parts already in the results file are kept; the tables of benchmarks/README.md are written anew
+tritonserver. Parts already in the results file are kept; the tables of benchmarks/serving.md are written anew
 at the end.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md that results/runtime.json and results/serving.json fill.
+"""Writes the tables of runtime.md and serving.md from results/runtime.json and results/serving.json.
 
 python benchmarks/tables.py
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-README = FOLDER / "README.md"
 
 
 def main() -> None:
@@ -22,18 +21,17 @@ def main() -> None:
 
 def write_tables() -> None:
     """Replace what stands between the markers; a table whose numbers are missing stays as it is."""
-    text = README.read_text(encoding="utf-8")
     for file, makers in (("runtime", RUNTIME), ("serving", SERVING)):
-        path = FOLDER / "results" / f"{file}.json"
+        path, page = FOLDER / "results" / f"{file}.json", FOLDER / f"{file}.md"
         if not path.exists():
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
+        results, text = json.loads(path.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
         for name, (part, columns, rows) in makers.items():
-            if part in found:
+            if part in results:
                 marker = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
-                body = table(columns, list(rows(found)))
+                body = table(columns, list(rows(results)))
                 text = marker.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-    README.write_text(text, encoding="utf-8")
+        page.write_text(text, encoding="utf-8")
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+WIDTH = 120
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+WRITTEN = [path for path in DOCUMENTS if path.name != "cli.md"]  # that one is printed by --help
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -30,3 +32,30 @@ def test_every_row_of_a_table_of_layouts_names_its_test(name: str) -> None:
     headings = [line for line, below in pairwise(lines) if below.startswith("|---")]
     assert len(rows) > len(headings) > 0
     assert [row for row in rows if row not in headings and not NAMED.search(row)] == []
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_is_no_wider_than_the_page(document: Path) -> None:
+    prose = re.sub(
+        r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    wide = [line for line in prose.splitlines() if len(line) > WIDTH and can_be_broken(line)]
+    assert wide == []
+
+
+def can_be_broken(line: str) -> bool:
+    """Whether a line is text with a space to break it at: no table, no code, no single long link."""
+    return not line.startswith(("|", "    ")) and " " in re.sub(r"`[^`]*`|\]\([^)]*\)", "", line.strip())
+
+
+def test_only_text_with_a_space_outside_code_and_links_can_be_broken() -> None:
+    assert can_be_broken("one two")
+    assert can_be_broken("see `code` there")
+    assert not any(map(can_be_broken, ["| a | b |", "    a command", "`a b`", "[a](b c)"]))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+    missing = [name for name in targets if "://" not in name and not (document.parent / name).exists()]
+    assert missing == []
