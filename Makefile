@@ -2,7 +2,7 @@
 # make test   what CI runs
 # make nightly  the tests that take minutes each
 # make check  lint and types only
-# make docs   docs/cli.md again, from --help
+# make docs   docs/cli.md again, from --help, and the site in build/docs/site; warnings are errors
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,9 +30,10 @@ check: $(VENV)/installed-test
 
 docs: $(VENV)/installed-test
 	$(BIN)/typer cbpt_runtime.cli.app utils docs --name cbpt-runtime --output docs/cli.md
+	$(BIN)/python docs/build_site.py
 
 constraints: $(VENV)/uv
-	$(BIN)/uv pip compile --python-version 3.11 --extra heif --extra server --extra sign --extra test --extra writers --extra dev --no-annotate --no-header \
+	$(BIN)/uv pip compile --python-version 3.11 --extra docs --extra heif --extra server --extra sign --extra test --extra writers --extra dev --no-annotate --no-header \
 		--no-emit-index-url --upgrade --output-file constraints.txt pyproject.toml
 	sed -i "s/^numpy==1.*/& ; python_version < '3.13'/" constraints.txt  # the server extra's limit, nobody else's
 
@@ -49,4 +50,4 @@ $(VENV)/installed: $(VENV)/uv pyproject.toml constraints.txt
 	$(call INSTALL,'.[server]') || { echo "no Triton for this system: installing without" >&2; $(call INSTALL,.); }
 
 $(VENV)/installed-test: $(VENV)/uv pyproject.toml constraints.txt
-	$(call INSTALL,'.[heif$(comma)server$(comma)sign$(comma)test$(comma)writers]')
+	$(call INSTALL,'.[docs$(comma)heif$(comma)server$(comma)sign$(comma)test$(comma)writers]')

@@ -25,7 +25,7 @@ AnyImage = bytes | str | Path | Image.Image | np.ndarray
 
 
 def load(bundle: Bundle | str | Path, *, device: str = "auto") -> ZeroShotClassifier:
-    """`ZeroShotClassifier.from_bundle`, on a GPU where there is one: call the result with images."""
+    """Load the classifier of a bundle, on a GPU where there is one: call the result with images."""
     return ZeroShotClassifier.from_bundle(bundle, device)
 
 

@@ -27,7 +27,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids"
 def inspect_checkpoint(
     source: str | Path, model: str | Path | None = None, *, image_size: int | None = None
 ) -> dict[str, Any]:
-    """Describes a checkpoint; everything in the answer can be written as JSON.
+    """Describe a checkpoint; everything in the answer can be written as JSON.
 
     Args:
         source: As `read_checkpoint` takes it.

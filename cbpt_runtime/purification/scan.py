@@ -98,7 +98,7 @@ def scan(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Scan:
-    """Says whether a CLIP checkpoint carries a backdoor, and for which word.
+    """Say whether a CLIP checkpoint carries a backdoor, and for which word.
 
     Args:
         checkpoint: The suspect, in any form that `purify_checkpoint` takes.
