@@ -209,14 +209,13 @@ def _open_graph(path: Path, provider: Provider, threads: int | None) -> tuple[An
     """The session of an ONNX file, and the file as a target."""
     from cbpt_runtime.export.session import open_session
 
-    metadata = _metadata(path)
+    metadata, names, preprocess = _described(path)
     session = open_session(str(path), provider, threads=threads)
 
     def run(pixels: Pixels) -> Answers:
         probabilities, alarm = session.run(list(_OUTPUTS), {_INPUT: pixels})
         return answers_of(probabilities, np.ravel(alarm))
 
-    names = tuple(json.loads(metadata["cbpt.class_names"]))
     return session, Target(
         name=path.name,
         kind="onnx",
@@ -234,16 +233,17 @@ def _open_graph(path: Path, provider: Provider, threads: int | None) -> tuple[An
         },
         class_names=names,
         max_batch=64,
-        preprocess=Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"])),
+        preprocess=preprocess,
         run=run,
         graph=path,
     )
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _described(path: Path) -> tuple[dict[str, str], tuple[str, ...], Preprocess]:
+    """Metadata, class names and preprocessing of an ONNX file that does nothing but classify."""
     import onnx
 
-    from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_weights_beside
+    from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
     from cbpt_runtime.export.onnx import read_metadata
 
     try:
@@ -253,15 +253,17 @@ def _metadata(path: Path) -> dict[str, str]:
         raise ConfigError(
             expected="an ONNX file", got=f"{path}: {error}", fix="Export the bundle again."
         ) from error
-    missing = {"cbpt.class_names", "cbpt.preprocess"} - set(metadata)
-    if missing:
+    try:
+        names = [str(name) for name in json.loads(metadata["cbpt.class_names"])]
+        preprocess = Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             expected="an ONNX file of `cbpt-runtime export`, which says its classes and preprocessing",
-            got=f"{path} without {', '.join(sorted(missing))}",
+            got=f"{path}: {type(error).__name__} {error}",
             fix="Export the bundle with `cbpt-runtime export`.",
-        )
-    require_weights_beside(model, path)
-    return metadata
+        ) from error
+    require_own_graph(model, path, image_size=preprocess.image_size, classes=len(names))
+    return metadata, tuple(names), preprocess
 
 
 def _open_url(url: str, model: str | None) -> Target:

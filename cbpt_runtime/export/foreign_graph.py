@@ -88,16 +88,20 @@ def foreign_parts(
     ]
 
 
-def require_weights_beside(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse a graph without a repository that reads its weights out of any file of the machine.
+def require_own_graph(
+    model: onnx.ModelProto, path: Path, *, image_size: tuple[int, int], classes: int
+) -> None:
+    """Refuse a graph without a repository that does more than `export`'s, or reads any file of the machine.
 
     Args:
         model: As it was read from its file.
         path: Of that file.
+        image_size: Height and width of its pixels, as it says.
+        classes: How many it tells apart, as it says.
 
     Raises:
-        ConfigError: Weights lie elsewhere than in plain files of the graph's own folder, or are not those the
-            graph was written with.
+        ConfigError: Weights lie elsewhere than in plain files of the graph's own folder, or the installed
+            version would not have written all of it.
     """
     locations = external_locations(model)
     bad = [each for each in locations if not _is_plain_file_of(path.parent, each)]
@@ -107,10 +111,12 @@ def require_weights_beside(model: onnx.ModelProto, path: Path) -> None:
             got=f"weights in {_some(bad)}",
             fix="Do not use this graph if you do not know it: it reads other files. Export the bundle again.",
         )
-    stated = read_metadata(model).get(WEIGHTS_SHA256)
-    if locations == [WEIGHTS] and stated != hash_files(path.parent, locations)[WEIGHTS]["sha256"]:
+    weights = hash_files(path.parent, [WEIGHTS])[WEIGHTS] if WEIGHTS in locations else None
+    if parts := foreign_parts(model, image_size=image_size, classes=classes, weights=weights):
         raise ConfigError(
-            expected=f"the {WEIGHTS} that {path} was written with", got="another one", fix=_REMAKE
+            expected=f"a graph in {path} that this version of `cbpt-runtime export` would have written",
+            got="; ".join(parts),
+            fix="Do not use this graph if you do not know it. Export the bundle again.",
         )
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cbpt_runtime.bench.targets import open_target
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.manifest import read_repository
@@ -159,6 +160,44 @@ def test_verify_and_serve_refuse_before_a_runtime_sees_the_graph(
         done = run(verb, copied_repository)
         assert done.code == 2
         assert "operator Loop" in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize(("forge", "named"), FORGERIES.values(), ids=FORGERIES)
+def test_bench_refuses_a_foreign_graph_before_a_runtime_sees_it(
+    copied_repository: Path, resealed: Reseal, forge: Forge, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the graph reached a runtime")
+
+    monkeypatch.setattr("cbpt_runtime.export.session.open_session", never)
+    forged(copied_repository, forge, resealed)
+    for source in (copied_repository, copied_repository / GRAPH):
+        with pytest.raises(ConfigError, match=named):
+            open_target(str(source))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cbpt.class_names", "[" * 100_000),
+        ("cbpt.class_names", "7"),
+        ("cbpt.preprocess", "[]"),
+        ("cbpt.preprocess", "{"),
+        ("cbpt.preprocess", None),
+    ],
+)
+def test_bench_says_what_is_wrong_with_what_a_graph_says_of_itself(
+    copied_repository: Path, key: str, value: str | None
+) -> None:
+    model = onnx.load(copied_repository / GRAPH)
+    entry = next(entry for entry in model.metadata_props if entry.key == key)
+    if value is None:
+        model.metadata_props.remove(entry)
+    else:
+        entry.value = value
+    (copied_repository / GRAPH).write_bytes(to_bytes(model))
+    with pytest.raises(ConfigError, match=r"preprocessing"):
+        open_target(str(copied_repository / GRAPH))
 
 
 def test_serve_names_what_it_lets_in(copied_repository: Path, resealed: Reseal, tmp_path: Path) -> None:
