@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -183,17 +182,6 @@ def skip_loudly(message: str) -> NoReturn:
         warnings.simplefilter("default")
         warnings.warn(message, stacklevel=2)
     pytest.skip(message)
-
-
-@pytest.fixture(scope="session")
-def require() -> Callable[[str, str], None]:
-    """`require(module, message)`: skips loudly where the module is not installed."""
-
-    def check(module: str, message: str) -> None:
-        if importlib.util.find_spec(module) is None:
-            skip_loudly(message)
-
-    return check
 
 
 def find_browser() -> str | None:

@@ -257,9 +257,10 @@ def _described(path: Path) -> tuple[dict[str, str], tuple[str, ...], Preprocess]
         names = [str(name) for name in json.loads(metadata["cbpt.class_names"])]
         preprocess = Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
+        said = f"without {error.args[0]}" if isinstance(error, KeyError) else f"with unreadable ones: {error}"
         raise ConfigError(
             expected="an ONNX file of `cbpt-runtime export`, which says its classes and preprocessing",
-            got=f"{path}: {type(error).__name__} {error}",
+            got=f"{path} {said}",
             fix="Export the bundle with `cbpt-runtime export`.",
         ) from error
     require_own_graph(model, path, image_size=preprocess.image_size, classes=len(names))
