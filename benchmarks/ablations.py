@@ -30,20 +30,20 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
+from cbpt_runtime.purification.cbpt import purify
+from cbpt_runtime.purification.clean_features import Evidence, Views, gather
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, Views, gather
-from cbpt_runtime.purification.purify import purify
-from cbpt_runtime.purification.rehearsal import (
+from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.targets import Target
+from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES
+from cbpt_runtime.purification.triggered_features import (
     STRENGTHS,
     Rehearsal,
     judged,
     rehearse,
     tuning_data,
 )
-from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.targets import Target
 from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
-from cbpt_runtime.triggers import REFINE_FAMILIES
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
 Case = Callable[["Setting"], Tensor]

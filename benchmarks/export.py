@@ -29,9 +29,9 @@ import numpy as np
 import open_clip
 import torch
 
-from cbpt_runtime import metrics
 from cbpt_runtime.bundle import Bundle, BundleContent, read_bundle, write_bundle
 from cbpt_runtime.errors import ExportError
+from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.manifest import read_repository

@@ -41,7 +41,7 @@ from tables import write_tables
 
 from cbpt_runtime.bench.heads import plain_head, with_classes
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
-from cbpt_runtime.cpus import usable_cpus
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser

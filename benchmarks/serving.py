@@ -34,7 +34,7 @@ from cbpt_runtime.bench.measuring import Subject
 from cbpt_runtime.bench.pictures import Pictures, read_pictures
 from cbpt_runtime.bench.targets import Target, open_target
 from cbpt_runtime.bundle import Bundle, read_bundle
-from cbpt_runtime.cpus import usable_cpus
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from cbpt_runtime.artifacts.names import PLAINER
 from cbpt_runtime.cli.app import app
 from cbpt_runtime.cli.output import print_error
 from cbpt_runtime.errors import CbptError
-from cbpt_runtime.names import PLAINER
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cbpt_runtime.artifacts.names import is_file
+from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle import MANIFEST
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.names import is_file
-from cbpt_runtime.signing import SIGNATURE
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
 
 

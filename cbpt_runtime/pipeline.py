@@ -24,18 +24,18 @@ from cbpt_runtime.bundle import (
 from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
 from cbpt_runtime.defenses.repair import Repair, repair
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.labelling import images_to_draw, label_images
 from cbpt_runtime.models.activation import UNTRIED, settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
+from cbpt_runtime.models.labelling import images_to_draw, label_images
 from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.papers import bundle_papers
+from cbpt_runtime.purification.cbpt import Purification, purify
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.purify import Purification, purify
 from cbpt_runtime.purification.reference import read_reference, reference_note
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
@@ -43,7 +43,7 @@ from cbpt_runtime.report import bundle_report
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cbpt_runtime.types import Progress
+    from cbpt_runtime.progress import Progress
 
 CBPT = "cbpt"
 METHODS = (CBPT, *CONFIGS)

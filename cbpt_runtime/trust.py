@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbpt_runtime.artifacts import writing
+from cbpt_runtime.artifacts.signing import SIGNATURE, check_signature, sign_folder
 from cbpt_runtime.errors import BundleError, ConfigError, OutputError, TrustError
 from cbpt_runtime.export.manifest import MANIFEST, Repository, is_repository, read_repository
-from cbpt_runtime.signing import SIGNATURE, check_signature, sign_folder
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle

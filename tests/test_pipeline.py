@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime import labelling, pipeline
+from cbpt_runtime import pipeline
 from cbpt_runtime.bundle import HEAD, REPORT, read_bundle
 from cbpt_runtime.defenses.config import CONFIGS
 from cbpt_runtime.errors import (
@@ -22,11 +22,12 @@ from cbpt_runtime.errors import (
     OutputError,
     PurificationError,
 )
+from cbpt_runtime.models import labelling
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.image_folder import UnlabelledImages
 from cbpt_runtime.pipeline import purify_checkpoint, read_config
+from cbpt_runtime.purification.cbpt import Purification
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.purify import Purification
 from cbpt_runtime.purification.stages import StageStore
 
 

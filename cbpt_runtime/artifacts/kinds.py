@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cbpt_runtime.artifacts.file_table import list_files, read_json_file
-from cbpt_runtime.names import json_text, readable
+from cbpt_runtime.artifacts.names import json_text, readable
 
 MARKER = ".cbpt-runtime.json"
 """In folders whose files do not say themselves who made them; hidden, so that no reader of images minds."""

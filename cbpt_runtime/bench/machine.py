@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from cbpt_runtime.cpus import instructions, read_cpuinfo, usable_cpus
+from cbpt_runtime.export.cpus import instructions, read_cpuinfo, usable_cpus
 
 _PACKAGES = ("cbpt-runtime", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "open_clip_torch", "pillow",
              "torch", "tritonclient")  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cbpt_runtime.artifacts.names import name_bytes
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import class_key
 from cbpt_runtime.models.image_files import (
@@ -22,7 +23,6 @@ from cbpt_runtime.models.image_files import (
     unreadable_error,
     unreadable_notes,
 )
-from cbpt_runtime.names import name_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

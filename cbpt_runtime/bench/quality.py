@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from cbpt_runtime import metrics
 from cbpt_runtime.bench.links import Answers
 from cbpt_runtime.bench.pictures import Pictures
 from cbpt_runtime.bench.targets import Target
 from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.image_files import first_few
 

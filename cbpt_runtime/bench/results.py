@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from cbpt_runtime.artifacts import Kind, marked, new_folder, read_json_file, shape_problems
+from cbpt_runtime.artifacts.names import is_folder, json_text, readable
 from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.names import is_folder, json_text, readable
 
 RESULT = "bench.json"
 PAGE = "report.html"

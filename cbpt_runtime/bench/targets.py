@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts import read_regular_file
+from cbpt_runtime.artifacts.names import exists, is_file
 from cbpt_runtime.bench.links import Answers, answers_of
-from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.session import Provider
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
-from cbpt_runtime.names import exists, is_file
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, open_repository, refuse_untrusted
 
 Pixels = UInt8[np.ndarray, "batch height width 3"]

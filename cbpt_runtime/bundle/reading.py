@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from cbpt_runtime.artifacts import MAX_MANIFEST_BYTES, read_json_file, read_regular_file, shape_problems
+from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
 from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.signing import SIGNATURE
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

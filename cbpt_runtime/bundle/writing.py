@@ -14,6 +14,8 @@ from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
 from cbpt_runtime.artifacts import Kind, listed_in, new_folder
+from cbpt_runtime.artifacts.names import json_text, readable
+from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages
 from cbpt_runtime.bundle.reading import (
     ENCODER,
@@ -26,8 +28,6 @@ from cbpt_runtime.bundle.reading import (
     Bundle,
     read_bundle,
 )
-from cbpt_runtime.names import json_text, readable
-from cbpt_runtime.signing import SIGNATURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

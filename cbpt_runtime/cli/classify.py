@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbpt_runtime.artifacts.names import is_folder
 from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
-from cbpt_runtime.names import is_folder
 
 if TYPE_CHECKING:
     from cbpt_runtime.answers import Answer

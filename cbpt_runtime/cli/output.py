@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cbpt_runtime.artifacts.names import json_text, readable
 from cbpt_runtime.errors import CbptError
-from cbpt_runtime.names import json_text, readable
 
 if TYPE_CHECKING:
     from rich.console import Console

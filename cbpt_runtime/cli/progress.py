@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cbpt_runtime.cli.output import print_note
-from cbpt_runtime.types import Progress
+from cbpt_runtime.progress import Progress
 
 PLAIN_INTERVAL_S = 10.0
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.defenses.augmentation import drawn_seed, easily_augmented
 from cbpt_runtime.defenses.config import AbdConfig
 from cbpt_runtime.defenses.finetuning import (
@@ -30,9 +31,8 @@ from cbpt_runtime.defenses.finetuning import (
 )
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
-from cbpt_runtime.settings import is_mixed
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.trainable import TrainableClip
-from cbpt_runtime.types import Progress
 
 _LATENT, _CHANNELS, _SEED_SIZE = 64, 32, 4
 _BETAS = (0.5, 0.9)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, get_args
 
+from cbpt_runtime.config import Precision, from_known_keys
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.settings import Precision, from_known_keys
 
 _RANGES: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**63 - 1),

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.defenses.augmentation import drawn_seed
 from cbpt_runtime.defenses.config import FinetuneConfig
 from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.settings import is_mixed
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -30,7 +31,6 @@ from cbpt_runtime.training.contrastive import (
     make_optimizer,
 )
 from cbpt_runtime.training.trainable import TrainableClip
-from cbpt_runtime.types import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

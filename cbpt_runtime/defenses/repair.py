@@ -17,8 +17,8 @@ from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.checkpoint import Checkpoint
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.trainable import trainable_from
-from cbpt_runtime.types import Progress
 
 _BATCH = 256
 

@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.defenses.config import RvptConfig
 from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
-from cbpt_runtime.settings import is_mixed
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.contrastive import batches, cosine_rate, shift_and_mirror
-from cbpt_runtime.types import Progress
 
 
 def tune_visual_prompts(

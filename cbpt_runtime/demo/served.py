@@ -12,7 +12,7 @@ from cbpt_runtime.demo.story import DemoResult
 from cbpt_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cbpt_runtime.types import Progress
+    from cbpt_runtime.progress import Progress
 
 REPOSITORY = "model_repository"
 MAX_BATCH = 8

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbpt_runtime.artifacts import claimed, writing
+from cbpt_runtime.artifacts.names import exists
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
 from cbpt_runtime.errors import OutputError, PurificationError
-from cbpt_runtime.names import exists
 from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle
     from cbpt_runtime.evaluation import Evaluation
-    from cbpt_runtime.metrics import Rate
-    from cbpt_runtime.types import Progress
+    from cbpt_runtime.evaluation.metrics import Rate
+    from cbpt_runtime.progress import Progress
 
 MAXIMUM_ASR = 0.10
 MAXIMUM_CA_DROP = 0.10

@@ -26,8 +26,8 @@ from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust
 
 if TYPE_CHECKING:
+    from cbpt_runtime.progress import Progress
     from cbpt_runtime.redteam.triggers import Trigger
-    from cbpt_runtime.types import Progress
 
 Images = UInt8[np.ndarray, "batch height width 3"]
 _SHOWN = 6  # pictures kept to look at

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cbpt_runtime import metrics
-from cbpt_runtime.metrics import Estimate, Rate
+from cbpt_runtime.evaluation import metrics
+from cbpt_runtime.evaluation.metrics import Estimate, Rate
 
 DETECTION_RATE = 0.95
 

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime import heads
+from cbpt_runtime.artifacts.names import is_file
 from cbpt_runtime.bundle import MANIFEST, Bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError
 from cbpt_runtime.evaluation.detectors import Detector, bdetclip
 from cbpt_runtime.models.data import ClassList, class_index, draw_clean_split
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.names import is_file
 from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
 
 _IMAGES_PER_CLASS = 16

@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
+from cbpt_runtime.evaluation.metrics import Estimate, Rate
 from cbpt_runtime.evaluation.results import Evaluation, HeadRates
-from cbpt_runtime.metrics import Estimate, Rate
 
 RATES = {
     "clean_accuracy": "CA",

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts import NUMBER, read_json_file, read_regular_file, shape_problems
-from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError, RepositoryError
+from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
 if TYPE_CHECKING:

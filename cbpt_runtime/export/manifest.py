@@ -21,10 +21,10 @@ from cbpt_runtime.artifacts import (
     read_json_file,
     shape_problems,
 )
+from cbpt_runtime.artifacts.names import is_litter
+from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.names import is_litter
-from cbpt_runtime.signing import SIGNATURE
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"

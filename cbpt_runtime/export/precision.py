@@ -28,7 +28,7 @@ from cbpt_runtime.export.quality import Answer, HeldOut, compare, is_good_enough
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.weights import infer_shapes, needs_two_files, size_bytes
-from cbpt_runtime.types import Progress
+from cbpt_runtime.progress import Progress
 
 ANSWERED_AT_ONCE = 32
 TIMED_BATCHES = (1, 8)

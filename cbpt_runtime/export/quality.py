@@ -58,7 +58,9 @@ class HeldOut:
                 fix="Give a folder of clean images, one folder per class, with --calibration "
                 "(`verify`: --images), or make the bundle again.",
             )
-        from cbpt_runtime.dummies import paint_dummy_triggers  # with torch; the rest here needs none
+        from cbpt_runtime.purification.dummy_triggers import (
+            paint_dummy_triggers,  # with torch; the rest here needs none
+        )
 
         self._pixels, self._labels = images.pixels, images.labels
         self._painted = paint_dummy_triggers(bundle, images.pixels)

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy, with_features
 from cbpt_runtime.export.saturation import scale_overrides
 from cbpt_runtime.export.session import open_session, run_session
-from cbpt_runtime.types import Progress
+from cbpt_runtime.progress import Progress
 
 SENSITIVITY_IMAGES = 8
 _PRODUCTS = ("MatMul", "Gemm")

@@ -31,8 +31,8 @@ from safetensors.torch import load as load_tensors
 from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classifier import ZeroShotClassifier
-from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, check_exportable, export_onnx
 from cbpt_runtime.export.images import GateImages, find_gate_images
@@ -48,7 +48,7 @@ from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
 from cbpt_runtime.papers import repository_papers
-from cbpt_runtime.types import Progress
+from cbpt_runtime.progress import Progress
 
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
 

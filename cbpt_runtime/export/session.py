@@ -12,11 +12,11 @@ import onnx
 import onnxruntime
 from jaxtyping import UInt8
 
-from cbpt_runtime.cpus import usable_cpus
+from cbpt_runtime.artifacts.names import readable, utf8_path
 from cbpt_runtime.errors import ConfigError, ExportError, OutputError
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.weights import written
-from cbpt_runtime.names import readable, utf8_path
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.cpus import usable_cpus
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT, OUTPUTS
 from cbpt_runtime.export.profiles import Profile
 

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from cbpt_runtime.artifacts.names import name_bytes
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
 from cbpt_runtime.models.image_files import (
     all_entries,
@@ -28,7 +29,6 @@ from cbpt_runtime.models.image_files import (
     unreadable_notes,
 )
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.names import name_bytes
 
 Item = TypeVar("Item")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from cbpt_runtime.artifacts.names import is_litter
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.preprocess import (
     Preprocess,
@@ -21,7 +22,6 @@ from cbpt_runtime.models.preprocess import (
     missing_decoder,
     to_pixels,
 )
-from cbpt_runtime.names import is_litter
 
 # A file that is called so has to be a whole image; the others are images if they begin like one.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})

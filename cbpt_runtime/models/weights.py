@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cbpt_runtime.artifacts.names import name_bytes, utf8_path
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.pickle_values import ForbiddenCallError, Inert, PickleFormatError, TensorReference
 from cbpt_runtime.models.state_dicts import (
@@ -26,7 +27,6 @@ from cbpt_runtime.models.state_dicts import (
     mapping_of,
 )
 from cbpt_runtime.models.torch_files import NotDenseError, TorchFile, open_archive, open_sequence
-from cbpt_runtime.names import name_bytes, utf8_path
 
 # Entries of OpenAI's original archives that are settings, not weights.
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")

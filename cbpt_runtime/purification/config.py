@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from cbpt_runtime.config import Precision, from_known_keys
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.settings import Precision, from_known_keys
 
 Parameterization = Literal["embedding", "prompt"]
 

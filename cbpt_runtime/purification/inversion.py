@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cbpt_runtime.losses import contrastive_inversion
 from cbpt_runtime.models.clip import ImageEncoder
-from cbpt_runtime.purification.evidence import Clean
-from cbpt_runtime.triggers import Parameters, TriggerFamily
+from cbpt_runtime.purification.clean_features import Clean
+from cbpt_runtime.purification.losses import contrastive_inversion
+from cbpt_runtime.purification.trigger_families import Parameters, TriggerFamily
 
 _ENCODER_BATCH = 400  # images of 64 x 64 pixels
 _BETAS = (0.5, 0.9)

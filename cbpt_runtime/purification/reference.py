@@ -12,7 +12,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList
-from cbpt_runtime.purification.evidence import Clean, arranged_for_speed, clean_images
+from cbpt_runtime.purification.clean_features import Clean, arranged_for_speed, clean_images
 from cbpt_runtime.purification.search import Subject
 from cbpt_runtime.purification.vocabulary import build_vocabulary
 

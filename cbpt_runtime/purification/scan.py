@@ -19,13 +19,13 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
 from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.clean_features import arranged_for_speed, clean_images
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import arranged_for_speed, clean_images
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
 from cbpt_runtime.purification.search import SearchResult, Subject, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
-from cbpt_runtime.types import Progress
 
 MOST_IMAGES = 512
 LEAST_IMAGES = 16

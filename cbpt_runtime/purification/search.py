@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.clean_features import Clean
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Clean
+from cbpt_runtime.purification.detection import Outliers, find_outliers
 from cbpt_runtime.purification.inversion import Goals, Inversion, triggered_features
-from cbpt_runtime.purification.suspects import Outliers, find_outliers
+from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES, TriggerFamily
 from cbpt_runtime.purification.vocabulary import Vocabulary
-from cbpt_runtime.settings import is_mixed
-from cbpt_runtime.triggers import SEARCH_FAMILIES, TriggerFamily
-from cbpt_runtime.types import Progress
 
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""

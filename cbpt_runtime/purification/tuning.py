@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from cbpt_runtime.losses import backdoor_alignment, clean_alignment, prompt_consistency
 from cbpt_runtime.models.prompts import PromptEncoder
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.types import Progress
+from cbpt_runtime.purification.losses import backdoor_alignment, clean_alignment, prompt_consistency
 
 Verdict = Literal["accepted", "overcalled", "unsafe"]
 _DAMPING = math.sqrt(2)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cbpt_runtime.names import utf8_path
+from cbpt_runtime.artifacts.names import utf8_path
 
 STATE_NAME = "training-state.safetensors"
 

@@ -25,9 +25,9 @@ from cbpt_runtime.models.image_files import (
     unreadable_notes,
 )
 from cbpt_runtime.models.preprocess import Preprocess, decode_image
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
-from cbpt_runtime.types import Progress
 
 TRIGGERED: Final[Kind] = marked("folder of triggered images")
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cbpt_runtime.artifacts.names import json_text
 from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.data import class_index
-from cbpt_runtime.names import json_text
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.learned import trigger_bytes
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison
 from cbpt_runtime.redteam.training import TrainConfig, caption_texts, train
 from cbpt_runtime.redteam.triggers import apply_trigger, describe_trigger
 from cbpt_runtime.training.trainable import TrainableClip, save_open_clip_folder
-from cbpt_runtime.types import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cbpt_runtime.artifacts.names import utf8_path
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.names import utf8_path
 from cbpt_runtime.redteam.patch_triggers import paste
 from cbpt_runtime.redteam.triggers import TRIGGERS, Trigger, describe_trigger, get_trigger
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.pixels import to_float
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.learned import OptimisedPatch
 from cbpt_runtime.redteam.patch_triggers import LOCATIONS, paste
 from cbpt_runtime.training.trainable import TrainableClip
-from cbpt_runtime.types import Progress
 
 OBJECTIVES = ("text", "badclip")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cbpt_runtime.errors import ConfigError, ImplantError
 from cbpt_runtime.models.pixels import to_float
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.learned import SecretEncoder, Steganographic
-from cbpt_runtime.types import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

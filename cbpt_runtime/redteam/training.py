@@ -16,6 +16,7 @@ from torch import Tensor
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.data import spoken
 from cbpt_runtime.models.pixels import to_float
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.epochs import EpochStore
 from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.training.contrastive import (
@@ -27,7 +28,6 @@ from cbpt_runtime.training.contrastive import (
     shift_and_mirror,
 )
 from cbpt_runtime.training.trainable import TrainableClip
-from cbpt_runtime.types import Progress
 
 CAPTION_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}.",

@@ -14,14 +14,14 @@ from jaxtyping import Int, UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
+from cbpt_runtime.artifacts.names import readable
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.dummies import Painted, paint_dummy_triggers
 from cbpt_runtime.evaluation import Evaluation
+from cbpt_runtime.evaluation.metrics import Rate
 from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
-from cbpt_runtime.metrics import Rate
-from cbpt_runtime.names import readable
-from cbpt_runtime.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
+from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
+from cbpt_runtime.purification.dummy_triggers import Painted, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture

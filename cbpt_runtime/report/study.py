@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.evaluation.measuring import measured
 from cbpt_runtime.evaluation.results import AlarmQuality, Measured, alarm_quality
 from cbpt_runtime.evaluation.subjects import Call, Called
+from cbpt_runtime.purification.dummy_triggers import paint_dummy_triggers
 
 _MOST_SUSPECTS = 3
 _MOST_IMAGES = 512

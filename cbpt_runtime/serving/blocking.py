@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.answers import Answer
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.client import AsyncClient, ModelInfo, ServedPrediction
-from cbpt_runtime.types import Progress
 
 T = TypeVar("T")
 

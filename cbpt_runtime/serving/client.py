@@ -22,9 +22,9 @@ from jaxtyping import Float, Int, UInt8
 from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.retries import Retries
 from cbpt_runtime.serving.wire import Wire, open_wire
-from cbpt_runtime.types import Progress
 
 _MAX_FILE_BYTES = 10**9  # the most any repository takes
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")

@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cbpt_runtime.cpus import usable_cpus
 from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
+from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.manifest import Repository
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.servers import RELEASE, TritonServer

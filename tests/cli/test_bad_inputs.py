@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from cbpt_runtime.artifacts.names import is_folder
+from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.cli.app import app
 from cbpt_runtime.export.manifest import KIND
 from cbpt_runtime.export.repository import export_bundle
-from cbpt_runtime.names import is_folder
-from cbpt_runtime.signing import SIGNATURE
 
 LEAST = 60
 TENSORS = {"visual.conv1.weight": torch.ones(2, 3)}

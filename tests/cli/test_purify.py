@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbpt_runtime import labelling
 from cbpt_runtime.bundle import HEAD, read_bundle
+from cbpt_runtime.models import labelling
 from cbpt_runtime.models.image_folder import UnlabelledImages
-from cbpt_runtime.purification import purify as purification
+from cbpt_runtime.purification import cbpt as purification
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime import metrics
 from cbpt_runtime.demo import story, suspect
 from cbpt_runtime.demo.story import check_purification, run_demo
 from cbpt_runtime.demo.suspect import MODEL_CONFIG, TARGET, DemoScale, draw_pictures
 from cbpt_runtime.errors import ImplantError, OutputError, PurificationError
-from cbpt_runtime.evaluation import Evaluation, HeadRates
+from cbpt_runtime.evaluation import Evaluation, HeadRates, metrics
 from cbpt_runtime.redteam.implant import BackdoorMeasure, Implant
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.training.trainable import new_trainable

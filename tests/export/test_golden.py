@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError
+from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import INT8_TOLERANCE_ELSEWHERE, GoldenSet
 
 OTHER = "x86_64 avx2 of another machine"

@@ -12,7 +12,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.dummies import Painted
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export import precision
 from cbpt_runtime.export.images import GateImages, find_gate_images
@@ -23,6 +22,7 @@ from cbpt_runtime.export.quality import HeldOut, Quality, compare, is_good_enoug
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
+from cbpt_runtime.purification.dummy_triggers import Painted
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_variant_that_lets_a_trigger_through_is_refused(
     """Same clean answers; but pictures with the dummy trigger become its target."""
     black = np.zeros_like(images.pixels)
     stamped = [Painted(family="patch", target=2, images=black)]
-    monkeypatch.setattr("cbpt_runtime.dummies.paint_dummy_triggers", lambda *_: stamped)
+    monkeypatch.setattr("cbpt_runtime.purification.dummy_triggers.paint_dummy_triggers", lambda *_: stamped)
     heldout = HeldOut(bundle_with_images, images)
 
     def answer(weak: bool) -> Callable[[np.ndarray], np.ndarray]:

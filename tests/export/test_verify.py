@@ -16,8 +16,8 @@ import pytest
 from onnx import numpy_helper
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.cpus import kind_of_processor
 from cbpt_runtime.errors import ExportError, RepositoryError
+from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.onnx import read_metadata, write_metadata
 from cbpt_runtime.export.repository import Exported

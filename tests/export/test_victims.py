@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbpt_runtime import metrics
 from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session, run_session

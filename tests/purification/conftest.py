@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.purification.evidence import Clean
+from cbpt_runtime.purification.clean_features import Clean
 
 SIDE = 10
 DIM = 16

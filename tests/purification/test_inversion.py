@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cbpt_runtime.losses import contrastive_inversion
 from cbpt_runtime.purification import inversion as module
-from cbpt_runtime.purification.evidence import Clean
+from cbpt_runtime.purification.clean_features import Clean
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert, margins, triggered_features
-from cbpt_runtime.triggers import Additive, Patch, TriggerFamily
+from cbpt_runtime.purification.losses import contrastive_inversion
+from cbpt_runtime.purification.trigger_families import Additive, Patch, TriggerFamily
 
 ADDITIVE = Additive(epsilon=0.1)
 PATCH = Patch(area=0.01, step_size=0.3)

@@ -10,11 +10,11 @@ import torch
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split
-from cbpt_runtime.purification import purify as purification
+from cbpt_runtime.purification import cbpt as purification
 from cbpt_runtime.purification import vocabulary
+from cbpt_runtime.purification.cbpt import purify
+from cbpt_runtime.purification.clean_features import clean_images
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import clean_images
-from cbpt_runtime.purification.purify import purify
 from cbpt_runtime.purification.reference import comparison
 from cbpt_runtime.purification.search import Subject
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cbpt_runtime.purification.clean_features import Clean
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Clean
 from cbpt_runtime.purification.search import SearchResult, Subject, search
 from cbpt_runtime.purification.targets import nearest_word
+from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 from cbpt_runtime.purification.vocabulary import Vocabulary, group
-from cbpt_runtime.triggers import SEARCH_FAMILIES
 
 CONFIG = PurifyConfig(search_steps=30, search_batch=8, suspect_p_value=0.05, precision="fp32")
 WORDS = tuple(f"word {number}" for number in range(64))

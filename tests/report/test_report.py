@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cbpt_runtime.bundle import BundleContent, write_bundle
-from cbpt_runtime.dummies import Painted
+from cbpt_runtime.purification.dummy_triggers import Painted
 from cbpt_runtime.report import choose_examples, render_report
 from cbpt_runtime.report.charts import ranked_uri
 from cbpt_runtime.report.figures import picture_uri

@@ -185,7 +185,7 @@ def test_other_numbers_than_the_repositorys_are_served_from_a_view_of_it(
 def test_the_repositorys_own_numbers_are_served_from_a_view_too(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cbpt_runtime.cpus import usable_cpus
+    from cbpt_runtime.export.cpus import usable_cpus
 
     monkeypatch.setattr(placement, "usable_cpus", usable_cpus)
     chosen = place(repository, server(), ServeConfig())

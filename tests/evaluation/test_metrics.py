@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbpt_runtime import metrics
+from cbpt_runtime.evaluation import metrics
 
 SCORES = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12).map(np.array)
 

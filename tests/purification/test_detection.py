@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 
-from cbpt_runtime.purification import suspects
-from cbpt_runtime.purification.suspects import Outliers, deviations_above, p_value
+from cbpt_runtime.purification.detection import Outliers, deviations_above, p_value
 
 DRAWS = 100
 
 
 def find_outliers(margins: torch.Tensor, level: float) -> Outliers:
     """With triggers that all reach their concepts, measured in one way."""
-    return suspects.find_outliers(margins[None], torch.ones_like(margins, dtype=torch.bool), level)
+    return detection.find_outliers(margins[None], torch.ones_like(margins, dtype=torch.bool), level)
 
 
 def null(seed: int, families: int = 2, concepts: int = 40) -> torch.Tensor:
@@ -66,9 +65,9 @@ def test_an_outlier_does_not_hide_a_lesser_one() -> None:
 def test_what_takes_few_images_anywhere_is_no_suspect_however_far_it_stands_out() -> None:
     margins = planted(7)
     reached = torch.ones_like(margins, dtype=torch.bool)
-    assert suspects.find_outliers(margins[None], reached, 0.01).suspects == [7]
+    assert detection.find_outliers(margins[None], reached, 0.01).suspects == [7]
     reached[:, 7] = False
-    assert suspects.find_outliers(margins[None], reached, 0.01).suspects == []
+    assert detection.find_outliers(margins[None], reached, 0.01).suspects == []
 
 
 def test_a_concept_that_stands_out_a_little_everywhere_is_found() -> None:
@@ -101,7 +100,7 @@ def test_among_few_concepts_only_the_clearest_is_suspected(concepts: int, expect
 def test_what_stands_out_by_either_margin_is_found(which: int) -> None:
     margins = torch.stack([null(1, 3), null(1, 3)])
     margins[which] = planted(7)
-    found = suspects.find_outliers(margins, torch.ones(3, 40, dtype=torch.bool), 0.01)
+    found = detection.find_outliers(margins, torch.ones(3, 40, dtype=torch.bool), 0.01)
     assert found.suspects == [7]
     assert found.families[7] == 1
     assert found.scores[7] == find_outliers(planted(7), 0.01).scores[7]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbpt_runtime.triggers import (
+from cbpt_runtime.purification.trigger_families import (
     REFINE_FAMILIES,
     SEARCH_FAMILIES,
     Additive,

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cbpt_runtime.purification.evidence import Clean, Evidence, with_imagined
+from cbpt_runtime.purification.augmentation import view
+from cbpt_runtime.purification.clean_features import Clean, Evidence, with_imagined
 from cbpt_runtime.purification.inversion import margins, triggered_features
 from cbpt_runtime.purification.targets import Target
+from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES, Parameters
 from cbpt_runtime.purification.tuning import TuningData, Verdict
-from cbpt_runtime.purification.views import view
-from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.35)
 """Shares of the way from the clean to the dummy-triggered image; attackers' triggers are not all strong.

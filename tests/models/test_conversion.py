@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from cbpt_runtime.artifacts import MARKER
-from cbpt_runtime.conversion import convert_checkpoint
 from cbpt_runtime.errors import CheckpointError, OutputError
 from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.conversion import convert_checkpoint
 
 KINDS = ("vit", "resnet", "custom-text", "timm", "siglip")
 

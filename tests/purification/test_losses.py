@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime.losses import backdoor_alignment, clean_alignment, contrastive_inversion, prompt_consistency
+from cbpt_runtime.purification.losses import (
+    backdoor_alignment,
+    clean_alignment,
+    contrastive_inversion,
+    prompt_consistency,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -16,11 +16,11 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search, vocabulary
+from cbpt_runtime.purification.cbpt import purify
+from cbpt_runtime.purification.clean_features import arranged_for_speed
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import arranged_for_speed
-from cbpt_runtime.purification.purify import purify
+from cbpt_runtime.purification.detection import Outliers
 from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Outliers
 
 NAMES = ("cat", "dog", "fire truck", "banana")
 QUICK = PurifyConfig(

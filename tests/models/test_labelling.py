@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
-from cbpt_runtime.labelling import images_to_draw, label_images, reference_probabilities, split_by_confidence
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages
+from cbpt_runtime.models.labelling import (
+    images_to_draw,
+    label_images,
+    reference_probabilities,
+    split_by_confidence,
+)
 
 NAMES = ("cat", "dog", "owl")
 

@@ -15,29 +15,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
+from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.clean_features import Evidence, gather
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.evidence import Evidence, gather
+from cbpt_runtime.purification.detection import Suspect
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
 from cbpt_runtime.purification.reference import comparison
-from cbpt_runtime.purification.rehearsal import (
+from cbpt_runtime.purification.search import SearchResult, Subject, search
+from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
+from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES, Parameters
+from cbpt_runtime.purification.triggered_features import (
     Rehearsal,
     judged,
     rehearse,
     strongest_success,
     tuning_data,
 )
-from cbpt_runtime.purification.search import SearchResult, Subject, search
-from cbpt_runtime.purification.stages import StageStore
-from cbpt_runtime.purification.suspects import Suspect
-from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
 from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
-from cbpt_runtime.settings import is_mixed
-from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
-from cbpt_runtime.types import Progress
 
 Stage = tuple[dict[str, Tensor], dict[str, Any]]
 

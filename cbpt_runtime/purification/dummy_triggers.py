@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import BundleError
-from cbpt_runtime.triggers import REFINE_FAMILIES, Parameters
+from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES, Parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

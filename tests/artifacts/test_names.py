@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cbpt_runtime.__main__ import main
+from cbpt_runtime.artifacts.names import PLAINER, json_text, name_bytes, readable, shell_line, utf8_path
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.names import PLAINER, json_text, name_bytes, readable, shell_line, utf8_path
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
 

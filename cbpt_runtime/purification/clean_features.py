@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
-from cbpt_runtime.purification.views import N_VIEWS, view
+from cbpt_runtime.purification.augmentation import N_VIEWS, view
 
 _BATCH = 256
 _IMAGINED = 300

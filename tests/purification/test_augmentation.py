@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cbpt_runtime.purification.views import N_VIEWS, view
+from cbpt_runtime.purification.augmentation import N_VIEWS, view
 
 
 def striped() -> torch.Tensor:

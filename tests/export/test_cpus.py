@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cbpt_runtime import cpus
+from cbpt_runtime.export import cpus
 
 
 @pytest.mark.parametrize(

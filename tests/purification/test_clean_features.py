@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cbpt_runtime.purification.evidence import Clean, Views, with_imagined
+from cbpt_runtime.purification.clean_features import Clean, Views, with_imagined
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:

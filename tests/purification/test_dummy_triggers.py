@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cbpt_runtime.bundle import BundleContent, write_bundle
-from cbpt_runtime.dummies import paint_dummy_triggers
 from cbpt_runtime.errors import BundleError
-from cbpt_runtime.triggers import REFINE_FAMILIES
+from cbpt_runtime.purification.dummy_triggers import paint_dummy_triggers
+from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES
 
 MakeContent = Callable[..., BundleContent]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cbpt_runtime.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows, prompt_verdict
+from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows, prompt_verdict
 
 EFFECT = {
     "word": "sudo",

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import ImageEncoder
-from cbpt_runtime.purification.evidence import Clean, Evidence, Views
-from cbpt_runtime.purification.rehearsal import (
+from cbpt_runtime.purification.clean_features import Clean, Evidence, Views
+from cbpt_runtime.purification.targets import Target
+from cbpt_runtime.purification.triggered_features import (
     STRENGTHS,
     directions,
     judged,
@@ -17,7 +18,6 @@ from cbpt_runtime.purification.rehearsal import (
     strongest_success,
     tuning_data,
 )
-from cbpt_runtime.purification.targets import Target
 
 SIDE = 4
 
