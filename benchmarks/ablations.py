@@ -31,19 +31,20 @@ from cbpt_runtime.models.data import ClassList, draw_clean_split, find_class_fol
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.cbpt import purify
-from cbpt_runtime.purification.clean_features import Evidence, Views, gather
+from cbpt_runtime.purification.clean_features import AugmentedFeatures, DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.dummy_triggers import DummyTrigger
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.targets import Target
-from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES
+from cbpt_runtime.purification.trigger_families import INVERSION_FAMILIES
 from cbpt_runtime.purification.triggered_features import (
     STRENGTHS,
-    Rehearsal,
-    judged,
-    rehearse,
+    TriggeredFeatures,
+    check_head,
+    compute_triggered_features,
     tuning_data,
 )
-from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
+from cbpt_runtime.purification.tuning import HeadCheck, tune_in_rounds
 
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
 Case = Callable[["Setting"], Tensor]
@@ -51,14 +52,14 @@ Case = Callable[["Setting"], Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the rows of one victim and seed share; images are features, but for the evidence."""
+    """What the rows of one victim and seed share; images are features, but for the defender."""
 
     encoder: DualEncoder
     classes: ClassList
-    evidence: Evidence
+    defender: DefenderData
     config: PurifyConfig
     targets: list[Target]
-    rehearsals: list[Rehearsal]
+    triggered_sets: list[TriggeredFeatures]
     oracle: Tensor
     oracle_labels: Tensor
 
@@ -107,18 +108,18 @@ def measured(
     targets = [
         Target(text=text, **known) for text, known in zip(texts["texts"], values["targets"], strict=True)
     ]
-    evidence = gather(encoder, classes, split, seed=seed)
+    defender = compute_features(encoder, classes, split, seed=seed)
     triggered = unpacked(victim / "test-triggered.zip", scratch / f"triggered-{victim.name}")
-    dirty, dirty_labels = features(evidence, classes, triggered)
-    clean, clean_labels = features(evidence, classes, images / "val")
+    dirty, dirty_labels = features(defender, classes, triggered)
+    clean, clean_labels = features(defender, classes, images / "val")
     known = torch.arange(len(dirty)) % 2 == 0
     setting = Setting(
         encoder=encoder,
         classes=classes,
-        evidence=evidence,
+        defender=defender,
         config=config,
         targets=targets,
-        rehearsals=rehearse(evidence, targets, result.triggers, seed),
+        triggered_sets=compute_triggered_features(defender, targets, result.triggers, seed),
         oracle=dirty[known],
         oracle_labels=dirty_labels[known],
     )
@@ -133,16 +134,16 @@ def measured(
     return rows
 
 
-def features(evidence: Evidence, classes: ClassList, folder: Path) -> tuple[Tensor, Tensor]:
+def features(defender: DefenderData, classes: ClassList, folder: Path) -> tuple[Tensor, Tensor]:
     """Unit features of a labelled folder, and the labels; a class may be missing from it."""
     present = {entry.name.replace("_", " ") for entry in folder.iterdir()}
     kept = [index for index, name in enumerate(classes.names) if name in present]
     folders = find_class_folders(folder, [classes.names[index] for index in kept])
-    pixels = read_images([path for paths in folders for path in paths], evidence.encoder.preprocess)
+    pixels = read_images([path for paths in folders for path in paths], defender.encoder.preprocess)
     labels = [label for label, paths in zip(kept, folders, strict=True) for _ in paths]
     batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
     with torch.no_grad():
-        encoded = [evidence.encoder.encode_images(batch.float() / 255) for batch in batches]
+        encoded = [defender.encoder.encode_images(batch.float() / 255) for batch in batches]
     return torch.cat(encoded), torch.tensor(labels)
 
 
@@ -166,24 +167,26 @@ def share(hits: Tensor) -> float:
 
 def tuned(
     setting: Setting,
-    rehearsals: list[Rehearsal] | None = None,
+    triggered_sets: list[TriggeredFeatures] | None = None,
     triggered: tuple[Tensor, Tensor] | None = None,
     targets: list[Target] | None = None,
-    views: bool = True,
-    imagined: bool = True,
+    augmented: bool = True,
+    synthetic: bool = True,
     **changes: Any,
 ) -> Tensor:
     """The method's tuning with something exchanged."""
-    used = setting.rehearsals if rehearsals is None else rehearsals
+    used = setting.triggered_sets if triggered_sets is None else triggered_sets
     targets = setting.targets if targets is None else targets
     suspects = [target.index for target in targets]
-    evidence, config = setting.evidence, dataclasses.replace(setting.config, **changes)
-    if not views:
-        tune = evidence.tune
-        evidence = dataclasses.replace(evidence, views=Views(features=tune.features, labels=tune.labels))
-    data = tuning_data(evidence, targets, used, config.seed)
-    if not imagined:
-        clean = evidence.views
+    defender, config = setting.defender, dataclasses.replace(setting.config, **changes)
+    if not augmented:
+        tune = defender.tune
+        defender = dataclasses.replace(
+            defender, augmented=AugmentedFeatures(features=tune.features, labels=tune.labels)
+        )
+    data = tuning_data(defender, targets, used, config.seed)
+    if not synthetic:
+        clean = defender.augmented
         data = dataclasses.replace(data, clean=clean.features, clean_labels=clean.labels)
     if triggered is not None:
         dirty, dirty_labels = triggered
@@ -191,15 +194,15 @@ def tuned(
             data,
             triggered=dirty,
             triggered_labels=dirty_labels,
-            triggered_suspects=torch.full_like(dirty_labels, suspects[0]),
+            triggered_targets=torch.full_like(dirty_labels, suspects[0]),
             directions=torch.linalg.eigh(dirty.T @ dirty).eigenvectors[:, -1:].T,
         )
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(setting.encoder, setting.classes.names, context_length=config.context_length)
 
-    def judge(head: Tensor) -> Verdict:
-        return judged(evidence, suspects, used, head, config.success_goal)
+    def judge(head: Tensor) -> HeadCheck:
+        return check_head(defender, suspects, used, head, config.max_trigger_success)
 
     return tune_in_rounds(data, config, judge, prompts=prompts)[0]
 
@@ -212,58 +215,51 @@ def without_clean_alignment(setting: Setting) -> Tensor:
 
 def class_agnostic(setting: Setting) -> Tensor:
     """One blend drives images away from themselves and together; the class most go to is suspected."""
-    evidence, family = setting.evidence, REFINE_FAMILIES["blend"]
+    defender, family = setting.defender, INVERSION_FAMILIES["blend"]
     generator = torch.Generator().manual_seed(setting.config.seed)
-    initial = family.initial(1, evidence.encoder.preprocess.image_size, generator)
+    initial = family.initial(1, defender.encoder.preprocess.image_size, generator)
     pattern = initial["pattern"].requires_grad_()
     optimizer = torch.optim.Adam([pattern], lr=family.step_size, betas=(0.5, 0.9))
     for _ in range(setting.config.inversion_steps):
         drawn = torch.randint(
-            len(evidence.tune.labels), (setting.config.inversion_batch,), generator=generator
+            len(defender.tune.labels), (setting.config.inversion_batch,), generator=generator
         )
-        pixels = evidence.tune.images[drawn].float() / 255
-        dirty = evidence.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
-        own = (dirty * evidence.texts[evidence.tune.labels[drawn]]).sum(dim=1)
-        origin = (dirty * evidence.tune.features[drawn]).sum(dim=1)
+        pixels = defender.tune.images[drawn].float() / 255
+        dirty = defender.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
+        own = (dirty * defender.texts[defender.tune.labels[drawn]]).sum(dim=1)
+        origin = (dirty * defender.tune.features[drawn]).sum(dim=1)
         others = dirty @ dirty.T
         others = (others.sum(dim=1) - others.diagonal()) / (len(drawn) - 1)
-        loss = -(evidence.scale * torch.stack([others, own, origin])).log_softmax(dim=0)[0].mean()
+        loss = -(defender.scale * torch.stack([others, own, origin])).log_softmax(dim=0)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    pixels = evidence.heldout.images.float() / 255
+    pixels = defender.heldout.images.float() / 255
     with torch.no_grad():
-        dirty = evidence.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
-    suspect = int((dirty @ evidence.texts.T).argmax(dim=1).mode().values)
-    found = {f"blend.{suspect}.pattern": pattern.detach()[0]}
-    nothing = {
-        f"{name}.{suspect}.{key}": torch.zeros_like(value[0])
-        for name in ("mask", "patch")
-        for key, value in REFINE_FAMILIES[name]
-        .initial(1, evidence.encoder.preprocess.image_size, generator)
-        .items()
-    }
+        dirty = defender.encoder.encode_images(family.apply({"pattern": pattern}, pixels.unsqueeze(0))[0])
+    suspect = int((dirty @ defender.texts.T).argmax(dim=1).mode().values)
+    trigger = DummyTrigger(family="blend", target=suspect, parameters={"pattern": pattern.detach()[0]})
     target = Target(
         index=suspect,
         name=setting.classes.names[suspect],
-        text=evidence.texts[suspect],
+        text=defender.texts[suspect],
         on_list=True,
         score=0.0,
         p_value=1.0,
         family="blend",
     )
-    rehearsals = rehearse(evidence, [target], found | nothing, setting.config.seed)
-    return tuned(setting, rehearsals=rehearsals, targets=[target])
+    triggered_sets = compute_triggered_features(defender, [target], [trigger], setting.config.seed)
+    return tuned(setting, triggered_sets=triggered_sets, targets=[target])
 
 
 def full_strength(setting: Setting) -> Tensor:
     """Dummy triggers at full strength only."""
     strengths = len(STRENGTHS)
-    return tuned(setting, rehearsals=setting.rehearsals[::strengths])
+    return tuned(setting, triggered_sets=setting.triggered_sets[::strengths])
 
 
 CASES: dict[str, Case] = {
-    "no purification": lambda setting: setting.evidence.texts,
+    "no purification": lambda setting: setting.defender.texts,
     "the method": tuned,
     "prompt parameterization": lambda setting: tuned(setting, parameterization="prompt"),
     "no inversion, no backdoor alignment": lambda setting: tuned(
@@ -272,11 +268,11 @@ CASES: dict[str, Case] = {
     "class-agnostic inversion": class_agnostic,
     "no clean alignment": without_clean_alignment,
     "no prompt consistency": lambda setting: tuned(setting, consistency_weight=0.0),
-    "change confined to the trigger directions": lambda setting: tuned(setting, across_weight=1e4),
-    "change not held to the trigger directions": lambda setting: tuned(setting, across_weight=0.0),
+    "change confined to the trigger directions": lambda setting: tuned(setting, orthogonal_weight=1e4),
+    "change not held to the trigger directions": lambda setting: tuned(setting, orthogonal_weight=0.0),
     "full strength only": full_strength,
-    "no views of the clean images": lambda setting: tuned(setting, views=False),
-    "no imagined images of the suspects": lambda setting: tuned(setting, imagined=False),
+    "no views of the clean images": lambda setting: tuned(setting, augmented=False),
+    "no imagined images of the suspects": lambda setting: tuned(setting, synthetic=False),
     "plain cross-entropy for backdoor alignment": lambda setting: tuned(setting, own_class_weight=1.0),
     "one round": lambda setting: tuned(setting, tuning_rounds=1),
     "oracle: half of the true triggered images": lambda setting: tuned(

@@ -30,7 +30,7 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, class_key, default_templates, read_images, spoken
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.scan import unlabelled_subject
+from cbpt_runtime.purification.scan import unlabelled_input
 from cbpt_runtime.purification.search import search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import background_words
@@ -163,7 +163,7 @@ def searched(
     """What the search says, as `scan` runs it."""
     config = PurifyConfig(seed=seed, precision=precision)  # type: ignore[arg-type]
     classes = ClassList(names=tuple(names), templates=(default_templates()[::20],) * len(names))
-    subject = unlabelled_subject(encoder, classes, pixels, config)
+    subject = unlabelled_input(encoder, classes, pixels, config)
     vocabulary, result = subject.vocabulary, search(subject, config)
     words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
     evidence = result.to_dict(vocabulary)

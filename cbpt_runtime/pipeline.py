@@ -36,6 +36,7 @@ from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.cbpt import Purification, purify
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.reference import read_reference, reference_note
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
@@ -307,7 +308,7 @@ def _result(repaired: Repair | None, found: Purification | None) -> Purification
         class_embeddings=repaired.class_embeddings,
         reference_embeddings=repaired.class_embeddings,
         contexts=None,
-        triggers={},
+        triggers=(),
         metrics=repaired.metrics,
         stage_seconds=repaired.stage_seconds,
         evidence={},
@@ -372,7 +373,7 @@ def _content(
         logit_bias=encoder.logit_bias,
         contexts=None if result.contexts is None else _array(result.contexts),
         encoder=_arrays(encoder.image_tower_state()),
-        triggers=_arrays(result.triggers),
+        triggers=_arrays(to_tensors(result.triggers)),
     )
 
 

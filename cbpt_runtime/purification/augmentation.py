@@ -1,4 +1,4 @@
-"""Other views of the few clean images: mirrored and cropped a little, so that less is learnt by heart."""
+"""The few clean images mirrored and cropped a little, so that less is learnt by heart."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-N_VIEWS = 4
+N_AUGMENTATIONS = 4
 _CROPPED = (0.0, 0.12, 0.2, 0.25)
 
 
-def view(
+def augment(
     images: UInt8[Tensor, "batch 3 height width"], number: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:
-    """One of the views, in [0, 1]: every other one is mirrored, and each crops more than the one before.
+    """Mirror and crop images, in [0, 1]: every other time mirrored, each time cropped more than before.
 
     Args:
         images: RGB at the model's size.
-        number: Which view, 0 to `N_VIEWS` - 1.
+        number: Which augmentation, 0 to `N_AUGMENTATIONS` - 1.
         generator: Of the place of the crop, the same for all images.
     """
     pixels = images.float() / 255

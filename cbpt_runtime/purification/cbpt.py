@@ -1,4 +1,4 @@
-"""The pipeline: find the suspected backdoor, tune the class prompts against it, measure what a defender can.
+"""CBPT: find the suspected backdoor, tune the class prompts against it, measure what a defender can.
 
 Source: class-wise backdoor prompt tuning (CBPT), Kong et al., "Neural Antidote", arXiv 2502.19269. The
 paper's formulas are not public beyond its abstract: those used here are ours, see `docs/method.md`.
@@ -20,23 +20,24 @@ from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.purification.clean_features import Evidence, gather
+from cbpt_runtime.purification.clean_features import DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.detection import Suspect
+from cbpt_runtime.purification.detection import SuspectedTarget
+from cbpt_runtime.purification.dummy_triggers import DummyTrigger, from_tensors, to_tensors
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
 from cbpt_runtime.purification.reference import comparison
-from cbpt_runtime.purification.search import SearchResult, Subject, search
+from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
-from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES, Parameters
+from cbpt_runtime.purification.trigger_families import INVERSION_FAMILIES
 from cbpt_runtime.purification.triggered_features import (
-    Rehearsal,
-    judged,
-    rehearse,
+    TriggeredFeatures,
+    check_head,
+    compute_triggered_features,
     strongest_success,
     tuning_data,
 )
-from cbpt_runtime.purification.tuning import Verdict, tune_in_rounds
+from cbpt_runtime.purification.tuning import HeadCheck, tune_in_rounds
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
 
 Stage = tuple[dict[str, Tensor], dict[str, Any]]
@@ -52,18 +53,18 @@ class Purification:
         class_embeddings: The purified head; the reference itself when clean.
         reference_embeddings: The head before.
         contexts: Tuned contexts of the prompt parameterization; None otherwise.
-        triggers: Parameters of the dummy triggers, named family, class index and parameter.
+        triggers: The dummy triggers of the suspected targets.
         metrics: Held-out rates in [0, 1].
         stage_seconds: Wall time of each stage; of the first run where a stage was resumed.
         evidence: What the search says of every concept, for the report.
     """
 
     verdict: str
-    suspects: tuple[Suspect, ...]
+    suspects: tuple[SuspectedTarget, ...]
     class_embeddings: Float[Tensor, "classes dim"]
     reference_embeddings: Float[Tensor, "classes dim"]
     contexts: Tensor | None
-    triggers: dict[str, Tensor]
+    triggers: tuple[DummyTrigger, ...]
     metrics: dict[str, float]
     stage_seconds: dict[str, float]
     evidence: dict[str, Any]
@@ -97,34 +98,35 @@ def purify(
     """
     seconds: dict[str, float] = {}
     with _Timer(seconds, "encode"):
-        evidence = gather(encoder, classes, split, seed=config.seed)
+        defender = compute_features(encoder, classes, split, seed=config.seed)
     looked, searched = _stage(
-        "search", stages, seconds, lambda: _search(encoder, classes, evidence, reference, config, progress)
+        "search", stages, seconds, lambda: _search(encoder, classes, defender, reference, config, progress)
     )
-    targets = _targets(looked["texts"].to(evidence.texts), searched)
+    targets = _targets(looked["texts"].to(defender.texts), searched)
     suspected = [target.index for target in targets]
-    found: Parameters = {}
-    embeddings, contexts = evidence.texts, None
+    triggers: list[DummyTrigger] = []
+    embeddings, contexts = defender.texts, None
     if suspected:
-        found, _ = _stage("invert", stages, seconds, lambda: _refine(evidence, targets, config, progress))
+        inverted, _ = _stage("invert", stages, seconds, lambda: _invert(defender, targets, config, progress))
+        triggers = from_tensors(inverted)
     with _Timer(seconds, "rehearse"):
-        rehearsals = rehearse(evidence, targets, found, config.seed)
+        triggered_sets = compute_triggered_features(defender, targets, triggers, config.seed)
     if suspected:
         tuned, _ = _stage(
             "tune",
             stages,
             seconds,
-            lambda: _tune(encoder, classes, evidence, targets, rehearsals, config, progress),
+            lambda: _tune(encoder, classes, defender, targets, triggered_sets, config, progress),
         )
-        embeddings, contexts = tuned["embeddings"].to(evidence.texts), tuned.get("contexts")
+        embeddings, contexts = tuned["embeddings"].to(defender.texts), tuned.get("contexts")
     return Purification(
         verdict="backdoored" if suspected else "clean",
-        suspects=_suspects(evidence, targets, rehearsals, embeddings),
+        suspects=_suspects(defender, targets, triggered_sets, embeddings),
         class_embeddings=embeddings,
-        reference_embeddings=evidence.texts,
+        reference_embeddings=defender.texts,
         contexts=contexts,
-        triggers=found,
-        metrics=_metrics(evidence, suspected, rehearsals, embeddings),
+        triggers=tuple(triggers),
+        metrics=_metrics(defender, suspected, triggered_sets, embeddings),
         stage_seconds=seconds,
         evidence=searched["evidence"],
     )
@@ -133,21 +135,21 @@ def purify(
 def _search(
     encoder: DualEncoder,
     classes: ClassList,
-    evidence: Evidence,
+    defender: DefenderData,
     reference: DualEncoder | None,
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
     """What the search says of every concept, and the targets it points to, with their texts."""
     vocabulary = build_vocabulary(
-        encoder, classes, evidence.texts, config.search_concepts, background=config.background_words
+        encoder, classes, defender.texts, config.search_concepts, background=config.background_words
     )
-    subject = Subject(
-        encoder=evidence.encoder,
+    subject = SearchInput(
+        encoder=defender.encoder,
         vocabulary=vocabulary,
-        scale=evidence.scale,
-        clean=evidence.tune,
-        heldout=evidence.heldout,
+        scale=defender.scale,
+        clean=defender.tune,
+        heldout=defender.heldout,
     )
     other = None if reference is None else comparison(reference, classes, subject)
     result = search(subject, config, progress, reference=other)
@@ -163,7 +165,7 @@ def _search(
             {name: getattr(target, name) for name in Target.__slots__ if name != "text"} for target in targets
         ],
     }
-    texts = [target.text for target in targets] or [evidence.texts.new_zeros(0)]
+    texts = [target.text for target in targets] or [defender.texts.new_zeros(0)]
     return {"texts": torch.stack(texts)}, values
 
 
@@ -185,84 +187,84 @@ def _targets(texts: Tensor, searched: dict[str, Any]) -> list[Target]:
     return [Target(text=text, **values) for text, values in zip(texts, searched["targets"], strict=False)]
 
 
-def _refine(
-    evidence: Evidence, targets: list[Target], config: PurifyConfig, progress: Progress | None
+def _invert(
+    defender: DefenderData, targets: list[Target], config: PurifyConfig, progress: Progress | None
 ) -> Stage:
-    """Dummy triggers of the suspected targets, by name."""
-    texts, rows = with_words(evidence.texts, targets)
-    found: Parameters = {}
-    for number, (name, family) in enumerate(REFINE_FAMILIES.items()):
+    """Dummy triggers of the suspected targets, as tensors."""
+    texts, rows = with_words(defender.texts, targets)
+    triggers: list[DummyTrigger] = []
+    for number, (name, family) in enumerate(INVERSION_FAMILIES.items()):
         inversion = Inversion(
-            evidence.encoder,
+            defender.encoder,
             family,
-            Goals.of_classes(texts, rows, evidence.scale),
-            evidence.tune,
+            Goals.of_classes(texts, rows, defender.scale),
+            defender.tune,
             batch=config.inversion_batch,
             seed=config.seed,
-            mixed=is_mixed(config.precision, evidence.texts.device),
+            mixed=is_mixed(config.precision, defender.texts.device),
         )
         parameters = invert(inversion, config.inversion_steps)
         if progress is not None:
-            progress("invert triggers", number + 1, len(REFINE_FAMILIES), {})
+            progress("invert triggers", number + 1, len(INVERSION_FAMILIES), {})
         for position, target in enumerate(targets):
-            for key, value in parameters.items():
-                found[f"{name}.{target.index}.{key}"] = value[position].contiguous()
-    return found, {}
+            own = {key: value[position] for key, value in parameters.items()}
+            triggers.append(DummyTrigger(family=name, target=target.index, parameters=own))
+    return to_tensors(triggers), {}
 
 
 def _tune(
     encoder: DualEncoder,
     classes: ClassList,
-    evidence: Evidence,
+    defender: DefenderData,
     targets: list[Target],
-    rehearsals: list[Rehearsal],
+    triggered_sets: list[TriggeredFeatures],
     config: PurifyConfig,
     progress: Progress | None,
 ) -> Stage:
-    data = tuning_data(evidence, targets, rehearsals, config.seed)
+    data = tuning_data(defender, targets, triggered_sets, config.seed)
     suspected = [target.index for target in targets]
     prompts = None
     if config.parameterization == "prompt":
         prompts = PromptEncoder(encoder, classes.names, context_length=config.context_length)
 
-    def judge(head: Tensor) -> Verdict:
-        return judged(evidence, suspected, rehearsals, head, config.success_goal)
+    def check(head: Tensor) -> HeadCheck:
+        return check_head(defender, suspected, triggered_sets, head, config.max_trigger_success)
 
-    embeddings, contexts = tune_in_rounds(data, config, judge, prompts=prompts, progress=progress)
+    embeddings, contexts = tune_in_rounds(data, config, check, prompts=prompts, progress=progress)
     return {"embeddings": embeddings} | ({} if contexts is None else {"contexts": contexts}), {}
 
 
 def _suspects(
-    evidence: Evidence,
+    defender: DefenderData,
     targets: list[Target],
-    rehearsals: list[Rehearsal],
+    triggered_sets: list[TriggeredFeatures],
     embeddings: Float[Tensor, "classes dim"],
-) -> tuple[Suspect, ...]:
+) -> tuple[SuspectedTarget, ...]:
     return tuple(
-        Suspect(
+        SuspectedTarget(
             index=target.index,
             name=target.name,
             on_list=target.on_list,
             score=target.score,
             p_value=target.p_value,
             family=target.family,
-            success_before=strongest_success(evidence, target.index, rehearsals, evidence.texts),
-            success_after=strongest_success(evidence, target.index, rehearsals, embeddings),
+            success_before=strongest_success(defender, target.index, triggered_sets, defender.texts),
+            success_after=strongest_success(defender, target.index, triggered_sets, embeddings),
         )
         for target in targets
     )
 
 
 def _metrics(
-    evidence: Evidence,
+    defender: DefenderData,
     suspected: list[int],
-    rehearsals: list[Rehearsal],
+    triggered_sets: list[TriggeredFeatures],
     embeddings: Float[Tensor, "classes dim"],
 ) -> dict[str, float]:
-    labels = evidence.heldout.labels
+    labels = defender.heldout.labels
     metrics: dict[str, float] = {"heldout_images": float(len(labels))}
-    for when, head in (("before", evidence.texts), ("after", embeddings)):
-        called = (evidence.heldout.features @ head.T).argmax(dim=1)
+    for when, head in (("before", defender.texts), ("after", embeddings)):
+        called = (defender.heldout.features @ head.T).argmax(dim=1)
         metrics[f"heldout_ca_{when}"] = float((called == labels).float().mean())
         if suspected:
             targets = torch.tensor(suspected, device=labels.device)
@@ -270,7 +272,7 @@ def _metrics(
             metrics[f"heldout_target_recall_{when}"] = float((called[own] == labels[own]).float().mean())
             metrics[f"heldout_floor_{when}"] = float(torch.isin(called[~own], targets).float().mean())
             metrics[f"dummy_success_{when}"] = max(
-                strongest_success(evidence, index, rehearsals, head) for index in suspected
+                strongest_success(defender, index, triggered_sets, head) for index in suspected
             )
     return metrics
 

@@ -14,16 +14,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
-from cbpt_runtime.purification.augmentation import N_VIEWS, view
+from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS, augment
 
 _BATCH = 256
-_IMAGINED = 300
+_SYNTHETIC = 300
 _SPREAD = 0.7
 _FUSION_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clean:
+class CleanFeatures:
     """Clean images with their features.
 
     Attributes:
@@ -36,96 +36,102 @@ class Clean:
     labels: Int[Tensor, " batch"]
     features: Float[Tensor, "batch dim"]
 
-    def part(self, which: Tensor) -> Clean:
+    def part(self, which: Tensor) -> CleanFeatures:
         """Some of the images, by mask or place."""
         which = which.to(self.labels.device)
-        return Clean(images=self.images[which], labels=self.labels[which], features=self.features[which])
+        return CleanFeatures(
+            images=self.images[which], labels=self.labels[which], features=self.features[which]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Views:
-    """Features of several views of clean images.
+class AugmentedFeatures:
+    """Features of clean images and of augmented ones.
 
     Attributes:
         features: Unit features.
         labels: Class indices.
     """
 
-    features: Float[Tensor, "views dim"]
-    labels: Int[Tensor, " views"]
+    features: Float[Tensor, "augmented dim"]
+    labels: Int[Tensor, " augmented"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class DefenderData:
     """Everything a defender knows, on one device.
 
     Attributes:
-        encoder: The suspect's image encoder, arranged for speed.
+        encoder: The suspect's image encoder, batch norms folded.
         texts: Reference class embeddings.
         scale: The model's logit scale.
         tune: Images to tune on.
-        views: The tune images and other views of them.
+        augmented: The tune images as they are and augmented.
         heldout: Images to select on; the tune images where none could be held out.
     """
 
     encoder: ImageEncoder
     texts: Float[Tensor, "classes dim"]
     scale: float
-    tune: Clean
-    views: Views
-    heldout: Clean
+    tune: CleanFeatures
+    augmented: AugmentedFeatures
+    heldout: CleanFeatures
 
 
-def gather(encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0) -> Evidence:
-    """Computes reference embeddings and the features of all clean images; the seed is for their views."""
-    fast = arranged_for_speed(encoder.image_encoder)
-    tune = clean_images(fast, split.tune_images, split.tune_labels)
+def compute_features(
+    encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0
+) -> DefenderData:
+    """Compute reference embeddings and the features of all clean images; the seed is for augmentation."""
+    fast = fuse_batch_norm(encoder.image_encoder)
+    tune = encode_clean(fast, split.tune_images, split.tune_labels)
     heldout = tune
     if len(split.heldout_labels):
-        heldout = clean_images(fast, split.heldout_images, split.heldout_labels)
-    return Evidence(
+        heldout = encode_clean(fast, split.heldout_images, split.heldout_labels)
+    return DefenderData(
         encoder=fast,
         texts=encoder.class_embeddings(classes),
         scale=encoder.logit_scale,
         tune=tune,
-        views=_views(fast, tune, seed),
+        augmented=_augmented(fast, tune, seed),
         heldout=heldout,
     )
 
 
-def with_imagined(views: Views, tune: Clean, classes: Sequence[int], seed: int) -> Views:
-    """The views, and features that images of some classes might have had.
+def with_synthetic_features(
+    augmented: AugmentedFeatures, tune: CleanFeatures, classes: Sequence[int], seed: int
+) -> AugmentedFeatures:
+    """Add features that images of some classes might have had.
 
     A few images tell little of how those of a class differ from each other, all classes together tell much:
-    an imagined feature is the mean of its class plus a share of what some image, of any class, differs from
+    a synthetic feature is the mean of its class plus a share of what some image, of any class, differs from
     the mean of its own.
 
     Args:
-        views: What to add to.
+        augmented: What to add to.
         tune: The images themselves.
-        classes: Class indices that get imagined features; those without images get none.
+        classes: Class indices that get synthetic features; those without images get none.
         seed: Of the draw.
     """
     counts = tune.labels.bincount()
     means = _class_sums(tune, len(counts)) / counts.clamp(min=1).unsqueeze(1)
     deviations = tune.features - means[tune.labels]
     generator = torch.Generator().manual_seed(seed)
-    features, labels = [views.features], [views.labels]
+    features, labels = [augmented.features], [augmented.labels]
     for index in classes:
         if index >= len(counts) or not counts[index]:
             continue
-        drawn = torch.randint(len(deviations), (_IMAGINED,), generator=generator)
+        drawn = torch.randint(len(deviations), (_SYNTHETIC,), generator=generator)
         features.append(normalize(means[index] + _SPREAD * deviations[drawn.to(deviations.device)], dim=1))
-        labels.append(torch.full((_IMAGINED,), index, device=tune.labels.device))
-    return Views(features=torch.cat(features), labels=torch.cat(labels))
+        labels.append(torch.full((_SYNTHETIC,), index, device=tune.labels.device))
+    return AugmentedFeatures(features=torch.cat(features), labels=torch.cat(labels))
 
 
-def _class_sums(clean: Clean, n_classes: int) -> Float[Tensor, "classes dim"]:
+def _class_sums(clean: CleanFeatures, n_classes: int) -> Float[Tensor, "classes dim"]:
     sums = torch.zeros(n_classes, clean.features.shape[1], device=clean.features.device)
     return sums.index_add_(0, clean.labels, clean.features)
 
 
-def arranged_for_speed(encoder: ImageEncoder) -> ImageEncoder:
+def fuse_batch_norm(encoder: ImageEncoder) -> ImageEncoder:
     """The same encoder, batch norms folded into convolutions and channels last, where features stay equal.
 
     Towers that have no convolution followed by its batch norm come back as they are.
@@ -162,22 +168,22 @@ def _fold(module: nn.Module) -> None:
             _fold(child)
 
 
-def _views(encoder: ImageEncoder, clean: Clean, seed: int) -> Views:
+def _augmented(encoder: ImageEncoder, clean: CleanFeatures, seed: int) -> AugmentedFeatures:
     generator = torch.Generator().manual_seed(seed)
     features = [clean.features]
     with torch.no_grad():
-        for number in range(N_VIEWS):
-            pixels = view(clean.images, number, generator)
+        for number in range(N_AUGMENTATIONS):
+            pixels = augment(clean.images, number, generator)
             features.extend(encoder.encode_images(part) for part in pixels.split(_BATCH))
-    return Views(features=torch.cat(features), labels=clean.labels.repeat(1 + N_VIEWS))
+    return AugmentedFeatures(features=torch.cat(features), labels=clean.labels.repeat(1 + N_AUGMENTATIONS))
 
 
-def clean_images(encoder: ImageEncoder, images: object, labels: object) -> Clean:
+def encode_clean(encoder: ImageEncoder, images: object, labels: object) -> CleanFeatures:
     """Images with their features; uint8 of shape [batch, height, width, 3], as an array."""
     pixels = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().to(encoder.device)
     with torch.no_grad():
         parts = [encoder.encode_images(part.float() / 255) for part in pixels.split(_BATCH)]
-    return Clean(
+    return CleanFeatures(
         images=pixels,
         labels=torch.as_tensor(labels).long().to(encoder.device),
         features=torch.cat(parts),

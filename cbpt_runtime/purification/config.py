@@ -27,8 +27,8 @@ _NON_NEGATIVE = (
     "backdoor_weight",
     "own_class_weight",
     "consistency_weight",
-    "across_weight",
-    "target_consistency",
+    "orthogonal_weight",
+    "target_consistency_weight",
 )
 
 
@@ -44,12 +44,12 @@ class PurifyConfig:
         background_words: Search for open_clip's ImageNet names, too, and judge by them. Without them only for
             an encoder that knows nothing but the classes of the list.
         search_concepts: Groups of words that are searched, in every search family; at least 8, because each
-            is judged by the others.
+            is check_head by the others.
         search_steps: Steps of the short inversion, the second half of them for the better half of the
             concepts only; masks get twice as many, they have to travel.
-        search_batch: Clean images per step and concept.
+        search_batch: CleanFeatures images per step and concept.
         inversion_steps: Steps of the long inversion.
-        inversion_batch: Clean images per step of the long inversion.
+        inversion_batch: CleanFeatures images per step of the long inversion.
         suspect_p_value: Corrected p-value below which a target is suspected.
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.
@@ -57,10 +57,11 @@ class PurifyConfig:
         own_class_weight: What a dummy-triggered image's own class counts in that loss beside the loss of not
             being called the suspected class; with 1 the two are plain cross-entropy.
         tuning_rounds: Most rounds of tuning, each with other weights, until held-out images accept the head.
-        success_goal: Held-out dummy-trigger success, in [0, 1], that is small enough; the floor, if larger.
+        max_trigger_success: Held-out dummy-trigger success, in [0, 1], that is small enough; the floor, if
+            larger.
         consistency_weight: Weight of the prompt-consistency loss.
-        across_weight: What a change across the trigger directions counts in it on top.
-        target_consistency: What a suspected class counts in it; others count 1.
+        orthogonal_weight: What a change across the trigger directions counts in it on top.
+        target_consistency_weight: What a suspected class counts in it; others count 1.
         target_weight: What a suspected class counts in the clean-alignment loss, in the first round; others
             count 1. Divided by √2 where the class is then said too often.
         context_length: Free vectors per class of the prompt parameterization.
@@ -81,10 +82,10 @@ class PurifyConfig:
     backdoor_weight: float = 2.0
     own_class_weight: float = 0.2
     tuning_rounds: int = 4
-    success_goal: float = 0.0039
+    max_trigger_success: float = 0.0039
     consistency_weight: float = 1.0
-    across_weight: float = 30.0
-    target_consistency: float = 0.01
+    orthogonal_weight: float = 30.0
+    target_consistency_weight: float = 0.01
     target_weight: float = 5.0
     context_length: int = 4
 
@@ -108,7 +109,9 @@ class PurifyConfig:
             _check(name, getattr(self, name), (int, float), 1e-12, "a number above 0")
         for name in _NON_NEGATIVE:
             _check(name, getattr(self, name), (int, float), 0, "a number of at least 0")
-        _check("success_goal", self.success_goal, (int, float), 0, "a number from 0 to 1", most=1)
+        _check(
+            "max_trigger_success", self.max_trigger_success, (int, float), 0, "a number from 0 to 1", most=1
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

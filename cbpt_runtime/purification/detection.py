@@ -24,7 +24,7 @@ _UNREACHED = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Suspect:
+class SuspectedTarget:
     """A target that a hidden trigger seems to be for.
 
     Attributes:

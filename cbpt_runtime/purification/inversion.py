@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.models.clip import ImageEncoder
-from cbpt_runtime.purification.clean_features import Clean
+from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.losses import contrastive_inversion
 from cbpt_runtime.purification.trigger_families import Parameters, TriggerFamily
 
@@ -65,7 +65,7 @@ class Inversion:
         encoder: ImageEncoder,
         family: TriggerFamily,
         goals: Goals,
-        clean: Clean,
+        clean: CleanFeatures,
         *,
         batch: int,
         seed: int,
@@ -177,32 +177,23 @@ def images_per_pass(encoder: ImageEncoder) -> int:
     return max(8, round(room * 64 * 64 / (height * width)))
 
 
-def triggered_features(
+def encode_triggered(
     encoder: ImageEncoder,
-    family: TriggerFamily,
-    parameters: Parameters,
-    index: int,
-    images: Tensor,
-    *,
-    strength: float = 1.0,
+    apply: Callable[[Tensor], Tensor],
+    images: UInt8[Tensor, "batch 3 height width"],
 ) -> Float[Tensor, "batch dim"]:
-    """Unit features of uint8 images under one of the stacked triggers.
+    """Encode images with a trigger on them, to unit features.
 
     Args:
         encoder: The suspect.
-        family: Of the triggers.
-        parameters: Stacked triggers.
-        index: Which of them.
-        images: uint8 of shape [batch, 3, height, width].
-        strength: Share of the way from the clean to the triggered image, in [0, 1].
+        apply: Puts the trigger on images in [0, 1].
+        images: Without it.
     """
-    one = {name: value[index : index + 1] for name, value in parameters.items()}
     parts = []
     with torch.no_grad():
         for part in images.split(_ENCODER_BATCH):
-            pixels = part.float() / 255
-            mixed = pixels.lerp(family.apply(one, pixels.unsqueeze(0))[0], strength)
-            parts.append(encoder.encode_images(mixed.contiguous(memory_format=torch.channels_last)))
+            triggered = apply(part.float() / 255)
+            parts.append(encoder.encode_images(triggered.contiguous(memory_format=torch.channels_last)))
     return torch.cat(parts)
 
 

@@ -82,7 +82,7 @@ def prompt_consistency(
     change: Float[Tensor, "classes dim"],
     directions: Float[Tensor, "suspects dim"],
     weights: Float[Tensor, " classes"],
-    across_weight: float,
+    orthogonal_weight: float,
 ) -> Float[Tensor, ""]:
     """Mean over the classes of the weighted squared change; across the trigger directions it counts more.
 
@@ -90,8 +90,8 @@ def prompt_consistency(
         change: Of the class embeddings, against the reference.
         directions: Orthonormal; what the dummy triggers add to every image.
         weights: Non-negative weight per class.
-        across_weight: What the part across all directions counts on top, non-negative.
+        orthogonal_weight: What the part across all directions counts on top, non-negative.
     """
     across = change - change @ directions.T @ directions
-    squares = change.pow(2).sum(dim=1) + across_weight * across.pow(2).sum(dim=1)
+    squares = change.pow(2).sum(dim=1) + orthogonal_weight * across.pow(2).sum(dim=1)
     return (squares * weights).mean()

@@ -12,8 +12,8 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList
-from cbpt_runtime.purification.clean_features import Clean, arranged_for_speed, clean_images
-from cbpt_runtime.purification.search import Subject
+from cbpt_runtime.purification.clean_features import CleanFeatures, encode_clean, fuse_batch_norm
+from cbpt_runtime.purification.search import SearchInput
 from cbpt_runtime.purification.vocabulary import build_vocabulary
 
 
@@ -59,7 +59,7 @@ def reference_note(trusted: Checkpoint) -> str:
     )
 
 
-def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: Subject) -> Subject:
+def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchInput) -> SearchInput:
     """The trusted encoder, asked for the concepts of the suspect, in the same words, on the same images.
 
     Args:
@@ -67,11 +67,11 @@ def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: Subject
         classes: The class list that the suspect is asked for, if any.
         suspect: How the suspect is asked.
     """
-    fast = arranged_for_speed(encoder.image_encoder)
+    fast = fuse_batch_norm(encoder.image_encoder)
     listed = None if classes is None else encoder.class_embeddings(classes)
     asked = suspect.vocabulary
     clean = _seen(fast, suspect.clean)
-    return Subject(
+    return SearchInput(
         encoder=fast,
         vocabulary=build_vocabulary(
             encoder,
@@ -97,5 +97,5 @@ def _read(source: str | Path, model: str | Path | None, image_size: int | None) 
     return read_checkpoint(source, model=model, image_size=image_size)
 
 
-def _seen(encoder: ImageEncoder, clean: Clean) -> Clean:
-    return clean_images(encoder, clean.images.permute(0, 2, 3, 1), clean.labels)
+def _seen(encoder: ImageEncoder, clean: CleanFeatures) -> CleanFeatures:
+    return encode_clean(encoder, clean.images.permute(0, 2, 3, 1), clean.labels)

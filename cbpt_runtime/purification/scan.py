@@ -20,10 +20,10 @@ from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
 from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.purification.clean_features import arranged_for_speed, clean_images
+from cbpt_runtime.purification.clean_features import encode_clean, fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
-from cbpt_runtime.purification.search import SearchResult, Subject, search
+from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
 
@@ -129,7 +129,7 @@ def scan(
     _tell(progress, "read images")
     encoder = load_dual_encoder(suspect, device=place)
     words = () if listed is None else prompt_notes(listed, encoder.tokenizer)
-    subject = unlabelled_subject(encoder, listed, drawn.images, config)
+    subject = unlabelled_input(encoder, listed, drawn.images, config)
     other = None
     if trusted is not None:
         other = comparison(load_dual_encoder(trusted, device=place), listed, subject)
@@ -153,18 +153,18 @@ def scan(
     )
 
 
-def unlabelled_subject(
+def unlabelled_input(
     encoder: DualEncoder,
     listed: ClassList | None,
     pixels: UInt8[np.ndarray, "batch height width 3"],
     config: PurifyConfig,
-) -> Subject:
+) -> SearchInput:
     """What the search is asked with images that nobody has labelled; the first quarter is held out."""
     texts = None if listed is None else encoder.class_embeddings(listed)
-    fast = arranged_for_speed(encoder.image_encoder)
-    clean = clean_images(fast, pixels, np.zeros(len(pixels), np.int64))
+    fast = fuse_batch_norm(encoder.image_encoder)
+    clean = encode_clean(fast, pixels, np.zeros(len(pixels), np.int64))
     heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
-    return Subject(
+    return SearchInput(
         encoder=fast,
         vocabulary=build_vocabulary(
             encoder,
@@ -191,7 +191,7 @@ def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImag
 
 
 def _check_judged(found: SearchResult) -> None:
-    """A search that judged nothing must not read as a clean verdict."""
+    """A search that check_head nothing must not read as a clean verdict."""
     if not bool((found.outliers.scores > -torch.inf).any()):
         raise PurificationError(
             expected="triggers that take images to different places",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch.nn.functional import normalize
 from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import ImageEncoder
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.purification.clean_features import Clean
+from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers, find_outliers
-from cbpt_runtime.purification.inversion import Goals, Inversion, triggered_features
+from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES, TriggerFamily
 from cbpt_runtime.purification.vocabulary import Vocabulary
 
@@ -34,7 +35,7 @@ _FEW = 24  # concepts that are all followed to the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class SearchInput:
     """An encoder, and what is asked of it.
 
     Attributes:
@@ -48,8 +49,8 @@ class Subject:
     encoder: ImageEncoder
     vocabulary: Vocabulary
     scale: float
-    clean: Clean
-    heldout: Clean
+    clean: CleanFeatures
+    heldout: CleanFeatures
 
     def goals(self) -> Goals:
         """Every concept against all words that are not near one of its own."""
@@ -62,7 +63,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reached:
+class Reach:
     """What the triggers of one family reach on images that they were not made on.
 
     Attributes:
@@ -120,11 +121,11 @@ class SearchResult:
 
 
 def search(
-    suspect: Subject,
+    suspect: SearchInput,
     config: PurifyConfig,
     progress: Progress | None = None,
     *,
-    reference: Subject | None = None,
+    reference: SearchInput | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
@@ -156,14 +157,14 @@ def search(
 
 
 def _inverted(
-    subject: Subject,
+    subject: SearchInput,
     family: TriggerFamily,
     goals: Goals,
     config: PurifyConfig,
     rows: Int[Tensor, " kept"] | None = None,
 ) -> Inversion:
     """Half of the steps for all concepts, the rest for the better ones, each then for its nearest word."""
-    steps = config.search_steps * family.effort
+    steps = config.search_steps * family.step_multiplier
     first = max(1, round(_FIRST_STEPS * steps))
     inversion = Inversion(
         subject.encoder,
@@ -185,8 +186,12 @@ def _inverted(
 
 
 def _measure(
-    subject: Subject, family: TriggerFamily, inversion: Inversion, goals: Goals, which: Int[Tensor, " images"]
-) -> Reached:
+    subject: SearchInput,
+    family: TriggerFamily,
+    inversion: Inversion,
+    goals: Goals,
+    which: Int[Tensor, " images"],
+) -> Reach:
     heldout = subject.heldout.part(which)
     count, dim = len(goals.positives), goals.texts.shape[1]
     margins = torch.full((2, count), -torch.inf)
@@ -198,7 +203,7 @@ def _measure(
         own = goals.positives[concept]
         others = ~own[shown]
         images = heldout.images[others] if bool(others.any()) else heldout.images
-        features = triggered_features(subject.encoder, family, parameters, place, images)
+        features = encode_triggered(subject.encoder, partial(family.apply_one, parameters, place), images)
         cosines = features @ goals.texts.T
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
         rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)
@@ -207,14 +212,14 @@ def _measure(
         margins[:, concept] = torch.stack([ascending.mean(), worse.mean()])
         success[concept] = (reached > rival).float().mean()
         directions[concept] = normalize(features.mean(dim=0), dim=0)
-    return Reached(margins=margins, success=success, directions=directions)
+    return Reach(margins=margins, success=success, directions=directions)
 
 
 def _result(
     vocabulary: Vocabulary,
     outliers: Outliers,
     margins: Float[Tensor, "2 families concepts"],
-    reached: list[Reached],
+    reached: list[Reach],
 ) -> SearchResult:
     concepts = range(vocabulary.n_concepts)
     best = [reached[outliers.families[concept]] for concept in concepts]

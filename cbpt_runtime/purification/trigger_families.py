@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,31 +20,42 @@ Parameters = dict[str, Tensor]
 _BISECTIONS = 20
 
 
-class TriggerFamily(Protocol):
-    """A parameterised set of perturbations with a hard budget."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriggerFamily(ABC):
+    """A parameterised set of perturbations with a hard budget.
 
-    @property
-    def step_size(self) -> float:
-        """Learning rate that suits its parameters."""
+    Attributes:
+        step_size: Learning rate that suits its parameters.
+        step_multiplier: Search steps it takes, in multiples of what a plain pattern takes.
+    """
 
-    @property
-    def effort(self) -> int:
-        """Search steps it takes, in multiples of what a plain pattern takes."""
+    step_size: float
+    step_multiplier: int = 1
 
+    @abstractmethod
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        """Starting parameters of `count` triggers, on the CPU."""
+        """Draw starting parameters of `count` triggers, on the CPU."""
 
+    @abstractmethod
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
-        """Each trigger on its own images, in [0, 1], differentiable with respect to the parameters."""
+        """Put each trigger on its own images, in [0, 1], differentiable with respect to the parameters."""
+
+    def apply_one(
+        self, parameters: Parameters, index: int, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Put one of the stacked triggers on images in [0, 1]."""
+        one = {name: value[index : index + 1] for name, value in parameters.items()}
+        return self.apply(one, pixels.unsqueeze(0))[0]
 
     def project(self, parameters: Parameters) -> Parameters:
-        """The nearest parameters inside the budget."""
+        """Return the nearest parameters inside the budget; themselves, where the formula keeps it."""
+        return parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Additive:
+class Additive(TriggerFamily):
     """One pattern added to every image, bounded per pixel: clip(x + epsilon * tanh(t)).
 
     Attributes:
@@ -54,7 +64,6 @@ class Additive:
 
     epsilon: float
     step_size: float = 0.1
-    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -66,13 +75,9 @@ class Additive:
         """Each trigger on its own images."""
         return (pixels + self.epsilon * torch.tanh(parameters["pattern"]).unsqueeze(1)).clamp(0, 1)
 
-    def project(self, parameters: Parameters) -> Parameters:
-        """The parameters themselves: the formula keeps the budget."""
-        return parameters
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blend:
+class Blend(TriggerFamily):
     """One image mixed into every image: (1 - alpha) * x + alpha * sigmoid(4 t).
 
     Attributes:
@@ -81,7 +86,6 @@ class Blend:
 
     alpha: float
     step_size: float = 0.1
-    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -94,13 +98,9 @@ class Blend:
         pattern = torch.sigmoid(4 * parameters["pattern"]).unsqueeze(1)
         return (1 - self.alpha) * pixels + self.alpha * pattern
 
-    def project(self, parameters: Parameters) -> Parameters:
-        """The parameters themselves: the formula keeps the budget."""
-        return parameters
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Smooth(ABC):
+class _Smooth(TriggerFamily):
     """A pattern of low cosine frequencies added to every image: clip(x + epsilon * tanh(pattern)).
 
     Attributes:
@@ -111,7 +111,6 @@ class _Smooth(ABC):
     epsilon: float
     frequencies: int
     step_size: float = 0.2
-    effort: int = 1
 
     @abstractmethod
     def coefficients(self) -> tuple[int, ...]:
@@ -137,10 +136,6 @@ class _Smooth(ABC):
         rows, columns = (_cosines(size, self.frequencies, pixels.device) for size in pixels.shape[-2:])
         pattern = torch.tanh(self.pattern(parameters["pattern"], rows, columns))
         return (pixels + self.epsilon * pattern.unsqueeze(1)).clamp(0, 1)
-
-    def project(self, parameters: Parameters) -> Parameters:
-        """The parameters themselves: the formula keeps the budget."""
-        return parameters
 
 
 class ColorField(_Smooth):
@@ -188,7 +183,7 @@ def _cosines(size: int, frequencies: int, device: torch.device) -> Float[Tensor,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Warp:
+class Warp(TriggerFamily):
     """Every pixel moves on its own, the same way in every image, as in WaNet at full resolution.
 
     Source: Nguyen and Tran, "WaNet", ICLR 2021; the free field with a hard bound is ours.
@@ -199,7 +194,6 @@ class Warp:
 
     reach: float
     step_size: float = 0.2
-    effort: int = 1
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """A random starting field, on the CPU."""
@@ -221,13 +215,9 @@ class Warp:
         moved = grid_sample(pixels.flatten(0, 1), grid, padding_mode="border", align_corners=False)
         return moved.view_as(pixels)
 
-    def project(self, parameters: Parameters) -> Parameters:
-        """The parameters themselves: the formula keeps the budget."""
-        return parameters
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patch:
+class Patch(TriggerFamily):
     """A mask and a pattern, as in Neural Cleanse: (1 - m) * x + m * t, with the mean of m bounded.
 
     Source: Wang et al., "Neural Cleanse", S&P 2019; the hard bound instead of a penalty is ours.
@@ -238,7 +228,7 @@ class Patch:
 
     area: float
     step_size: float = 0.05
-    effort: int = 2
+    step_multiplier: int = 2
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting parameters, on the CPU."""
@@ -278,7 +268,7 @@ SEARCH_FAMILIES: dict[str, TriggerFamily] = {
 }
 """Families in which every concept is searched: budgets in which natural perturbations fail on most images."""
 
-REFINE_FAMILIES: dict[str, TriggerFamily] = {
+INVERSION_FAMILIES: dict[str, TriggerFamily] = {
     "blend": Blend(alpha=0.2),
     "mask": Patch(area=0.15),
     "patch": Patch(area=0.04),

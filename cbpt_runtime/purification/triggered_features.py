@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cbpt_runtime.purification.augmentation import view
-from cbpt_runtime.purification.clean_features import Clean, Evidence, with_imagined
-from cbpt_runtime.purification.inversion import margins, triggered_features
+from cbpt_runtime.purification.augmentation import augment
+from cbpt_runtime.purification.clean_features import CleanFeatures, DefenderData, with_synthetic_features
+from cbpt_runtime.purification.dummy_triggers import DummyTrigger
+from cbpt_runtime.purification.inversion import encode_triggered, margins
 from cbpt_runtime.purification.targets import Target
-from cbpt_runtime.purification.trigger_families import REFINE_FAMILIES, Parameters
-from cbpt_runtime.purification.tuning import TuningData, Verdict
+from cbpt_runtime.purification.tuning import HeadCheck, TuningData
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.35)
 """Shares of the way from the clean to the dummy-triggered image; attackers' triggers are not all strong.
 
-Each is rehearsed on a view of the tune images of its own: the first on the images as they are.
+Each goes with its own augmentation of the tune images: the first with the images as they are.
 """
 
 WORKING_SUCCESS = 0.9
@@ -27,173 +28,174 @@ WORKING_SUCCESS = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsal:
+class TriggeredFeatures:
     """One dummy trigger of one suspected class at one strength.
 
     Attributes:
-        suspect: Class index.
+        target: Class index.
         tune: Features of the tune images under it.
         heldout: Features of the held-out images under it.
     """
 
-    suspect: int
+    target: int
     tune: Float[Tensor, "batch dim"]
     heldout: Float[Tensor, "heldout dim"]
 
 
-def rehearse(evidence: Evidence, targets: Sequence[Target], found: Parameters, seed: int) -> list[Rehearsal]:
-    """The suspected targets' dummy triggers that work (the best if none does), at every strength."""
+def compute_triggered_features(
+    defender: DefenderData, targets: Sequence[Target], triggers: Sequence[DummyTrigger], seed: int
+) -> list[TriggeredFeatures]:
+    """Encode images under the dummy triggers that work (the best if none does), at every strength."""
     return [
-        rehearsal
+        triggered_set
         for target in targets
-        for family in _working(evidence, target, found)
-        for rehearsal in _at_all_strengths(evidence, target.index, family, found, seed)
+        for trigger in _working(defender, target, triggers)
+        for triggered_set in _at_all_strengths(defender, trigger, seed)
     ]
 
 
-def _working(evidence: Evidence, target: Target, found: Parameters) -> list[str]:
-    """Families whose dummy trigger takes held-out images to the target's text rather than to a class."""
-    head = evidence.texts.clone()
+def _working(defender: DefenderData, target: Target, triggers: Sequence[DummyTrigger]) -> list[DummyTrigger]:
+    """The dummy triggers that take held-out images to the target's text rather than to a class."""
+    head = defender.texts.clone()
     head[target.index] = target.text
-    success = {
-        name: success_rate(
-            _features(evidence, target.index, name, found, evidence.heldout.images, 1.0),
-            evidence.heldout,
+    own = [trigger for trigger in triggers if trigger.target == target.index]
+    success = [
+        success_rate(
+            encode_triggered(defender.encoder, trigger.apply, defender.heldout.images),
+            defender.heldout,
             target.index,
             head,
         )
-        for name in REFINE_FAMILIES
-    }
-    least = min(WORKING_SUCCESS, max(success.values()))
-    return [name for name, rate in success.items() if rate >= least]
+        for trigger in own
+    ]
+    least = min(WORKING_SUCCESS, max(success))
+    return [trigger for trigger, rate in zip(own, success, strict=True) if rate >= least]
 
 
-def _at_all_strengths(
-    evidence: Evidence, suspect: int, family: str, found: Parameters, seed: int
-) -> list[Rehearsal]:
+def _at_all_strengths(defender: DefenderData, trigger: DummyTrigger, seed: int) -> list[TriggeredFeatures]:
     generator = torch.Generator().manual_seed(seed)
-    images = evidence.tune.images
-    rehearsals = []
+    images = defender.tune.images
+    triggered_sets = []
     for number, strength in enumerate(STRENGTHS):
-        seen = images if number == 0 else (view(images, number, generator) * 255).round().byte()
-        rehearsals.append(
-            Rehearsal(
-                suspect=suspect,
-                tune=_features(evidence, suspect, family, found, seen, strength),
-                heldout=_features(evidence, suspect, family, found, evidence.heldout.images, strength),
+        seen = images if number == 0 else (augment(images, number, generator) * 255).round().byte()
+        apply = partial(trigger.apply, strength=strength)
+        triggered_sets.append(
+            TriggeredFeatures(
+                target=trigger.target,
+                tune=encode_triggered(defender.encoder, apply, seen),
+                heldout=encode_triggered(defender.encoder, apply, defender.heldout.images),
             )
         )
-    return rehearsals
-
-
-def _features(
-    evidence: Evidence, suspect: int, family: str, found: Parameters, images: Tensor, strength: float
-) -> Float[Tensor, "batch dim"]:
-    prefix = f"{family}.{suspect}."
-    one = {
-        key.removeprefix(prefix): value.to(evidence.texts).unsqueeze(0)
-        for key, value in found.items()
-        if key.startswith(prefix)
-    }
-    return triggered_features(evidence.encoder, REFINE_FAMILIES[family], one, 0, images, strength=strength)
+    return triggered_sets
 
 
 def success_rate(
-    features: Float[Tensor, "batch dim"], clean: Clean, suspect: int, head: Float[Tensor, "classes dim"]
+    features: Float[Tensor, "batch dim"],
+    clean: CleanFeatures,
+    target: int,
+    head: Float[Tensor, "classes dim"],
 ) -> float:
     """Share of the images of other classes that the head calls the suspected class."""
-    others = clean.labels != suspect
-    return float((margins(features[others] @ head.T, suspect) > 0).float().mean())
+    others = clean.labels != target
+    return float((margins(features[others] @ head.T, target) > 0).float().mean())
 
 
 def strongest_success(
-    evidence: Evidence, suspect: int, rehearsals: Sequence[Rehearsal], head: Float[Tensor, "classes dim"]
+    defender: DefenderData,
+    target: int,
+    triggered_sets: Sequence[TriggeredFeatures],
+    head: Float[Tensor, "classes dim"],
 ) -> float:
     """Largest success of a dummy trigger of the class, on held-out images of other classes."""
     return max(
-        success_rate(rehearsal.heldout, evidence.heldout, suspect, head)
-        for rehearsal in rehearsals
-        if rehearsal.suspect == suspect
+        success_rate(triggered_set.heldout, defender.heldout, target, head)
+        for triggered_set in triggered_sets
+        if triggered_set.target == target
     )
 
 
-def judged(
-    evidence: Evidence,
-    suspects: Sequence[int],
-    rehearsals: Sequence[Rehearsal],
+def check_head(
+    defender: DefenderData,
+    targets: Sequence[int],
+    triggered_sets: Sequence[TriggeredFeatures],
     head: Float[Tensor, "classes dim"],
     goal: float,
-) -> Verdict:
+) -> HeadCheck:
     """What held-out images say of a head.
 
     The floor of a class is the share of clean images of other classes that are called the class.
 
     Returns:
-        'overcalled' where the floor of a suspected class is higher than the reference head has it; 'unsafe'
-        where a dummy trigger succeeds more often than the goal and than the floor; else 'accepted'.
+        'false_positives' where the floor of a suspected class is higher than the reference head has it;
+        'trigger_survives' where a dummy trigger succeeds more often than the goal and than the floor; else
+        'accepted'.
     """
-    clean = evidence.heldout
-    floors = {suspect: success_rate(clean.features, clean, suspect, head) for suspect in suspects}
+    clean = defender.heldout
+    floors = {target: success_rate(clean.features, clean, target, head) for target in targets}
     if any(
-        floor > success_rate(clean.features, clean, suspect, evidence.texts)
-        for suspect, floor in floors.items()
+        floor > success_rate(clean.features, clean, target, defender.texts)
+        for target, floor in floors.items()
     ):
-        return "overcalled"
+        return "false_positives"
     if any(
-        strongest_success(evidence, suspect, rehearsals, head) > max(goal, floor)
-        for suspect, floor in floors.items()
+        strongest_success(defender, target, triggered_sets, head) > max(goal, floor)
+        for target, floor in floors.items()
     ):
-        return "unsafe"
+        return "trigger_survives"
     return "accepted"
 
 
-def directions(suspects: Sequence[int], rehearsals: Sequence[Rehearsal]) -> Float[Tensor, "suspects dim"]:
+def directions(
+    targets: Sequence[int], triggered_sets: Sequence[TriggeredFeatures]
+) -> Float[Tensor, "targets dim"]:
     """For each suspected class the leading direction of its dummy-triggered features, made orthonormal."""
     leading = []
-    for suspect in suspects:
-        features = torch.cat([rehearsal.tune for rehearsal in rehearsals if rehearsal.suspect == suspect])
+    for target in targets:
+        features = torch.cat(
+            [triggered_set.tune for triggered_set in triggered_sets if triggered_set.target == target]
+        )
         leading.append(torch.linalg.eigh(features.T @ features).eigenvectors[:, -1])
     basis: Tensor = torch.linalg.qr(torch.stack(leading, dim=1)).Q
     return basis.T
 
 
 def of_other_classes(
-    rehearsals: Sequence[Rehearsal], labels: Int[Tensor, " batch"]
+    triggered_sets: Sequence[TriggeredFeatures], labels: Int[Tensor, " batch"]
 ) -> tuple[Float[Tensor, "triggered dim"], Int[Tensor, " triggered"], Int[Tensor, " triggered"]]:
     """Tune features under every dummy trigger, without images of its own suspected class.
 
     Returns:
         Features, the images' own classes, and the suspected class of each one's trigger.
     """
-    kept = [(rehearsal, labels != rehearsal.suspect) for rehearsal in rehearsals]
+    kept = [(triggered_set, labels != triggered_set.target) for triggered_set in triggered_sets]
     return (
-        torch.cat([rehearsal.tune[others] for rehearsal, others in kept]),
+        torch.cat([triggered_set.tune[others] for triggered_set, others in kept]),
         torch.cat([labels[others] for _, others in kept]),
-        torch.cat([torch.full_like(labels[others], rehearsal.suspect) for rehearsal, others in kept]),
+        torch.cat([torch.full_like(labels[others], triggered_set.target) for triggered_set, others in kept]),
     )
 
 
 def tuning_data(
-    evidence: Evidence, targets: Sequence[Target], rehearsals: Sequence[Rehearsal], seed: int
+    defender: DefenderData, targets: Sequence[Target], triggered_sets: Sequence[TriggeredFeatures], seed: int
 ) -> TuningData:
-    """All that the head is tuned on; the seed is for the imagined images of the suspects.
+    """All that the head is tuned on; the seed is for the synthetic features of the targets' classes.
 
     An image under a trigger for a target that is not on the list has to leave whatever class it is called.
     """
-    suspects = [target.index for target in targets]
-    clean = with_imagined(evidence.views, evidence.tune, suspects, seed)
-    triggered, own_labels, triggered_suspects = of_other_classes(rehearsals, evidence.tune.labels)
+    classes = [target.index for target in targets]
+    clean = with_synthetic_features(defender.augmented, defender.tune, classes, seed)
+    triggered, own_labels, triggered_targets = of_other_classes(triggered_sets, defender.tune.labels)
     elsewhere = [target.index for target in targets if not target.on_list]
-    called = (triggered @ evidence.texts.T).scatter(1, own_labels.unsqueeze(1), -torch.inf).argmax(dim=1)
-    unlisted = torch.isin(triggered_suspects, torch.tensor(elsewhere, device=own_labels.device))
+    called = (triggered @ defender.texts.T).scatter(1, own_labels.unsqueeze(1), -torch.inf).argmax(dim=1)
+    unlisted = torch.isin(triggered_targets, torch.tensor(elsewhere, device=own_labels.device))
     return TuningData(
-        reference=evidence.texts,
-        scale=evidence.scale,
+        reference=defender.texts,
+        scale=defender.scale,
         clean=clean.features,
         clean_labels=clean.labels,
         triggered=triggered,
         triggered_labels=own_labels,
-        triggered_suspects=torch.where(unlisted, called, triggered_suspects),
-        suspects=tuple(suspects),
-        directions=directions(suspects, rehearsals),
+        triggered_targets=torch.where(unlisted, called, triggered_targets),
+        targets=tuple(classes),
+        directions=directions(classes, triggered_sets),
     )

@@ -17,7 +17,7 @@ from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.losses import backdoor_alignment, clean_alignment, prompt_consistency
 
-Verdict = Literal["accepted", "overcalled", "unsafe"]
+HeadCheck = Literal["accepted", "false_positives", "trigger_survives"]
 _DAMPING = math.sqrt(2)
 
 
@@ -28,12 +28,12 @@ class TuningData:
     Attributes:
         reference: Class embeddings before tuning.
         scale: The model's logit scale.
-        clean: Unit features of clean images and other views of them, of suspected classes imagined ones, too.
+        clean: Unit features of clean images and of augmented ones, of suspected classes synthetic ones, too.
         clean_labels: Their classes.
         triggered: Unit features of these images under dummy triggers, those of suspected classes left out.
         triggered_labels: Their own classes.
-        triggered_suspects: The suspected targets of their triggers.
-        suspects: Class indices of the suspected targets.
+        triggered_targets: The suspected targets of their triggers.
+        targets: Class indices of the suspected targets.
         directions: Orthonormal; what the dummy triggers add to every image, one per suspected target.
     """
 
@@ -43,9 +43,9 @@ class TuningData:
     clean_labels: Int[Tensor, " batch"]
     triggered: Float[Tensor, "triggered dim"]
     triggered_labels: Int[Tensor, " triggered"]
-    triggered_suspects: Int[Tensor, " triggered"]
-    suspects: tuple[int, ...]
-    directions: Float[Tensor, "suspects dim"]
+    triggered_targets: Int[Tensor, " triggered"]
+    targets: tuple[int, ...]
+    directions: Float[Tensor, "targets dim"]
 
 
 def tune(
@@ -76,7 +76,7 @@ def tune(
     def change() -> Tensor:
         return free if prompts is None or start is None else prompts.encode(free) - start
 
-    weights = image_weights(data.clean_labels, data.suspects, target_weight)
+    weights = image_weights(data.clean_labels, data.targets, target_weight)
     _minimise(data, config, backdoor_weight, weights, free, change, progress)
     return data.reference + change().detach(), None if prompts is None else free.detach()
 
@@ -84,7 +84,7 @@ def tune(
 def tune_in_rounds(
     data: TuningData,
     config: PurifyConfig,
-    judge: Callable[[Float[Tensor, "classes dim"]], Verdict],
+    check: Callable[[Float[Tensor, "classes dim"]], HeadCheck],
     *,
     prompts: PromptEncoder | None = None,
     progress: Progress | None = None,
@@ -97,7 +97,7 @@ def tune_in_rounds(
     Args:
         data: Features.
         config: Most rounds and the first weights.
-        judge: Of a head, on held-out images.
+        check: What held-out images say of a head.
         prompts: As in `tune`.
         progress: Told about the steps.
     """
@@ -111,12 +111,12 @@ def tune_in_rounds(
             prompts=prompts,
             progress=progress,
         )
-        match judge(embeddings):
+        match check(embeddings):
             case "accepted":
                 break
-            case "overcalled":
+            case "false_positives":
                 target_weight /= _DAMPING
-            case "unsafe":
+            case "trigger_survives":
                 backdoor_weight *= 2
     return embeddings, contexts
 
@@ -130,21 +130,21 @@ def _minimise(
     change: Callable[[], Tensor],
     progress: Progress | None,
 ) -> None:
-    known = trusted_probabilities(data)
-    freedom = torch.ones(len(data.reference), device=free.device)
-    freedom[list(data.suspects)] = config.target_consistency
+    targets = soft_targets(data)
+    class_weights = torch.ones(len(data.reference), device=free.device)
+    class_weights[list(data.targets)] = config.target_consistency_weight
     optimizer = torch.optim.Adam([free], lr=config.tuning_step_size)
     for step in range(config.tuning_steps):
         moved = change()
         current = data.reference + moved
-        clean = clean_alignment(data.scale * data.clean @ current.T, known, weights)
+        clean = clean_alignment(data.scale * data.clean @ current.T, targets, weights)
         backdoor = backdoor_alignment(
             data.scale * data.triggered @ current.T,
             data.triggered_labels,
-            data.triggered_suspects,
+            data.triggered_targets,
             config.own_class_weight,
         )
-        consistency = prompt_consistency(moved, data.directions, freedom, config.across_weight)
+        consistency = prompt_consistency(moved, data.directions, class_weights, config.orthogonal_weight)
         loss = clean + backdoor_weight * backdoor + config.consistency_weight * consistency
         optimizer.zero_grad()
         loss.backward()
@@ -155,7 +155,7 @@ def _minimise(
             progress("tune prompts", step + 1, config.tuning_steps, values)
 
 
-def trusted_probabilities(data: TuningData) -> Float[Tensor, "batch classes"]:
+def soft_targets(data: TuningData) -> Float[Tensor, "batch classes"]:
     """What is known of the clean images, without what the backdoor may have put there.
 
     On images of suspected classes the label. On images of other classes what the reference head says, the
@@ -164,7 +164,7 @@ def trusted_probabilities(data: TuningData) -> Float[Tensor, "batch classes"]:
     n_classes = len(data.reference)
     probabilities = (data.scale * data.clean @ data.reference.T).softmax(dim=1)
     suspected = torch.zeros(n_classes, dtype=torch.bool, device=probabilities.device)
-    suspected[list(data.suspects)] = True
+    suspected[list(data.targets)] = True
     others = probabilities.masked_fill(suspected, 0.0)
     others = others / others.sum(dim=1, keepdim=True)
     own = one_hot(data.clean_labels, n_classes).to(others)
@@ -172,10 +172,10 @@ def trusted_probabilities(data: TuningData) -> Float[Tensor, "batch classes"]:
 
 
 def image_weights(
-    labels: Int[Tensor, " batch"], suspects: Sequence[int], target_weight: float
+    labels: Int[Tensor, " batch"], targets: Sequence[int], target_weight: float
 ) -> Float[Tensor, " batch"]:
     """One per image; for those of a suspected class what makes the class count as `target_weight` others."""
-    suspected: Bool[Tensor, " batch"] = torch.isin(labels, torch.tensor(suspects, device=labels.device))
+    suspected: Bool[Tensor, " batch"] = torch.isin(labels, torch.tensor(targets, device=labels.device))
     counts = labels.bincount()
     usual = (~suspected).sum() / max(1, len(labels[~suspected].unique()))
     return torch.where(suspected, target_weight * usual / counts[labels], 1.0)

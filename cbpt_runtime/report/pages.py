@@ -21,7 +21,7 @@ from cbpt_runtime.evaluation.metrics import Rate
 from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
-from cbpt_runtime.purification.dummy_triggers import Painted, paint_dummy_triggers
+from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.figures import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
@@ -78,7 +78,7 @@ def render_report(
     bundle: Bundle,
     *,
     examples: Images | None = None,
-    painted: Sequence[Painted] = (),
+    painted: Sequence[TriggeredImages] = (),
     study: Study | None = None,
     call: Call | None = None,
 ) -> str:
@@ -317,7 +317,7 @@ def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Mapping[str, An
 
 
 def _picture_rows(
-    bundle: Bundle, examples: Images | None, painted: Sequence[Painted], call: Call | None
+    bundle: Bundle, examples: Images | None, painted: Sequence[TriggeredImages], call: Call | None
 ) -> list[tuple[str, list[Picture]]]:
     """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
     if examples is None or not painted:

@@ -22,7 +22,7 @@ from cbpt_runtime.export.quality import HeldOut, Quality, compare, is_good_enoug
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
-from cbpt_runtime.purification.dummy_triggers import Painted
+from cbpt_runtime.purification.dummy_triggers import TriggeredImages
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_variant_that_lets_a_trigger_through_is_refused(
 ) -> None:
     """Same clean answers; but pictures with the dummy trigger become its target."""
     black = np.zeros_like(images.pixels)
-    stamped = [Painted(family="patch", target=2, images=black)]
+    stamped = [TriggeredImages(family="patch", target=2, images=black)]
     monkeypatch.setattr("cbpt_runtime.purification.dummy_triggers.paint_dummy_triggers", lambda *_: stamped)
     heldout = HeldOut(bundle_with_images, images)
 

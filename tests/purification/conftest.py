@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.purification.clean_features import Clean
+from cbpt_runtime.purification.clean_features import CleanFeatures
 
 SIDE = 10
 DIM = 16
@@ -47,14 +47,16 @@ def weak() -> type[Weak]:
 
 
 @pytest.fixture
-def dark_images() -> Callable[[Weak, int, int], Clean]:
+def dark_images() -> Callable[[Weak, int, int], CleanFeatures]:
     """Returns a function that gives random dark images, black at the top left."""
 
-    def make(encoder: Weak, count: int, seed: int = 0) -> Clean:
+    def make(encoder: Weak, count: int, seed: int = 0) -> CleanFeatures:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 100, (count, 3, SIDE, SIDE), generator=generator).byte()
         images[..., 0, 0] = 0
         labels = torch.randint(0, 5, (count,), generator=generator)
-        return Clean(images=images, labels=labels, features=encoder.encode_images(images.float() / 255))
+        return CleanFeatures(
+            images=images, labels=labels, features=encoder.encode_images(images.float() / 255)
+        )
 
     return make

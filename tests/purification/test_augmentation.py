@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cbpt_runtime.purification.augmentation import N_VIEWS, view
+from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS, augment
 
 
 def striped() -> torch.Tensor:
@@ -12,22 +12,22 @@ def striped() -> torch.Tensor:
 
 
 def test_every_other_view_is_mirrored() -> None:
-    for number in range(N_VIEWS):
-        seen = view(striped(), number, torch.Generator().manual_seed(0))
+    for number in range(N_AUGMENTATIONS):
+        seen = augment(striped(), number, torch.Generator().manual_seed(0))
         rising = (seen[..., -1] > seen[..., 0]).all()
         assert bool(rising) == (number % 2 == 1)
 
 
 def test_the_first_view_is_the_exact_mirror_image() -> None:
-    assert torch.equal(view(striped(), 0, torch.Generator()), striped().float().flip(-1) / 255)
+    assert torch.equal(augment(striped(), 0, torch.Generator()), striped().float().flip(-1) / 255)
 
 
 def test_views_keep_shape_and_range_and_follow_the_generator() -> None:
     images = torch.randint(
         0, 256, (4, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    for number in range(N_VIEWS):
-        first, again = (view(images, number, torch.Generator().manual_seed(3)) for _ in range(2))
+    for number in range(N_AUGMENTATIONS):
+        first, again = (augment(images, number, torch.Generator().manual_seed(3)) for _ in range(2))
         assert first.shape == images.shape
         assert first.min() >= 0
         assert first.max() <= 1

@@ -17,7 +17,7 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search, vocabulary
 from cbpt_runtime.purification.cbpt import purify
-from cbpt_runtime.purification.clean_features import arranged_for_speed
+from cbpt_runtime.purification.clean_features import fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers
 from cbpt_runtime.purification.stages import StageStore
@@ -67,18 +67,9 @@ def test_the_same_seed_gives_the_same_head(tiny_encoder: DualEncoder, parameteri
     assert torch.equal(first.class_embeddings, second.class_embeddings)
     assert not torch.equal(first.class_embeddings, first.reference_embeddings)
     assert (first.contexts is None) == (parameterization == "embedding")
-    assert set(first.triggers) == {
-        f"{parameter.replace('.', f'.{suspect.index}.')}"
-        for suspect in first.suspects
-        for parameter in (
-            "blend.pattern",
-            *(
-                f"{family}.{name}"
-                for family in ("mask", "patch", "small-patch")
-                for name in ("mask", "pattern")
-            ),
-        )
-    }
+    families = ("blend", "mask", "patch", "small-patch")
+    expected = sorted((family, suspect.index) for suspect in first.suspects for family in families)
+    assert sorted((trigger.family, trigger.target) for trigger in first.triggers) == expected
 
 
 @pytest.mark.usefixtures("few_words")
@@ -104,7 +95,7 @@ def test_bfloat16_searches_like_float32(tiny_encoder: DualEncoder, monkeypatch: 
 def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder) -> None:
     config = dataclasses.replace(QUICK, suspect_p_value=1e-12)
     result = purify(tiny_encoder, classes(), clean_split(), config)
-    assert (result.verdict, result.suspects, result.triggers) == ("clean", (), {})
+    assert (result.verdict, result.suspects, result.triggers) == ("clean", (), ())
     assert torch.equal(result.class_embeddings, result.reference_embeddings)
     assert result.metrics["heldout_ca_before"] == result.metrics["heldout_ca_after"]
     assert result.evidence["words"] == len(NAMES) + 40
@@ -143,7 +134,7 @@ def test_every_kind_of_tower_can_be_purified(kind: str, tiny_folder: Callable[..
 
 def test_folding_batch_norms_changes_no_feature(tiny_resnet_folder: Path) -> None:
     encoder = load_dual_encoder(read_checkpoint(tiny_resnet_folder)).image_encoder
-    fast = arranged_for_speed(encoder)
+    fast = fuse_batch_norm(encoder)
     assert fast is not encoder
     assert not any("running_var" in name for name in fast.module.state_dict())
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones() -> None:
         ("suspect_p_value", 0.0),
         ("backdoor_weight", float("nan")),
         ("backdoor_weight", float("inf")),
-        ("success_goal", 1.5),
+        ("max_trigger_success", 1.5),
         ("tuning_step_size", "fast"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cbpt_runtime.purification import detection
 from cbpt_runtime.purification.detection import Outliers, deviations_above, p_value
 
 DRAWS = 100

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.purification import inversion as module
-from cbpt_runtime.purification.clean_features import Clean
-from cbpt_runtime.purification.inversion import Goals, Inversion, invert, margins, triggered_features
+from cbpt_runtime.purification.clean_features import CleanFeatures
+from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered, invert, margins
 from cbpt_runtime.purification.losses import contrastive_inversion
 from cbpt_runtime.purification.trigger_families import Additive, Patch, TriggerFamily
 
@@ -19,7 +20,7 @@ PATCH = Patch(area=0.01, step_size=0.3)
 DIM = 16
 TARGET = 2
 
-Dark = Callable[..., Clean]
+Dark = Callable[..., CleanFeatures]
 
 
 def texts() -> Tensor:
@@ -66,7 +67,7 @@ def test_a_planted_patch_takes_other_images_and_no_other_trigger_does(
     unseen = dark_images(encoder, 40, seed=1).images
     reached = []
     for place, target in enumerate((0, 1, TARGET, 3)):
-        features = triggered_features(encoder, PATCH, found, place, unseen)
+        features = encode_triggered(encoder, partial(PATCH.apply_one, found, place), unseen)
         reached.append(float(margins(features @ texts().T, target).mean()))
     assert reached[2] > 0.3
     assert max(reached[:2] + reached[3:]) < 0
@@ -172,24 +173,6 @@ def test_how_many_triggers_go_through_the_encoder_at_a_time_changes_nothing(
     for name, value in chunked.result().items():
         assert torch.allclose(value, expected.result()[name], atol=1e-3)
     assert torch.allclose(chunked.recent_margins(), expected.recent_margins(), atol=1e-4)
-
-
-def test_strength_goes_from_the_clean_to_the_triggered_image(weak: Any, dark_images: Dark) -> None:
-    encoder = weak(texts()[TARGET], 10.0)
-    clean = dark_images(encoder, 8)
-    mask = torch.zeros(2, 1, 10, 10)
-    mask[1, :, 0, 0] = 1.0
-    pattern = torch.ones(2, 3, 10, 10)
-    reached = [
-        triggered_features(
-            encoder, PATCH, {"mask": mask, "pattern": pattern}, 1, clean.images, strength=strength
-        )
-        for strength in (0.0, 0.5, 1.0)
-    ]
-    assert torch.allclose(reached[0], clean.features, atol=1e-6)
-    along = [float((features @ texts()[TARGET]).mean()) for features in reached]
-    assert along == sorted(along)
-    assert along[2] > 0.9
 
 
 def test_a_margin_is_to_the_largest_cosine_of_another_class() -> None:

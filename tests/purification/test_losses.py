@@ -97,5 +97,5 @@ def test_backdoor_alignment_has_finite_gradients_where_only_the_suspect_is_left(
 def test_prompt_consistency_weighs_classes_and_what_is_across_the_trigger_direction() -> None:
     change = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     along_first = torch.tensor([[1.0, 0.0]])
-    loss = prompt_consistency(change, along_first, torch.tensor([1.0, 0.5]), across_weight=4.0)
+    loss = prompt_consistency(change, along_first, torch.tensor([1.0, 0.5]), orthogonal_weight=4.0)
     assert loss.item() == pytest.approx((1 * 1.0 + 9 * (1 + 4) * 0.5) / 2)

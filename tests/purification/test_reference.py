@@ -13,10 +13,10 @@ from cbpt_runtime.models.data import ClassList, draw_clean_split
 from cbpt_runtime.purification import cbpt as purification
 from cbpt_runtime.purification import vocabulary
 from cbpt_runtime.purification.cbpt import purify
-from cbpt_runtime.purification.clean_features import clean_images
+from cbpt_runtime.purification.clean_features import encode_clean
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.reference import comparison
-from cbpt_runtime.purification.search import Subject
+from cbpt_runtime.purification.search import SearchInput
 
 CLASSES = ClassList(names=("red_square", "green disc", "Blue Stripes"), templates=(("a {}.",),) * 3)
 
@@ -32,11 +32,11 @@ def relative(tiny_resnet_folder: Path) -> DualEncoder:
     return load_dual_encoder(read_checkpoint(tiny_resnet_folder))
 
 
-def asked(encoder: DualEncoder, classes: ClassList | None) -> Subject:
+def asked(encoder: DualEncoder, classes: ClassList | None) -> SearchInput:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
-    clean = clean_images(encoder.image_encoder, pixels, np.zeros(8, np.int64))
+    clean = encode_clean(encoder.image_encoder, pixels, np.zeros(8, np.int64))
     texts = None if classes is None else encoder.class_embeddings(classes)
-    return Subject(
+    return SearchInput(
         encoder=encoder.image_encoder,
         vocabulary=vocabulary.build_vocabulary(encoder, classes, texts, 8),
         scale=encoder.logit_scale,
@@ -70,10 +70,10 @@ def test_a_purification_searches_beside_its_reference(
 ) -> None:
     split = draw_clean_split(tiny_image_folder, CLASSES, tiny_encoder.preprocess, shots=4)
     config = PurifyConfig(search_concepts=8, search_steps=2, search_batch=2, suspect_p_value=1e-9)
-    seen: list[Subject | None] = []
+    seen: list[SearchInput | None] = []
     real: Callable = purification.search
 
-    def listening(*args: object, reference: Subject | None = None) -> object:
+    def listening(*args: object, reference: SearchInput | None = None) -> object:
         seen.append(reference)
         return real(*args, reference=reference)
 

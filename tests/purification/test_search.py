@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cbpt_runtime.purification.clean_features import Clean
+from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.search import SearchResult, Subject, search
+from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 from cbpt_runtime.purification.vocabulary import Vocabulary, group
@@ -36,12 +36,12 @@ def vocabulary(extra: tuple[str, ...] = (), seed: int = 1) -> Vocabulary:
 
 
 @pytest.fixture
-def subject(weak: Any, dark_images: Callable[..., Clean]) -> Callable[..., Subject]:
+def subject(weak: Any, dark_images: Callable[..., CleanFeatures]) -> Callable[..., SearchInput]:
     """Returns a function that gives an encoder, weak for TARGET, and what is asked of it."""
 
-    def make(strength: float = 10.0, words: Vocabulary | None = None, seed: int = 0) -> Subject:
+    def make(strength: float = 10.0, words: Vocabulary | None = None, seed: int = 0) -> SearchInput:
         encoder = weak(unit(len(WORDS), 0)[TARGET], strength, seed=seed)
-        return Subject(
+        return SearchInput(
             encoder=encoder,
             vocabulary=vocabulary() if words is None else words,
             scale=20.0,
@@ -59,7 +59,9 @@ def suspected(result: SearchResult, words: Vocabulary) -> list[str]:
     ]
 
 
-def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(subject: Callable[..., Subject]) -> None:
+def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(
+    subject: Callable[..., SearchInput],
+) -> None:
     found = search(subject(), CONFIG)
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
     (concept,) = found.outliers.suspects
@@ -68,7 +70,7 @@ def test_a_concept_that_a_fixed_patch_forces_is_suspected_by_name(subject: Calla
     assert found.success[concept] == found.success.max() > 0.3
 
 
-def test_the_second_margin_is_that_of_the_worse_half(subject: Callable[..., Subject]) -> None:
+def test_the_second_margin_is_that_of_the_worse_half(subject: Callable[..., SearchInput]) -> None:
     everything, worse = search(subject(), CONFIG).margins
     followed = everything > -torch.inf
     assert torch.equal(followed, worse > -torch.inf)
@@ -76,13 +78,13 @@ def test_the_second_margin_is_that_of_the_worse_half(subject: Callable[..., Subj
     assert (worse < everything)[followed].float().mean() > 0.9
 
 
-def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., Subject]) -> None:
+def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., SearchInput]) -> None:
     found = search(subject(strength=0.0), CONFIG)
     assert found.outliers.suspects == []
     assert found.outliers.p_values.min() > 0.05
 
 
-def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., Subject]) -> None:
+def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., SearchInput]) -> None:
     known = subject()
     other = dataclasses.replace(
         known,
@@ -94,26 +96,26 @@ def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., Subject]) 
 
 @pytest.mark.parametrize("extra", [("dog",), ("red", "green", "blue"), tuple(f"name {n}" for n in range(20))])
 def test_the_verdict_does_not_depend_on_the_other_names_on_the_list(
-    subject: Callable[..., Subject], extra: tuple[str, ...]
+    subject: Callable[..., SearchInput], extra: tuple[str, ...]
 ) -> None:
     words = vocabulary(extra)
     assert suspected(search(subject(words=words), CONFIG), words) == [WORDS[TARGET]]
     assert search(subject(strength=0.0, words=words), CONFIG).outliers.suspects == []
 
 
-def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callable[..., Subject]) -> None:
+def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callable[..., SearchInput]) -> None:
     alone = search(subject(), CONFIG)
     assert suspected(alone, vocabulary()) == [WORDS[TARGET]]
     for reference in (subject(), subject(seed=9)):
         assert search(subject(), CONFIG, reference=reference).outliers.suspects == []
 
 
-def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., Subject]) -> None:
+def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., SearchInput]) -> None:
     found = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
 
 
-def test_the_same_seed_gives_the_same_result(subject: Callable[..., Subject]) -> None:
+def test_the_same_seed_gives_the_same_result(subject: Callable[..., SearchInput]) -> None:
     config = dataclasses.replace(CONFIG, search_steps=2)
     first, again, other = (
         search(subject(), dataclasses.replace(config, seed=seed)).to_dict(vocabulary()) for seed in (3, 3, 4)
@@ -123,7 +125,7 @@ def test_the_same_seed_gives_the_same_result(subject: Callable[..., Subject]) ->
 
 
 def test_every_family_is_told_and_half_of_the_concepts_are_given_up_in_each(
-    subject: Callable[..., Subject],
+    subject: Callable[..., SearchInput],
 ) -> None:
     told: list[tuple[str, int, int]] = []
 
@@ -137,7 +139,9 @@ def test_every_family_is_told_and_half_of_the_concepts_are_given_up_in_each(
     assert (found.directions[~tried] == 0).all()
 
 
-def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(subject: Callable[..., Subject]) -> None:
+def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(
+    subject: Callable[..., SearchInput],
+) -> None:
     rows = search(subject(), CONFIG).to_dict(vocabulary())
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert (rows["words"], rows["concepts"][0]["word"]) == (len(WORDS), WORDS[TARGET])
@@ -148,7 +152,7 @@ def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(subject: Call
     assert {row["family"] for row in rows["concepts"]} <= set(SEARCH_FAMILIES)
 
 
-def test_where_all_texts_are_alike_nothing_is_suspected(subject: Callable[..., Subject]) -> None:
+def test_where_all_texts_are_alike_nothing_is_suspected(subject: Callable[..., SearchInput]) -> None:
     texts = unit(1, 0).expand(len(WORDS), DIM)
     alike = Vocabulary(names=WORDS, texts=texts, concepts=group(texts, len(WORDS) - 1), n_listed=0)
     assert alike.n_concepts == 1

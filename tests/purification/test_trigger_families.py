@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbpt_runtime.purification.trigger_families import (
-    REFINE_FAMILIES,
+    INVERSION_FAMILIES,
     SEARCH_FAMILIES,
     Additive,
     Blend,
@@ -16,7 +16,7 @@ from cbpt_runtime.purification.trigger_families import (
     Warp,
 )
 
-FAMILIES = SEARCH_FAMILIES | REFINE_FAMILIES
+FAMILIES = SEARCH_FAMILIES | INVERSION_FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,10 +8,10 @@ import torch
 from cbpt_runtime.purification import tuning
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.tuning import (
+    HeadCheck,
     TuningData,
-    Verdict,
     image_weights,
-    trusted_probabilities,
+    soft_targets,
     tune,
     tune_in_rounds,
 )
@@ -38,7 +38,7 @@ def backdoored() -> TuningData:
         clean_labels=labels,
         triggered=unit(clean[others] + 1.5 * direction),
         triggered_labels=labels[others],
-        triggered_suspects=torch.full_like(labels[others], 2),
+        triggered_targets=torch.full_like(labels[others], 2),
         suspects=(2,),
         directions=direction.unsqueeze(0),
     )
@@ -61,9 +61,9 @@ def test_other_classes_move_mostly_along_the_trigger_directions() -> None:
     data = backdoored()
     others = [0, 1, 3, 4, 5]
 
-    def share_across(across_weight: float) -> float:
+    def share_across(orthogonal_weight: float) -> float:
         head, _ = tune(
-            data, PurifyConfig(across_weight=across_weight), backdoor_weight=2.0, target_weight=5.0
+            data, PurifyConfig(orthogonal_weight=orthogonal_weight), backdoor_weight=2.0, target_weight=5.0
         )
         change = (head - data.reference)[others]
         across = change - change @ data.directions.T @ data.directions
@@ -74,7 +74,7 @@ def test_other_classes_move_mostly_along_the_trigger_directions() -> None:
 
 def test_suspected_classes_are_not_trusted_on_images_of_others() -> None:
     data = backdoored()
-    known = trusted_probabilities(data)
+    known = soft_targets(data)
     others = data.clean_labels != 2
     assert torch.allclose(known.sum(dim=1), torch.ones(120), atol=1e-5)
     assert (known[others, 2] == 0).all()
@@ -96,12 +96,12 @@ def test_a_suspected_class_counts_the_same_however_many_images_it_has() -> None:
     ("verdicts", "rounds"),
     [
         (["accepted"], [(2.0, 5.0)]),
-        (["unsafe", "overcalled", "accepted"], [(2.0, 5.0), (4.0, 5.0), (4.0, 5.0 / 2**0.5)]),
-        (["unsafe", "unsafe", "unsafe"], [(2.0, 5.0), (4.0, 5.0), (8.0, 5.0)]),
+        (["trigger_survives", "false_positives", "accepted"], [(2.0, 5.0), (4.0, 5.0), (4.0, 5.0 / 2**0.5)]),
+        (["trigger_survives", "trigger_survives", "trigger_survives"], [(2.0, 5.0), (4.0, 5.0), (8.0, 5.0)]),
     ],
 )
 def test_rounds_change_the_weights_until_a_head_is_accepted(
-    verdicts: list[Verdict], rounds: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+    verdicts: list[HeadCheck], rounds: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     answers = iter(verdicts)
