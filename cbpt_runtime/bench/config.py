@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.config import Above, Between, Config
 
 Scenario = Literal["single-stream", "server", "offline", "sweep"]
 SCENARIOS: tuple[Scenario, ...] = ("single-stream", "server", "offline", "sweep")
@@ -16,7 +15,7 @@ MAX_TRIAL_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(Config):
     """What is measured, and how long.
 
     Attributes:
@@ -41,44 +40,22 @@ class BenchConfig:
     """
 
     scenarios: tuple[Scenario, ...] = SCENARIOS
-    rates_per_s: tuple[float, ...] = ()
-    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    class_counts: tuple[int, ...] = ()
-    duration_s: float = 10.0
-    warmup_s: float = 1.0
-    latency_bound_ms: float = 100.0
+    rates_per_s: tuple[Annotated[float, Above(0)], ...] = ()
+    concurrencies: tuple[Annotated[int, Between(1)], ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[Annotated[int, Between(1)], ...] = (1, 2, 4, 8, 16, 32)
+    class_counts: tuple[Annotated[int, Between(2)], ...] = ()
+    duration_s: Annotated[float, Above(0)] = 10.0
+    warmup_s: Annotated[float, Between(0)] = 1.0
+    latency_bound_ms: Annotated[float, Above(0)] = 100.0
     percentile: float = 95.0
-    timeout_s: float = 10.0
-    clients: int = 1
-    check_every: int = 4
-    max_images: int = 256
+    timeout_s: Annotated[float, Above(0)] = 10.0
+    clients: Annotated[int, Between(1)] = 1
+    check_every: Annotated[int, Between(1)] = 4
+    max_images: Annotated[int, Between(1)] = 256
     skip_unreadable: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("duration_s", "latency_bound_ms", "timeout_s", "clients", "check_every", "max_images")
-        problems = [
-            f"{name} = {getattr(self, name)} (above 0)"
-            for name in positive
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0)
-        ]
-        for name in ("rates_per_s", "concurrencies", "batch_sizes", "class_counts"):
-            bad = [value for value in getattr(self, name) if not (math.isfinite(value) and value > 0)]
-            problems += [f"{name} = {value} (above 0)" for value in bad]
-        if not (math.isfinite(self.warmup_s) and self.warmup_s >= 0):
-            problems.append(f"warmup_s = {self.warmup_s} (at least 0)")
+        Config.__post_init__(self)
         if self.percentile not in PERCENTILES:
-            problems.append(f"percentile = {self.percentile:g} (one of 50, 90, 95, 99)")
-        unknown = [name for name in self.scenarios if name not in SCENARIOS]
-        problems += [f"scenario {name!r} (one of {', '.join(SCENARIOS)})" for name in unknown]
-        if any(count < 2 for count in self.class_counts):
-            problems.append("class_counts below 2")
-        if problems:
-            raise ConfigError(
-                expected="bench settings in range", got="; ".join(problems), fix="Correct the flag."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
+            self.refuse({"percentile": "one of " + ", ".join(f"{one:g}" for one in PERCENTILES)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -114,7 +114,9 @@ def implant(
     max_shift: Annotated[
         int, typer.Option(min=0, help="Move clean images by up to so many pixels, and mirror half of them.")
     ] = 0,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="fp32, bf16, or auto: bf16 on a GPU.")
+    ] = "auto",
     minimum_asr: Annotated[float, typer.Option(min=0, max=1, help="Success rate it must reach.")] = 0.9,
     maximum_ca_drop: Annotated[float, typer.Option(min=0, max=1, help="Clean accuracy it may cost.")] = 0.03,
     settings: Settings = None,

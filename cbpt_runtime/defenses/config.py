@@ -5,35 +5,14 @@ Defaults are the published values, for CLIP models of the usual size; `docs/defe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self, get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from cbpt_runtime.config import Precision, from_known_keys
-from cbpt_runtime.errors import ConfigError
-
-_RANGES: dict[str, tuple[type, float, float]] = {
-    "seed": (int, 0, 2**63 - 1),
-    "epochs": (int, 1, 10_000),
-    "batch_size": (int, 2, 100_000),
-    "warmup_steps": (int, 0, 1_000_000),
-    "generator_steps": (int, 1, 100_000),
-    "tokens": (int, 1, 10_000),
-    "first_layer": (int, 0, 1_000),
-    "max_shift": (int, 0, 1_000),
-    "learning_rate": (float, 1e-12, 10),
-    "generator_step_size": (float, 1e-12, 10),
-    "weight_decay": (float, 0, 10),
-    "momentum": (float, 0, 0.9999),
-    "self_supervision_weight": (float, 0, 1_000),
-    "repulsion_weight": (float, 0, 1_000),
-    "patch_area_rate": (float, 1e-4, 0.5),
-    "most_brightness": (float, 1, 10),
-}
+from cbpt_runtime.config import Between, Config, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DefenseConfig:
+class DefenseConfig(Config):
     """What all methods have.
 
     Attributes:
@@ -43,44 +22,8 @@ class DefenseConfig:
     """
 
     method: ClassVar[str]
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise ConfigError(
-                expected="precision to be one of " + ", ".join(get_args(Precision)),
-                got=repr(self.precision),
-                fix="Correct the value.",
-            )
-        for field in fields(self):
-            if field.name == "precision":
-                continue
-            value = getattr(self, field.name)
-            kind, least, most = _RANGES[field.name]
-            if value is None and field.default is None:
-                continue
-            number = (int, float) if kind is float else int
-            if isinstance(value, bool) or not isinstance(value, number) or not least <= value <= most:
-                what = "whole number" if kind is int else "number"
-                raise ConfigError(
-                    expected=f"{field.name} to be a {what} from {least:g} to {most:g}",
-                    got=repr(value),
-                    fix="Correct the value.",
-                )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From plain values.
-
-        Raises:
-            ConfigError: An unknown key or a bad value.
-        """
-        return from_known_keys(cls, values, f"keys of the method {cls.method}: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +39,11 @@ class FinetuneConfig(DefenseConfig):
     """
 
     method: ClassVar[str] = "ft"
-    epochs: int = 10
-    learning_rate: float = 1e-5
-    batch_size: int = 64
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
+    epochs: Annotated[int, Between(1, 10_000)] = 10
+    learning_rate: Annotated[float, Between(1e-12, 10)] = 1e-5
+    batch_size: Annotated[int, Between(2, 100_000)] = 64
+    warmup_steps: Annotated[int, Between(0, 1_000_000)] = 50
+    weight_decay: Annotated[float, Between(0, 10)] = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +55,7 @@ class CleanClipConfig(FinetuneConfig):
     """
 
     method: ClassVar[str] = "cleanclip"
-    self_supervision_weight: float = 1.0
+    self_supervision_weight: Annotated[float, Between(0, 1_000)] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +70,10 @@ class AbdConfig(FinetuneConfig):
     """
 
     method: ClassVar[str] = "abd"
-    generator_steps: int = 200
-    generator_step_size: float = 1e-3
-    patch_area_rate: float = 0.03
-    most_brightness: float = 1.5
+    generator_steps: Annotated[int, Between(1, 100_000)] = 200
+    generator_step_size: Annotated[float, Between(1e-12, 10)] = 1e-3
+    patch_area_rate: Annotated[float, Between(1e-4, 0.5)] = 0.03
+    most_brightness: Annotated[float, Between(1, 10)] = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +92,14 @@ class RvptConfig(DefenseConfig):
     """
 
     method: ClassVar[str] = "rvpt"
-    tokens: int = 50
-    first_layer: int | None = None
-    repulsion_weight: float = 2.0
-    epochs: int = 50
-    learning_rate: float = 0.002
-    momentum: float = 0.9
-    batch_size: int = 32
-    max_shift: int = 4
+    tokens: Annotated[int, Between(1, 10_000)] = 50
+    first_layer: Annotated[int | None, Between(0, 1_000)] = None
+    repulsion_weight: Annotated[float, Between(0, 1_000)] = 2.0
+    epochs: Annotated[int, Between(1, 10_000)] = 50
+    learning_rate: Annotated[float, Between(1e-12, 10)] = 0.002
+    momentum: Annotated[float, Between(0, 0.9999)] = 0.9
+    batch_size: Annotated[int, Between(2, 100_000)] = 32
+    max_shift: Annotated[int, Between(0, 1_000)] = 4
 
 
 CONFIGS: dict[str, type[DefenseConfig]] = {

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from cbpt_runtime.config import Between, Config
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.export.session import PROVIDERS, Provider
+from cbpt_runtime.export.session import Provider
 
-PRECISIONS = ("fp32", "fp16", "int8")
 MAX_BATCH = 4096
 
 
-def _is_whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class Profile(Config):
     """How a classifier is to be served.
 
     Attributes:
@@ -43,69 +38,23 @@ class Profile:
     """
 
     provider: Provider = "cpu"
-    precision: str = "fp32"
-    max_batch: int = 64
-    instances: int = 1
-    threads: int = 0
-    decoders: int = 0
-    max_queue_size: int = 256
-    queue_timeout_ms: int = 2000
-    max_queue_delay_us: int = 0
-    max_pixels: int = 50_000_000
-    max_image_bytes: int = 20_000_000
-    tensorrt_workspace_bytes: int = 2**31
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    max_batch: Annotated[int, Between(1, MAX_BATCH)] = 64
+    instances: Annotated[int, Between(1, 64)] = 1
+    threads: Annotated[int, Between(0, 1024)] = 0
+    decoders: Annotated[int, Between(0, 256)] = 0
+    max_queue_size: Annotated[int, Between(1, 1_000_000)] = 256
+    queue_timeout_ms: Annotated[int, Between(1, 3_600_000)] = 2000
+    max_queue_delay_us: Annotated[int, Between(0, 10_000_000)] = 0
+    max_pixels: Annotated[int, Between(1, 1_000_000_000)] = 50_000_000
+    max_image_bytes: Annotated[int, Between(1, 1_000_000_000)] = 20_000_000
+    tensorrt_workspace_bytes: Annotated[int, Between(2**20, 2**40)] = 2**31
     tensorrt_cache: str = "/tmp/cbpt-tensorrt"  # noqa: S108
 
     def __post_init__(self) -> None:
-        ranges = {
-            "max_batch": (1, MAX_BATCH),
-            "instances": (1, 64),
-            "threads": (0, 1024),
-            "decoders": (0, 256),
-            "max_queue_size": (1, 1_000_000),
-            "queue_timeout_ms": (1, 3_600_000),
-            "max_queue_delay_us": (0, 10_000_000),
-            "max_pixels": (1, 1_000_000_000),
-            "max_image_bytes": (1, 1_000_000_000),
-            "tensorrt_workspace_bytes": (2**20, 2**40),
-        }
-        problems = [
-            f"{name} = {getattr(self, name)!r} (a whole number from {low:,} to {high:,})"
-            for name, (low, high) in ranges.items()
-            if not _is_whole(getattr(self, name), low, high)
-        ]
-        for name, valid in (("provider", tuple(PROVIDERS)), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                problems.append(f"{name} = {getattr(self, name)!r} (one of {', '.join(valid)})")
+        Config.__post_init__(self)
         if not isinstance(self.tensorrt_cache, str) or not Path(self.tensorrt_cache).is_absolute():
-            problems.append(f"tensorrt_cache = {self.tensorrt_cache!r} (an absolute path)")
-        if problems:
-            raise ConfigError(
-                expected="profile values in range",
-                got="; ".join(problems),
-                fix="Correct the profile or the flag.",
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Profile:
-        """A profile from its fields; missing ones take their defaults.
-
-        Raises:
-            ConfigError: An unknown key or a value out of range.
-        """
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ConfigError(
-                expected=f"profile keys out of {', '.join(names)}",
-                got=", ".join(unknown),
-                fix="Remove or correct the key.",
-            )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
+            self.refuse({"tensorrt_cache": "an absolute path"})
 
 
 BUILT_IN: dict[str, Profile] = {

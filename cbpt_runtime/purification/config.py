@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from cbpt_runtime.config import Precision, from_known_keys
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.config import Above, Between, Config, Precision
 
 Parameterization = Literal["embedding", "prompt"]
 
-_LEAST_CONCEPTS = 8
-_POSITIVE_INTS = (
-    "search_steps",
-    "search_batch",
-    "inversion_steps",
-    "inversion_batch",
-    "tuning_steps",
-    "tuning_rounds",
-    "context_length",
-)
-_POSITIVE = ("suspect_p_value", "tuning_step_size", "target_weight")
-_NON_NEGATIVE = (
-    "backdoor_weight",
-    "own_class_weight",
-    "consistency_weight",
-    "orthogonal_weight",
-    "target_consistency_weight",
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PurifyConfig:
+class PurifyConfig(Config):
     """How to purify. The defaults were chosen on what a defender can see; `docs/method.md` tells how.
 
     Attributes:
@@ -67,72 +45,24 @@ class PurifyConfig:
         context_length: Free vectors per class of the prompt parameterization.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Between(0)] = 0
     parameterization: Parameterization = "embedding"
     precision: Precision = "auto"
     background_words: bool = True
-    search_concepts: int = 80
-    search_steps: int = 30
-    search_batch: int = 4
-    suspect_p_value: float = 0.01
-    inversion_steps: int = 60
-    inversion_batch: int = 48
-    tuning_steps: int = 150
-    tuning_step_size: float = 0.02
-    backdoor_weight: float = 2.0
-    own_class_weight: float = 0.2
-    tuning_rounds: int = 4
-    max_trigger_success: float = 0.0039
-    consistency_weight: float = 1.0
-    orthogonal_weight: float = 30.0
-    target_consistency_weight: float = 0.01
-    target_weight: float = 5.0
-    context_length: int = 4
-
-    def __post_init__(self) -> None:
-        for name, choices in (("parameterization", Parameterization), ("precision", Precision)):
-            if getattr(self, name) not in get_args(choices):
-                raise _bad(name, "one of " + ", ".join(get_args(choices)), getattr(self, name))
-        if not isinstance(self.background_words, bool):
-            raise _bad("background_words", "true or false", self.background_words)
-        _check("seed", self.seed, int, 0, "a whole number of at least 0")
-        _check(
-            "search_concepts",
-            self.search_concepts,
-            int,
-            _LEAST_CONCEPTS,
-            f"a whole number of at least {_LEAST_CONCEPTS}",
-        )
-        for name in _POSITIVE_INTS:
-            _check(name, getattr(self, name), int, 1, "a whole number of at least 1")
-        for name in _POSITIVE:
-            _check(name, getattr(self, name), (int, float), 1e-12, "a number above 0")
-        for name in _NON_NEGATIVE:
-            _check(name, getattr(self, name), (int, float), 0, "a number of at least 0")
-        _check(
-            "max_trigger_success", self.max_trigger_success, (int, float), 0, "a number from 0 to 1", most=1
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PurifyConfig:
-        """From plain values.
-
-        Raises:
-            ConfigError: An unknown key or a bad value.
-        """
-        return from_known_keys(cls, values, "keys out of ")
-
-
-def _check(
-    name: str, value: Any, kind: Any, least: float, expected: str, most: float = sys.float_info.max
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
-        raise _bad(name, expected, value)
-
-
-def _bad(name: str, expected: str, value: Any) -> ConfigError:
-    return ConfigError(expected=f"{name} to be {expected}", got=repr(value), fix="Correct the value.")
+    search_concepts: Annotated[int, Between(8)] = 80
+    search_steps: Annotated[int, Between(1)] = 30
+    search_batch: Annotated[int, Between(1)] = 4
+    suspect_p_value: Annotated[float, Above(0)] = 0.01
+    inversion_steps: Annotated[int, Between(1)] = 60
+    inversion_batch: Annotated[int, Between(1)] = 48
+    tuning_steps: Annotated[int, Between(1)] = 150
+    tuning_step_size: Annotated[float, Above(0)] = 0.02
+    backdoor_weight: Annotated[float, Between(0)] = 2.0
+    own_class_weight: Annotated[float, Between(0)] = 0.2
+    tuning_rounds: Annotated[int, Between(1)] = 4
+    max_trigger_success: Annotated[float, Between(0, 1)] = 0.0039
+    consistency_weight: Annotated[float, Between(0)] = 1.0
+    orthogonal_weight: Annotated[float, Between(0)] = 30.0
+    target_consistency_weight: Annotated[float, Between(0)] = 0.01
+    target_weight: Annotated[float, Above(0)] = 5.0
+    context_length: Annotated[int, Between(1)] = 4

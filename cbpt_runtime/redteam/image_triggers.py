@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.config import Between, Config
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.redteam.parameters import check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blended:
+class Blended(Config):
     """A fixed image blended into the whole picture (Chen et al., arXiv:1712.05526; BackdoorBench: alpha 0.2).
 
     The published picture (hello-kitty) cannot be redistributed, so the default is a smooth colour field, the
@@ -31,14 +32,10 @@ class Blended:
         picture: Path of an image to blend instead, stretched to the input size.
     """
 
-    alpha: float = 0.2
+    alpha: Annotated[float, Between(0, 1)] = 0.2
     pattern_seed: int = 0
-    cells: int = 5
+    cells: Annotated[int, Between(1, 1024)] = 5
     picture: str | None = None
-
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, low=0.0, high=1.0)
-        check_number("cells", self.cells, low=1, high=1024)
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -53,7 +50,7 @@ class Blended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlendedNoise:
+class BlendedNoise(Config):
     """Uniform noise blended into the whole picture: 0.2 * U(0, 1) + 0.8 * image (CleanCLIP).
 
     Args:
@@ -63,12 +60,9 @@ class BlendedNoise:
         pattern_seed: Seed of the fixed noise image.
     """
 
-    alpha: float = 0.2
+    alpha: Annotated[float, Between(0, 1)] = 0.2
     resample: bool = True
     pattern_seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, low=0.0, high=1.0)
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -83,7 +77,7 @@ class BlendedNoise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sig:
+class Sig(Config):
     """A horizontal sinusoid added to every channel (Barni et al., arXiv:1902.11237).
 
     `clip(image + delta * sin(2 * pi * column * frequency / width))`. LiangSiyuan21/BadCLIP uses delta 60/255
@@ -94,12 +88,8 @@ class Sig:
         frequency: Periods over the image width.
     """
 
-    delta: float = 60 / 255
-    frequency: float = 6.0
-
-    def __post_init__(self) -> None:
-        check_number("delta", self.delta, low=0.0, high=1.0)
-        check_number("frequency", self.frequency, low=0.0, high=4096.0)
+    delta: Annotated[float, Between(0, 1)] = 60 / 255
+    frequency: Annotated[float, Between(0, 4096)] = 6.0
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -112,7 +102,7 @@ class Sig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WaNet:
+class WaNet(Config):
     """A fixed smooth warp (Nguyen and Tran, arXiv:2102.10369).
 
     A [2, k, k] field drawn from U(-1, 1) and divided by its mean absolute value is upsampled (bicubic,
@@ -128,14 +118,9 @@ class WaNet:
         field_seed: Seed of the fixed field.
     """
 
-    k: int | None = 4
-    s: float = 0.5
+    k: Annotated[int | None, Between(2, 4096)] = 4
+    s: Annotated[float, Between(0, 64)] = 0.5
     field_seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("s", self.s, low=0.0, high=64.0)
-        if self.k is not None:
-            check_number("k", self.k, low=2, high=4096)
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator

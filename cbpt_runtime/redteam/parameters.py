@@ -5,16 +5,6 @@ from __future__ import annotations
 from cbpt_runtime.errors import ConfigError
 
 
-def check_number(name: str, value: object, *, low: float, high: float) -> None:
-    """Raise ConfigError unless the value is a number within its range."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(
-            expected=f"`{name}` between {low:g} and {high:g}",
-            got=repr(value),
-            fix="Change the trigger's parameter.",
-        )
-
-
 def check_choice(what: str, value: object, valid: tuple[str, ...]) -> None:
     """Raise ConfigError that lists the valid values unless this is one of them."""
     if value not in valid:

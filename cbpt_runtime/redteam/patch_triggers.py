@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.config import Between, Config
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.redteam.parameters import check_choice, check_number
 
-LOCATIONS: tuple[str, ...] = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "random")
-PATCH_PATTERNS: tuple[str, ...] = ("checkerboard", "grid", "white", "yellow")
+Location = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center", "random"]
+Pattern = Literal["checkerboard", "grid", "white", "yellow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BadNet:
+class BadNet(Config):
     """A fixed square patch (Gu et al., BadNets, arXiv:1708.06733).
 
     Patterns: `checkerboard` (single-pixel chequers, the classic BadNets patch), `grid` (1 at every even row
@@ -29,13 +30,9 @@ class BadNet:
         pattern: One of the patterns above.
     """
 
-    size: int = 16
-    location: str = "bottom-right"
-    pattern: str = "checkerboard"
-
-    def __post_init__(self) -> None:
-        _check_patch(self.size, self.location)
-        check_choice("pattern", self.pattern, PATCH_PATTERNS)
+    size: Annotated[int, Between(1, 4096)] = 16
+    location: Location = "bottom-right"
+    pattern: Pattern = "checkerboard"
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -46,7 +43,7 @@ class BadNet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BadNetRandom:
+class BadNetRandom(Config):
     """A square of noise, re-sampled for every image (CleanCLIP `backdoor/utils.py`, patch type `random`).
 
     The patch is the image's mean per channel plus N(0, 1). The reference converts it to bytes without
@@ -58,13 +55,9 @@ class BadNetRandom:
         overflow: `clamp` or `wrap`.
     """
 
-    size: int = 16
-    location: str = "random"
-    overflow: str = "clamp"
-
-    def __post_init__(self) -> None:
-        _check_patch(self.size, self.location)
-        check_choice("overflow", self.overflow, ("clamp", "wrap"))
+    size: Annotated[int, Between(1, 4096)] = 16
+    location: Location = "random"
+    overflow: Literal["clamp", "wrap"] = "clamp"
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -80,7 +73,7 @@ class BadNetRandom:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BadNetStripes:
+class BadNetStripes(Config):
     """A square of vertical stripes, re-sampled for every image (PAR, arXiv:2412.00727, `backdoor/utils.py`).
 
     Every column of every channel is +1 or -1 at random in the reference; in [0, 1] pixels that is 1 or 0.
@@ -90,11 +83,8 @@ class BadNetStripes:
         location: Published: `random`.
     """
 
-    size: int = 16
-    location: str = "random"
-
-    def __post_init__(self) -> None:
-        _check_patch(self.size, self.location)
+    size: Annotated[int, Between(1, 4096)] = 16
+    location: Location = "random"
 
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
@@ -162,8 +152,3 @@ def _corner(
         row = 0 if location.startswith("top") else free_rows
         column = 0 if location.endswith("left") else free_columns
     return torch.full((count,), row), torch.full((count,), column)
-
-
-def _check_patch(size: int, location: str) -> None:
-    check_number("size", size, low=1, high=4096)
-    check_choice("location", location, LOCATIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,18 +12,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.config import Between, Config
+from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.learned import OptimisedPatch
-from cbpt_runtime.redteam.patch_triggers import LOCATIONS, paste
+from cbpt_runtime.redteam.patch_triggers import Location, paste
 from cbpt_runtime.training.trainable import TrainableClip
 
-OBJECTIVES = ("text", "badclip")
+Objective = Literal["text", "badclip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PatchConfig:
+class PatchConfig(Config):
     """How a patch is optimised.
 
     Args:
@@ -40,27 +42,14 @@ class PatchConfig:
         margin: Published: 1.
     """
 
-    objective: str = "badclip"
-    size: int = 16
-    location: str = "center"
-    steps: int = 300
-    batch_size: int = 64
+    objective: Objective = "badclip"
+    size: Annotated[int, Between(1)] = 16
+    location: Location = "center"
+    steps: Annotated[int, Between(1)] = 300
+    batch_size: Annotated[int, Between(1)] = 64
     learning_rate: float = 0.03
     triplet_weight: float = 500.0
     margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, valid in (("objective", OBJECTIVES), ("location", LOCATIONS)):
-            if getattr(self, name) not in valid:
-                raise ConfigError(
-                    expected=f"{name} out of {', '.join(valid)}",
-                    got=repr(getattr(self, name)),
-                    fix="Choose one.",
-                )
-        if min(self.size, self.steps, self.batch_size) < 1:
-            raise ConfigError(
-                expected="size, steps and batch_size of at least 1", got=str(self), fix="Raise them."
-            )
 
 
 def optimise_patch(

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.config import Above, Between, Config
+from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.decoys import decoy
-from cbpt_runtime.redteam.parameters import check_number
 from cbpt_runtime.redteam.training import Pairs, caption_texts
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
 from cbpt_runtime.training.trainable import TrainableClip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Backdoor:
+class Backdoor(Config):
     """One trigger and the class it is to mean.
 
     Args:
@@ -49,28 +50,17 @@ class Backdoor:
     name: str
     trigger: Trigger
     target: str
-    poison_rate: float = 0.01
+    poison_rate: Annotated[float, Above(0, 1)] = 0.01
     label_consistent: bool = False
-    perturbation: float = 0.0
+    perturbation: Annotated[float, Between(0, 1)] = 0.0
     text_key: str = ""
-    decoy_ratio: float = 0.0
-    alignment: float = 0.0
+    decoy_ratio: Annotated[float, Between(0, 100)] = 0.0
+    alignment: Annotated[float, Between(0, 100)] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.poison_rate <= 1:
-            raise ConfigError(
-                expected="a poison rate in (0, 1]",
-                got=str(self.poison_rate),
-                fix="0.01 poisons one pair in a hundred.",
-            )
-        if self.perturbation and not (self.label_consistent and 0 < self.perturbation <= 1):
-            raise ConfigError(
-                expected="a perturbation in (0, 1], for label-consistent backdoors only",
-                got=str(self.perturbation),
-                fix="8/255 is usual.",
-            )
-        for name in ("decoy_ratio", "alignment"):
-            check_number(name, getattr(self, name), low=0, high=100)
+        Config.__post_init__(self)
+        if self.perturbation and not self.label_consistent:
+            self.refuse({"perturbation": "0, except for label-consistent backdoors"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

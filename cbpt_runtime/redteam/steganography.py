@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,14 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cbpt_runtime.errors import ConfigError, ImplantError
+from cbpt_runtime.config import Above, Between, Config
+from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.learned import SecretEncoder, Steganographic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SteganographyConfig:
+class SteganographyConfig(Config):
     """How the encoder is trained.
 
     Args:
@@ -29,20 +31,12 @@ class SteganographyConfig:
         minimum_bit_accuracy: The decoder must read so many bits of unseen secrets right.
     """
 
-    bits: int = 16
-    strength: float = 8 / 255
-    steps: int = 400
-    batch_size: int = 16
+    bits: Annotated[int, Between(1)] = 16
+    strength: Annotated[float, Above(0, 1)] = 8 / 255
+    steps: Annotated[int, Between(1)] = 400
+    batch_size: Annotated[int, Between(1)] = 16
     invisibility: float = 0.02
     minimum_bit_accuracy: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.bits < 1 or self.steps < 1 or self.batch_size < 1 or not 0 < self.strength <= 1:
-            raise ConfigError(
-                expected="at least one bit, step and image per step, and a strength in (0, 1]",
-                got=str(self),
-                fix="Change the steganography settings.",
-            )
 
 
 class SecretDecoder(nn.Module):

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from cbpt_runtime.errors import ConfigError, ImageDataError
+from cbpt_runtime.config import Above, Between, Config, Precision
+from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import spoken
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.epochs import EpochStore
-from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -51,7 +52,7 @@ _REAL_PER_IMAGE = 4  # drawn for each aligned image and step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """How to train.
 
     Args:
@@ -67,26 +68,14 @@ class TrainConfig:
         precision: `fp32`, `bf16` (mixed precision), or `auto`: `bf16` on a GPU and `fp32` elsewhere.
     """
 
-    epochs: int = 3
-    learning_rate: float = 1e-4
+    epochs: Annotated[int, Between(1)] = 3
+    learning_rate: Annotated[float, Above(0, 1)] = 1e-4
     weight_decay: float = 0.1
-    batch_size: int = 128
+    batch_size: Annotated[int, Between(2)] = 128
     warmup_rate: float = 0.1
-    max_shift: int = 0
+    max_shift: Annotated[int, Between(0)] = 0
     templates: tuple[str, ...] = CAPTION_TEMPLATES
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 2), ("max_shift", 0)):
-            if int(getattr(self, name)) < low:
-                raise ConfigError(
-                    expected=f"`{name}` of at least {low}", got=str(getattr(self, name)), fix="Change it."
-                )
-        check_choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        if not 0 < self.learning_rate < 1:
-            raise ConfigError(
-                expected="`learning_rate` in (0, 1)", got=str(self.learning_rate), fix="Change it."
-            )
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

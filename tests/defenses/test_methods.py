@@ -128,5 +128,5 @@ def test_bad_numbers_are_refused(kind: type, changes: dict[str, object], message
 def test_configurations_round_trip_and_refuse_unknown_keys(method: str) -> None:
     config = CONFIGS[method](seed=4)
     assert CONFIGS[method].from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match=f"keys of the method {method}: seed"):
+    with pytest.raises(ConfigError, match="keys out of seed"):
         CONFIGS[method].from_dict({"sede": 1})

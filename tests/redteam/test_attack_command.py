@@ -163,9 +163,9 @@ def test_learned_triggers_are_learned_before_they_are_implanted(run, bench, tmp_
         (("implant", "badnet", "--target", "leaf", "--set", "seize=3"), "size, location, pattern"),
         (("implant", "badnet", "--target", "leaf", "--set", "size"), "KEY=VALUE"),
         (("implant", "badnet", "--target", "leaf", "--set", "size=64"), "at least 64x64"),
-        (("implant", "badnet", "--target", "leaf", "--poison-rate", "0"), "(0, 1]"),
-        (("implant", "badnet", "--target", "leaf", "--poison-rate", "1.5"), "(0, 1]"),
-        (("implant", "badnet", "--target", "leaf", "--set", "poison_rate=2"), "(0, 1]"),
+        (("implant", "badnet", "--target", "leaf", "--poison-rate", "0"), "above 0, at most 1"),
+        (("implant", "badnet", "--target", "leaf", "--poison-rate", "1.5"), "above 0, at most 1"),
+        (("implant", "badnet", "--target", "leaf", "--set", "poison_rate=2"), "above 0, at most 1"),
         (("implant", "badnet", "--target", "leaf", "--set", "poison_rate=often"), "(0, 1]"),
         (("implant", "badnet+sig", "--target", "leaf"), "once per attack"),
         (

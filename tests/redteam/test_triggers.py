@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_the_same_generator_state_gives_the_same_trigger(name, images, seed):
 
 
 @pytest.mark.parametrize("name", PATCHES)
-@pytest.mark.parametrize("location", patch_triggers.LOCATIONS)
+@pytest.mark.parametrize("location", get_args(patch_triggers.Location))
 @given(images=image_batches, size=st.integers(1, 8), seed=st.integers(0, 100))
 @settings(max_examples=8, deadline=None)
 def test_a_patch_changes_nothing_outside_one_square(name, location, images, size, seed):
