@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from purification import machine, rates, unpacked
 
-from cbpt_runtime.defenses.config import CONFIGS
+from cbpt_runtime import pipeline
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.models.class_lists import read_class_list
-from cbpt_runtime.pipeline import purify_checkpoint
-from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.cbpt import Cbpt
+from cbpt_runtime.purification.method import Chain, Method
 
 RESULTS = Path(__file__).parent / "results" / "defenses.json"
 PURIFICATION = RESULTS.with_name("purification.json")
@@ -136,18 +136,17 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
     """Defends one victim, then measures what is left; in a process of its own."""
     torch.set_num_threads(1)
     method, _, then = key["method"].partition("+")
-    defense = None
-    if method != "cbpt":
-        defense = CONFIGS[method](seed=key["seed"], **SETTINGS[method][key["setting"]])
-    config = PurifyConfig(seed=key["seed"]) if "cbpt" in (method, then) else None
+    settings = {} if method == "cbpt" else SETTINGS[method][key["setting"]]
+    chosen: Method = pipeline.METHODS[method](seed=key["seed"], **settings)
+    if then:
+        chosen = Chain(first=chosen, then=Cbpt(seed=key["seed"]))
     start, wall = time.process_time(), time.perf_counter()
-    bundle = purify_checkpoint(
+    bundle = pipeline.purify_checkpoint(
         victim,
         classes,
         images / "train",
         scratch / "bundle",
-        config=config,
-        defense=defense,
+        method=chosen,
         device="cpu",
         force=True,
         keep_images=False,
@@ -158,7 +157,7 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
     result = evaluate(bundle, images / "val", triggered, target, device="cpu")
     about = bundle.manifest["method"]
     free = about.get("trainable_parameters", 0)
-    if config is not None and bundle.suspects:
+    if bundle.suspects:
         free += bundle.class_embeddings.size
     return {
         "config": about["config"],

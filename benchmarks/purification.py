@@ -28,7 +28,7 @@ import torch
 from cbpt_runtime.bundle import read_bundle
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.pipeline import purify_checkpoint
-from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.cbpt import Cbpt
 
 RESULTS = Path(__file__).parent / "results" / "purification.json"
 RATES = (
@@ -90,7 +90,7 @@ def measured(
         images / "train",
         output,
         shots=setting["shots"],
-        config=PurifyConfig(seed=setting["seed"], parameterization=setting["parameterization"]),
+        method=Cbpt(seed=setting["seed"], parameterization=setting["parameterization"]),
         force=True,
     )
     cpu_seconds = time.process_time() - start
@@ -157,7 +157,7 @@ def save(path: Path, runs: list[dict[str, Any]]) -> None:
     """Writes the results with what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        json.dumps({"machine": machine(), "config": PurifyConfig().to_dict(), "runs": runs}, indent=1) + "\n"
+        json.dumps({"machine": machine(), "config": Cbpt().to_dict(), "runs": runs}, indent=1) + "\n"
     )
 
 

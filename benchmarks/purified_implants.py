@@ -26,7 +26,7 @@ from cbpt_runtime.evaluation import Evaluation, HeadRates, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import ClassList, default_templates
 from cbpt_runtime.pipeline import purify_checkpoint
-from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.redteam.learned import load_trigger
 from cbpt_runtime.report import render_evaluation, write_page
 
@@ -75,7 +75,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             classes,
             arguments.images,
             Path(scratch) / "bundle",
-            config=PurifyConfig(seed=arguments.seed),
+            method=Cbpt(seed=arguments.seed),
             device="cpu",
             progress=progress,
         )
@@ -111,7 +111,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "targets_found": [target for target in targets if target in suspects],
         "falsely_suspected": [name for name in suspects if name not in targets],
         "p_values": p_values,
-        "config": PurifyConfig(seed=arguments.seed).to_dict(),
+        "config": Cbpt(seed=arguments.seed).to_dict(),
         "seconds": round(sum(bundle.manifest["stage_seconds"].values())),
         "attacks": attacks,
     }

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cbpt_runtime.models.inspection import inspect_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint as purify
+    from cbpt_runtime.purification.cbpt import Cbpt
     from cbpt_runtime.purification.config import PurifyConfig
     from cbpt_runtime.purification.scan import Scan, scan
     from cbpt_runtime.serving import Client, ServeConfig, running_server
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Answer": "answers",
     "Bundle": "bundle",
+    "Cbpt": "purification.cbpt",
     "CbptError": "errors",
     "Client": "serving",
     "Evaluation": "evaluation",
@@ -66,6 +68,7 @@ _HOMES = {
 __all__ = [
     "Answer",
     "Bundle",
+    "Cbpt",
     "CbptError",
     "Client",
     "Evaluation",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -97,6 +99,32 @@ class Config:
                 fix="Correct or remove the unknown keys.",
             )
         return cls(**values)
+
+
+def read_settings(path: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """Read keys and values from a JSON file, if there is one; overrides that are not None win.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not a JSON object.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(
+                expected=f"a JSON file with a configuration at {path}",
+                got=str(reason),
+                fix="Write one JSON object; `method.config` of a bundle's manifest.json shows all keys.",
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                expected=f"one JSON object in {path}",
+                got=type(values).__name__,
+                fix='Write the keys to change, for example {"seed": 1}.',
+            )
+    return values | {key: value for key, value in overrides.items() if value is not None}
 
 
 def is_mixed(precision: Precision, device: torch.device) -> bool:

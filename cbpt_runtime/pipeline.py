@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,12 @@ from cbpt_runtime.bundle import (
     choose_clean_images,
     write_bundle,
 )
-from cbpt_runtime.defenses.config import CONFIGS, DefenseConfig
-from cbpt_runtime.defenses.repair import Repair, repair
+from cbpt_runtime.config import read_settings
+from cbpt_runtime.defenses.abd import Abd
+from cbpt_runtime.defenses.cleanclip import CleanClip
+from cbpt_runtime.defenses.defense import Defense
+from cbpt_runtime.defenses.finetuning import Finetune
+from cbpt_runtime.defenses.rvpt import Rvpt
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.activation import UNTRIED, settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
@@ -34,9 +38,9 @@ from cbpt_runtime.models.labelling import images_to_draw, label_images
 from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.papers import bundle_papers
-from cbpt_runtime.purification.cbpt import Purification, purify
-from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.dummy_triggers import to_tensors
+from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel
 from cbpt_runtime.purification.reference import read_reference, reference_note
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
@@ -46,8 +50,9 @@ if TYPE_CHECKING:
 
     from cbpt_runtime.progress import Progress
 
-CBPT = "cbpt"
-METHODS = (CBPT, *CONFIGS)
+METHODS: dict[str, type[Cbpt] | type[Defense]] = {
+    method.name: method for method in (Cbpt, Finetune, CleanClip, Abd, Rvpt)
+}
 """What `purify --method` knows, the default first."""
 
 _PACKAGES = ("cbpt-runtime", "torch", "open_clip_torch", "numpy", "pillow", "safetensors")
@@ -64,8 +69,7 @@ def purify_checkpoint(
     templates: Sequence[str] | None = None,
     shots: int = 16,
     reference: str | Path | None = None,
-    config: PurifyConfig | None = None,
-    defense: DefenseConfig | None = None,
+    method: Method | None = None,
     device: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -91,10 +95,11 @@ def purify_checkpoint(
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
         reference: A trusted checkpoint with the same preprocessing, for example what the suspect was
-            fine-tuned from; what both can be forced to counts less in the search. Not with `defense` alone.
-        config: How to purify; its seed also draws the images.
-        defense: Another defence, which tunes the image tower. Alone it is all that is done: no target is
-            looked for, the verdict is 'unknown'. With `config`, too, the tuned model is purified after it.
+            fine-tuned from; what both can be forced to counts less in the search. Not with a method that does
+            not search.
+        method: How to purify, `Cbpt()` if None; its seed also draws the images. A defence that tunes the
+            image tower looks for no target, and the verdict is 'unknown'; `Chain(first=CleanClip(),
+            then=Cbpt())` purifies the tuned model after it.
         device: 'auto', 'cpu' or 'cuda'.
         force: Replace a bundle that is already at ``output``.
         resume: Continue from the finished stages of an interrupted run with the same input.
@@ -112,51 +117,51 @@ def purify_checkpoint(
     """
     output = Path(output)
     check_output(output, BUNDLE, force=force)
-    if defense is None:
-        config = PurifyConfig() if config is None else config
-    elif reference is not None and config is None:
+    method = Cbpt() if method is None else method
+    if reference is not None and not method.is_search:
         raise ConfigError(
             expected="--reference with --method cbpt",
-            got=f"--reference with --method {defense.method}, which searches for no target",
+            got=f"--reference with --method {method.name}, which searches for no target",
             fix="Leave --reference away.",
         )
-    seed = next(numbers.seed for numbers in (config, defense) if numbers is not None)
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
     with reserved(output, BUNDLE, force=force, resume=resume) as kept:
         tell("read checkpoint", 0, 1, {})
-        suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
+        checkpoint_read = read_checkpoint(checkpoint, model=model, image_size=image_size)
         trusted = None
         if reference is not None:
-            trusted = read_reference(reference, suspect, model=model, image_size=image_size)
+            trusted = read_reference(reference, checkpoint_read, model=model, image_size=image_size)
         tell("read checkpoint", 1, 1, {})
-        suspect, encoder, split = _encoder_and_split(
-            suspect, Path(images), class_list, shots, seed, str(place), tell, skip_unreadable=skip_unreadable
+        checkpoint_read, encoder, split = _encoder_and_split(
+            checkpoint_read,
+            Path(images),
+            class_list,
+            shots,
+            method.seed,
+            str(place),
+            tell,
+            skip_unreadable=skip_unreadable,
         )
         words = prompt_notes(class_list, encoder.tokenizer)
         tell("check prompts", 0, 1, {})
         prompts = check_prompts(encoder, class_list)
         tell("check prompts", 1, 1, {})
 
-        repaired, found = None, None
-        if defense is not None:
-            repaired = repair(suspect, encoder, class_list, split, defense, progress=progress)
-            encoder = repaired.encoder
-        if config is not None:
-            stages = StageStore(kept, _fingerprint(suspect, trusted, class_list, split, config, defense))
-            relative = None if trusted is None else load_dual_encoder(trusted, device=str(place))
-            with writing(kept):  # nothing but the stages is written
-                found = purify(
-                    encoder, class_list, split, config, reference=relative, progress=progress, stages=stages
-                )
-        result = _result(repaired, found)
+        suspect = SuspectModel(
+            checkpoint=checkpoint_read,
+            encoder=encoder,
+            classes=class_list,
+            reference=None if trusted is None else load_dual_encoder(trusted, device=str(place)),
+        )
+        stages = StageStore(kept, _fingerprint(suspect, trusted, split, method))
+        with writing(kept):  # nothing but the stages is written
+            result = method.run(suspect, split, progress=progress, stages=stages)
         result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
-        method = _method(config, defense, repaired)
         known = [] if trusted is None else [reference_note(trusted)]
-        notes = [*suspect.notes, *split.notes, *words, *prompts.notes(), *known]
-        method |= {"shots": shots, "notes": notes}
-        content = _content(suspect, encoder, class_list, split, method, result)
+        notes = [*checkpoint_read.notes, *split.notes, *words, *prompts.notes(), *known]
+        content = _content(suspect, split, method, result, shots=shots, notes=notes)
         if keep_images:
             content = replace(content, images=choose_clean_images(split))
         return write_bundle(
@@ -211,157 +216,80 @@ def _report(bundle: Bundle, split: CleanSplit, keep_images: bool, device: str) -
     return bundle_report(bundle, images, labels, show_images=keep_images, device=device)
 
 
-def read_config(path: str | Path | None = None, **overrides: Any) -> PurifyConfig:
-    """Configuration of CBPT from a JSON file; overrides that are not None win.
+def read_method(name: str, path: str | Path | None = None, **overrides: Any) -> Method:
+    """Make a method of its settings in a JSON file; overrides that are not None win.
 
     Raises:
-        ConfigError: The file cannot be read, is not a JSON object, or has an unknown key or bad value.
+        ConfigError: No such method; the file cannot be read, or has an unknown key or a bad value.
     """
-    return PurifyConfig.from_dict(_read_values(path, overrides))
-
-
-def read_defense(method: str, path: str | Path | None = None, **overrides: Any) -> DefenseConfig:
-    """Configuration of another method; otherwise as `read_config`.
-
-    Raises:
-        ConfigError: No such method, or as `read_config`.
-    """
-    if method not in CONFIGS:
+    if name not in METHODS:
         raise ConfigError(
-            expected="a method out of " + ", ".join(METHODS), got=method, fix="Choose one of them."
+            expected="a method out of " + ", ".join(METHODS), got=name, fix="Choose one of them."
         )
-    return CONFIGS[method].from_dict(_read_values(path, overrides))
-
-
-def _read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys and values of a JSON file, if there is one, under overrides that are not None."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(
-                expected=f"a JSON file with a configuration at {path}",
-                got=str(reason),
-                fix="Write one JSON object; `method.config` of a bundle's manifest.json shows all keys.",
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                expected=f"one JSON object in {path}",
-                got=type(values).__name__,
-                fix='Write the keys to change, for example {"seed": 1}.',
-            )
-    return values | {key: value for key, value in overrides.items() if value is not None}
+    return METHODS[name].from_dict(read_settings(path, **overrides))
 
 
 def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
     """Progress nobody wants to see."""
 
 
-def _fingerprint(
-    suspect: Checkpoint,
-    trusted: Checkpoint | None,
-    classes: ClassList,
-    split: CleanSplit,
-    config: PurifyConfig,
-    defense: DefenseConfig | None,
-) -> str:
+def _fingerprint(suspect: SuspectModel, trusted: Checkpoint | None, split: CleanSplit, method: Method) -> str:
     """SHA-256 over everything the stages depend on."""
+    checkpoint = suspect.checkpoint
     parts: dict[str, Any] = {
-        "checkpoint": suspect.sha256,
-        "model": suspect.model_config,
-        "preprocess": suspect.preprocess.to_dict(),
-        "classes": asdict(classes),
+        "checkpoint": checkpoint.sha256,
+        "weights": checkpoint.weights_name,
+        "model": checkpoint.model_config,
+        "preprocess": checkpoint.preprocess.to_dict(),
+        "classes": asdict(suspect.classes),
         "split": split.digest,
-        "config": config.to_dict(),
+        "method": _described(method),
         "version": version("cbpt-runtime"),
     }
-    if suspect.weights_name is not None:
-        parts["weights"] = suspect.weights_name
     if trusted is not None:
         parts["reference"] = [trusted.sha256, trusted.weights_name, trusted.model_config]
-    if defense is not None:
-        parts["defense"] = {"method": defense.method, **defense.to_dict()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _result(repaired: Repair | None, found: Purification | None) -> Purification:
-    """What another defence, CBPT, or CBPT after it have made.
-
-    After a defence alone: its encoder with its own zero-shot head; whether that has a target nobody knows.
-    After both: what CBPT found, with the accuracy of the suspect as the one before.
-    """
-    if repaired is None:
-        return cast(Purification, found)
-    if found is not None:
-        metrics = {
-            **found.metrics,
-            "heldout_ca_before": repaired.metrics["heldout_ca_before"],
-            "heldout_ca_repaired": repaired.metrics["heldout_ca_after"],
-        }
-        seconds = {**repaired.stage_seconds, **found.stage_seconds}
-        return replace(found, metrics=metrics, stage_seconds=seconds)
-    return Purification(
-        verdict="unknown",
-        suspects=(),
-        class_embeddings=repaired.class_embeddings,
-        reference_embeddings=repaired.class_embeddings,
-        contexts=None,
-        triggers=(),
-        metrics=repaired.metrics,
-        stage_seconds=repaired.stage_seconds,
-        evidence={},
-    )
-
-
-def _method(
-    config: PurifyConfig | None, defense: DefenseConfig | None, repaired: Repair | None
-) -> dict[str, Any]:
-    """How the bundle was made: CBPT, another defence, or CBPT after it."""
-    if config is not None:
-        method = {
-            "name": CBPT,
-            "config": config.to_dict(),
-            "seed": config.seed,
-            "parameterization": config.parameterization,
-        }
-    if defense is None or repaired is None:
-        return method
-    changed = {"encoder": repaired.changed, "trainable_parameters": repaired.trainable_parameters}
-    if config is not None:
-        name = f"{defense.method}+{CBPT}"
-        return {**method, "name": name, "defense_config": defense.to_dict(), **changed}
-    return {
-        "name": defense.method,
-        "config": defense.to_dict(),
-        "seed": defense.seed,
-        "parameterization": "visual-prompt" if repaired.changed == "prompted" else "encoder",
-        **changed,
+def _described(method: Method) -> dict[str, Any]:
+    """What a bundle says of how it was made; for a chain the settings of both."""
+    described = {
+        "name": method.name,
+        "config": method.to_dict(),
+        "seed": method.seed,
+        "parameterization": method.parameterization,
     }
+    return described | ({"defense_config": method.first.to_dict()} if isinstance(method, Chain) else {})
 
 
 def _content(
-    suspect: Checkpoint,
-    encoder: DualEncoder,
-    classes: ClassList,
+    suspect: SuspectModel,
     split: CleanSplit,
-    method: Mapping[str, Any],
-    result: Purification,
+    method: Method,
+    result: Purified,
+    *,
+    shots: int,
+    notes: Sequence[str],
 ) -> BundleContent:
+    about = {
+        **_described(method),
+        "shots": shots,
+        "notes": list(notes),
+        "tune_images": len(split.tune_images),
+        "heldout_images": len(split.heldout_images),
+        "split_digest": split.digest,
+        "labelled_by": split.labelled_by,
+    }
+    if result.tower != "untouched":
+        about |= {"encoder": result.tower, "trainable_parameters": result.trainable_parameters}
+    classes, encoder = suspect.classes, result.encoder
     return BundleContent(
         verdict=result.verdict,
-        model=_model(suspect),
+        model=_model(suspect.checkpoint),
         class_names=classes.names,
         templates=classes.templates,
         class_folders=classes.folders,
-        method={
-            **method,
-            "tune_images": len(split.tune_images),
-            "heldout_images": len(split.heldout_images),
-            "split_digest": split.digest,
-            "labelled_by": split.labelled_by,
-        },
+        method=about,
         suspects=tuple(asdict(found) for found in result.suspects),
         metrics=result.metrics,
         stage_seconds=result.stage_seconds,

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime import pipeline
 from cbpt_runtime.bundle import HEAD, REPORT, read_bundle
-from cbpt_runtime.defenses.config import CONFIGS
+from cbpt_runtime.defenses.finetuning import Finetune
 from cbpt_runtime.errors import (
     CheckpointError,
     ClassListError,
@@ -25,9 +24,11 @@ from cbpt_runtime.errors import (
 from cbpt_runtime.models import labelling
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.models.image_folder import UnlabelledImages
-from cbpt_runtime.pipeline import purify_checkpoint, read_config
-from cbpt_runtime.purification.cbpt import Purification
+from cbpt_runtime.pipeline import purify_checkpoint, read_method
+from cbpt_runtime.purification import cbpt
+from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.method import Purified
 from cbpt_runtime.purification.stages import StageStore
 
 
@@ -48,7 +49,7 @@ class FakePurify:
         reference: Any = None,
         progress: Any = None,
         stages: StageStore | None = None,
-    ) -> Purification:
+    ) -> Purified:
         assert stages is not None
         found = stages.load("inversion")
         self.calls.append(
@@ -69,23 +70,20 @@ class FakePurify:
             ),
             dim=1,
         )
-        return Purification(
+        return Purified(
+            encoder=encoder,
             verdict="clean",
-            suspects=(),
             class_embeddings=head,
             reference_embeddings=encoder.class_embeddings(classes),
-            contexts=None,
-            triggers={},
             metrics={"heldout_ca_before": 0.5, "heldout_ca_after": 0.5},
             stage_seconds={"inversion": 0.1},
-            evidence={},
         )
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePurify:
     purify = FakePurify()
-    monkeypatch.setattr(pipeline, "purify", purify)
+    monkeypatch.setattr(cbpt, "purify", purify)
     return purify
 
 
@@ -169,7 +167,7 @@ def test_seed_zero_and_seed_one_draw_different_images(
     fake: FakePurify, purify_tiny: Callable, tmp_path: Path
 ) -> None:
     for seed in (0, 1, 0):
-        purify_tiny(output=tmp_path / "again" / "bundle", config=PurifyConfig(seed=seed), force=True)
+        purify_tiny(output=tmp_path / "again" / "bundle", method=Cbpt(seed=seed), force=True)
     zero, one, again = (call["split"].digest for call in fake.calls)
     assert zero == again != one
     assert [call["config"].seed for call in fake.calls] == [0, 1, 0]
@@ -193,7 +191,7 @@ def test_an_existing_output_is_refused_before_anything_is_read(
 
 def test_force_replaces_a_bundle(fake: FakePurify, purify_tiny: Callable) -> None:
     first = purify_tiny()
-    second = purify_tiny(force=True, config=PurifyConfig(seed=1))
+    second = purify_tiny(force=True, method=Cbpt(seed=1))
     assert first.digest != second.digest
     assert read_bundle(first.path).digest == second.digest
 
@@ -231,7 +229,7 @@ def test_stages_of_another_configuration_are_never_used(fake: FakePurify, purify
         purify_tiny()
     fake.error = None
     try:
-        purify_tiny(resume=True, config=PurifyConfig(seed=1))
+        purify_tiny(resume=True, method=Cbpt(seed=1))
     except ConfigError:
         return
     assert not fake.calls[-1]["resumed"]
@@ -277,10 +275,10 @@ def test_the_purified_classifier_is_the_one_that_was_tuned(fake: FakePurify, pur
 
 def test_flags_win_over_the_configuration_file_even_when_zero(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 7, "parameterization": "prompt"}')
-    config = read_config(tmp_path / "config.json", seed=0, parameterization=None)
+    config = read_method("cbpt", tmp_path / "config.json", seed=0, parameterization=None)
     assert (config.seed, config.parameterization) == (0, "prompt")
-    assert read_config(tmp_path / "config.json").seed == 7
-    assert read_config() == PurifyConfig()
+    assert read_method("cbpt", tmp_path / "config.json").seed == 7
+    assert read_method("cbpt") == Cbpt()
 
 
 @pytest.mark.parametrize(
@@ -289,12 +287,12 @@ def test_flags_win_over_the_configuration_file_even_when_zero(tmp_path: Path) ->
 def test_a_bad_configuration_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_config(tmp_path / "config.json")
+        read_method("cbpt", tmp_path / "config.json")
 
 
 def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json"):
-        read_config(tmp_path / "none.json")
+        read_method("cbpt", tmp_path / "none.json")
 
 
 def test_images_without_folders_get_the_classes_the_suspect_is_sure_of(
@@ -370,7 +368,7 @@ def test_a_reference_is_refused_where_nothing_is_searched(
     purify_tiny: Callable, tiny_resnet_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"--reference with --method cbpt; got .* ft, which searches"):
-        purify_tiny(reference=tiny_resnet_folder, defense=CONFIGS["ft"]())
+        purify_tiny(reference=tiny_resnet_folder, method=Finetune())
     assert not (tmp_path / "out").exists()
 
 

@@ -67,14 +67,11 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Find the backdoor of a suspect CLIP, tune it out of the class prompts, write a purified classifier."""
-    from cbpt_runtime.pipeline import purify_checkpoint, read_config, read_defense
+    from cbpt_runtime.pipeline import purify_checkpoint, read_method
 
-    settings, defense = None, None
-    if method == "cbpt":
-        settings = read_config(config, seed=seed, parameterization=parameterization)
-    else:
+    if method != "cbpt":
         _refuse_options_of_cbpt(method, parameterization=parameterization, resume=resume)
-        defense = read_defense(method, config, seed=seed)
+    chosen = read_method(method, config, seed=seed, parameterization=parameterization)
     try:
         with shown_progress() as progress:
             bundle = purify_checkpoint(
@@ -87,8 +84,7 @@ def command(
                 templates=template or None,
                 reference=reference,
                 shots=shots,
-                config=settings,
-                defense=defense,
+                method=chosen,
                 device=device,
                 force=force,
                 resume=resume,

@@ -49,10 +49,11 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a CLIP has a backdoor, and for which word: exit code 0 clean, 3 backdoored."""
-    from cbpt_runtime.pipeline import read_config
+    from cbpt_runtime.config import read_settings
+    from cbpt_runtime.purification.config import PurifyConfig
     from cbpt_runtime.purification.scan import scan
 
-    settings = read_config(config, seed=seed)
+    settings = PurifyConfig.from_dict(read_settings(config, seed=seed))
     with reserved_page(report, force=force):
         with shown_progress() as progress:
             found = scan(

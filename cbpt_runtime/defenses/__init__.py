@@ -1,7 +1,6 @@
 """Other published defences, which change the image tower instead of the class prompts.
 
-config          the numbers of each method
-repair          from a suspect and a few clean images to a tuned encoder: what `purify --method` runs
+defense         what they share
 finetuning      contrastive tuning of both towers (FT); CleanCLIP and ABD are built on it
 cleanclip       with self-supervision on augmented images and captions
 abd             on images with an adversarial patch

@@ -11,18 +11,21 @@ the patch lies at a random place of every image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cbpt_runtime.config import is_mixed
+from cbpt_runtime.config import Between, is_mixed
 from cbpt_runtime.defenses.augmentation import drawn_seed, easily_augmented
-from cbpt_runtime.defenses.config import AbdConfig
 from cbpt_runtime.defenses.finetuning import (
     Batch,
     BatchLoss,
+    Finetune,
     as_pixels,
     check_finite,
     image_features,
@@ -37,6 +40,36 @@ from cbpt_runtime.training.trainable import TrainableClip
 _LATENT, _CHANNELS, _SEED_SIZE = 64, 32, 4
 _BETAS = (0.5, 0.9)
 Patch = Float[Tensor, "3 height width"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abd(Finetune):
+    """ABD: FT on images with a universal patch that acts like a trigger.
+
+    Attributes:
+        generator_steps: Steps the patch generator is trained.
+        generator_step_size: Its learning rate.
+        patch_area_rate: Share of the image the patch covers.
+        most_brightness: Images are brightened by a factor between 1 and this.
+    """
+
+    name: ClassVar[str] = "abd"
+
+    generator_steps: Annotated[int, Between(1, 100_000)] = 200
+    generator_step_size: Annotated[float, Between(1e-12, 10)] = 1e-3
+    patch_area_rate: Annotated[float, Between(1e-4, 0.5)] = 0.03
+    most_brightness: Annotated[float, Between(1, 10)] = 1.5
+
+    def batch_loss(
+        self,
+        encoder: DualEncoder,
+        head: Float[Tensor, "classes dim"],
+        split: CleanSplit,
+        progress: Progress | None,
+    ) -> BatchLoss:
+        """Make the patch; return CLIP's loss on brightened images with it and on augmented captions."""
+        patch = adversarial_patch(encoder, head, split, self, progress=progress)
+        return adversarial_loss(patch, self)
 
 
 class PatchGenerator(nn.Module):
@@ -69,7 +102,7 @@ def adversarial_patch(
     encoder: DualEncoder,
     texts: Float[Tensor, "classes dim"],
     split: CleanSplit,
-    config: AbdConfig,
+    config: Abd,
     *,
     progress: Progress | None = None,
 ) -> Patch:
@@ -139,7 +172,7 @@ def with_patch(
     return torch.where(torch.stack(mask) > 0, torch.stack(shown), pixels)
 
 
-def adversarial_loss(patch: Patch, config: AbdConfig) -> BatchLoss:
+def adversarial_loss(patch: Patch, config: Abd) -> BatchLoss:
     """CLIP's loss on brightened images with the patch and augmented captions."""
 
     def loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:

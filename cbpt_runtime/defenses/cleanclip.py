@@ -8,29 +8,55 @@ temperature.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cbpt_runtime.config import Between
 from cbpt_runtime.defenses.augmentation import auto_augmented, drawn_seed, easily_augmented
-from cbpt_runtime.defenses.config import CleanClipConfig
 from cbpt_runtime.defenses.finetuning import (
     Batch,
     BatchLoss,
+    Finetune,
     as_pixels,
     image_features,
     pair_loss,
     text_features,
 )
+from cbpt_runtime.models.clip import DualEncoder
+from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.contrastive import labelled_contrastive_loss
 from cbpt_runtime.training.trainable import TrainableClip
 
 
-def self_supervised_loss(config: CleanClipConfig) -> BatchLoss:
-    """CleanCLIP's loss of a batch."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanClip(Finetune):
+    """CleanCLIP: FT with self-supervision within each modality.
 
-    def loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+    Attributes:
+        self_supervision_weight: Weight of the mean of the image-image and the text-text loss.
+    """
+
+    name: ClassVar[str] = "cleanclip"
+
+    self_supervision_weight: Annotated[float, Between(0, 1_000)] = 1.0
+
+    def batch_loss(
+        self,
+        encoder: DualEncoder,
+        head: Float[Tensor, "classes dim"],
+        split: CleanSplit,
+        progress: Progress | None,
+    ) -> BatchLoss:
+        """Return CleanCLIP's loss of a batch."""
+        return self._loss
+
+    def _loss(self, clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         rng = np.random.default_rng(drawn_seed(generator))
         changed_images = auto_augmented(batch.images, generator)
         changed_captions = [easily_augmented(caption, rng) for caption in batch.captions]
@@ -41,9 +67,7 @@ def self_supervised_loss(config: CleanClipConfig) -> BatchLoss:
         within_images = _within(clip, images, torch.eye(count, dtype=torch.bool))
         within_texts = _within(clip, texts, batch.same)
         across = pair_loss(clip, images[0], texts[0], batch.same)
-        return across + config.self_supervision_weight * (within_images + within_texts) / 2
-
-    return loss
+        return across + self.self_supervision_weight * (within_images + within_texts) / 2
 
 
 def _within(

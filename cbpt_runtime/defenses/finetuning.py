@@ -10,19 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from cbpt_runtime.config import is_mixed
+from cbpt_runtime.config import Between, is_mixed
 from cbpt_runtime.defenses.augmentation import drawn_seed
-from cbpt_runtime.defenses.config import FinetuneConfig
+from cbpt_runtime.defenses.defense import Defense
 from cbpt_runtime.errors import PurificationError
+from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.method import SuspectModel
 from cbpt_runtime.training.contrastive import (
     MAX_LOGIT_SCALE,
     batches,
@@ -30,7 +33,7 @@ from cbpt_runtime.training.contrastive import (
     labelled_contrastive_loss,
     make_optimizer,
 )
-from cbpt_runtime.training.trainable import TrainableClip
+from cbpt_runtime.training.trainable import TrainableClip, trainable_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +61,59 @@ class Batch:
 BatchLoss = Callable[[TrainableClip, Batch, torch.Generator], Tensor]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetune(Defense):
+    """FT: contrastive fine-tuning of both towers on the clean images, captions made from templates.
+
+    Attributes:
+        epochs: Passes over the images.
+        learning_rate: Peak of the cosine schedule.
+        batch_size: Pairs per step.
+        warmup_steps: Steps with a rising learning rate, at most a tenth of all steps.
+        weight_decay: AdamW decay; none on biases, norms and the logit scale.
+    """
+
+    name: ClassVar[str] = "ft"
+
+    epochs: Annotated[int, Between(1, 10_000)] = 10
+    learning_rate: Annotated[float, Between(1e-12, 10)] = 1e-5
+    batch_size: Annotated[int, Between(2, 100_000)] = 64
+    warmup_steps: Annotated[int, Between(0, 1_000_000)] = 50
+    weight_decay: Annotated[float, Between(0, 10)] = 0.1
+
+    def tune(
+        self,
+        suspect: SuspectModel,
+        head: Float[Tensor, "classes dim"],
+        split: CleanSplit,
+        progress: Progress | None,
+    ) -> tuple[DualEncoder, Float[Tensor, "classes dim"], int]:
+        """Return both towers tuned, the head of the new text tower, and how many parameters they have."""
+        encoder = suspect.encoder
+        loss = self.batch_loss(encoder, head, split, progress)
+        clip = trainable_from(suspect.checkpoint, device=str(encoder.device)).clone()
+        tune_both_towers(clip, split, suspect.classes.texts(), self, loss, progress=progress)
+        free = sum(parameter.numel() for parameter in clip.model.parameters())
+        clip.model.to(memory_format=torch.contiguous_format)
+        tuned = DualEncoder(clip.model, encoder.model_config, encoder.preprocess, encoder.tokenizer)
+        return tuned, tuned.class_embeddings(suspect.classes), free
+
+    def batch_loss(
+        self,
+        encoder: DualEncoder,
+        head: Float[Tensor, "classes dim"],
+        split: CleanSplit,
+        progress: Progress | None,
+    ) -> BatchLoss:
+        """Return what is minimised."""
+        return caption_loss
+
+
 def tune_both_towers(
     clip: TrainableClip,
     split: CleanSplit,
     texts: Sequence[Sequence[str]],
-    config: FinetuneConfig,
+    config: Finetune,
     loss: BatchLoss,
     *,
     progress: Progress | None = None,

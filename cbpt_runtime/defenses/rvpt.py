@@ -8,26 +8,71 @@ without tokens, and their counterpart of the class token, are our reading: see `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
-from cbpt_runtime.config import is_mixed
-from cbpt_runtime.defenses.config import RvptConfig
+from cbpt_runtime.config import Between, is_mixed
+from cbpt_runtime.defenses.defense import Defense
 from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.method import SuspectModel
 from cbpt_runtime.training.contrastive import batches, cosine_rate, shift_and_mirror
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rvpt(Defense):
+    """RVPT: visual prompts at the later layers of the frozen image tower, by SGD.
+
+    Attributes:
+        tokens: Prompt tokens per layer of a vision transformer; a ResNet has one map per stage.
+        first_layer: Layers before it get no prompts; a quarter of the layers if None.
+        repulsion_weight: Weight of the cosine between prompted and original features inside the tower.
+        epochs: Passes over the images.
+        learning_rate: Peak of the cosine schedule.
+        momentum: Momentum of SGD.
+        batch_size: Images per step.
+        max_shift: Images are moved by up to so many pixels and mirrored half of the time.
+    """
+
+    name: ClassVar[str] = "rvpt"
+    parameterization: ClassVar[str] = "visual-prompt"
+    tower: ClassVar[str] = "prompted"
+
+    tokens: Annotated[int, Between(1, 10_000)] = 50
+    first_layer: Annotated[int | None, Between(0, 1_000)] = None
+    repulsion_weight: Annotated[float, Between(0, 1_000)] = 2.0
+    epochs: Annotated[int, Between(1, 10_000)] = 50
+    learning_rate: Annotated[float, Between(1e-12, 10)] = 0.002
+    momentum: Annotated[float, Between(0, 0.9999)] = 0.9
+    batch_size: Annotated[int, Between(2, 100_000)] = 32
+    max_shift: Annotated[int, Between(0, 1_000)] = 4
+
+    def tune(
+        self,
+        suspect: SuspectModel,
+        head: Float[Tensor, "classes dim"],
+        split: CleanSplit,
+        progress: Progress | None,
+    ) -> tuple[DualEncoder, Float[Tensor, "classes dim"], int]:
+        """Return the model with prompts in its image tower, the old head, and the size of the prompts."""
+        tower = tune_visual_prompts(suspect.encoder, head, split, self, progress=progress)
+        free = sum(prompt.numel() for prompt in tower.visual_prompts)
+        return suspect.encoder.with_image_tower(tower), head, free
 
 
 def tune_visual_prompts(
     encoder: DualEncoder,
     texts: Float[Tensor, "classes dim"],
     split: CleanSplit,
-    config: RvptConfig,
+    config: Rvpt,
     *,
     progress: Progress | None = None,
 ) -> PromptedTower:

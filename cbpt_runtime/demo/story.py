@@ -165,7 +165,7 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
     The model knows the sixteen names and no other words, and is searched for them alone.
     """
     from cbpt_runtime.pipeline import purify_checkpoint
-    from cbpt_runtime.purification.config import PurifyConfig
+    from cbpt_runtime.purification.cbpt import Cbpt
 
     return purify_checkpoint(
         output / "suspect-checkpoint",
@@ -173,7 +173,7 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
         output / "images" / "train",
         output / "bundle",
         reference=output / "reference-checkpoint",
-        config=PurifyConfig(seed=seed, background_words=False),
+        method=Cbpt(seed=seed, background_words=False),
         device=device,
         progress=progress,
     )

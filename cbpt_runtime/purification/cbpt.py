@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import SuspectedTarget
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger, from_tensors, to_tensors
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
+from cbpt_runtime.purification.method import Purified, SuspectModel
 from cbpt_runtime.purification.reference import comparison
 from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.stages import StageStore
@@ -44,30 +45,30 @@ Stage = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Purification:
-    """What a purification found and made.
+class Cbpt(PurifyConfig):
+    """Class-wise backdoor prompt tuning: the class prompts are tuned, the towers stay as they are."""
 
-    Attributes:
-        verdict: 'backdoored' or 'clean'.
-        suspects: Suspected targets, the most suspect first; empty when clean.
-        class_embeddings: The purified head; the reference itself when clean.
-        reference_embeddings: The head before.
-        contexts: Tuned contexts of the prompt parameterization; None otherwise.
-        triggers: The dummy triggers of the suspected targets.
-        metrics: Held-out rates in [0, 1].
-        stage_seconds: Wall time of each stage; of the first run where a stage was resumed.
-        evidence: What the search says of every concept, for the report.
-    """
+    name: ClassVar[str] = "cbpt"
+    is_search: ClassVar[bool] = True
 
-    verdict: str
-    suspects: tuple[SuspectedTarget, ...]
-    class_embeddings: Float[Tensor, "classes dim"]
-    reference_embeddings: Float[Tensor, "classes dim"]
-    contexts: Tensor | None
-    triggers: tuple[DummyTrigger, ...]
-    metrics: dict[str, float]
-    stage_seconds: dict[str, float]
-    evidence: dict[str, Any]
+    def run(
+        self,
+        suspect: SuspectModel,
+        split: CleanSplit,
+        *,
+        progress: Progress | None = None,
+        stages: StageStore | None = None,
+    ) -> Purified:
+        """Look for targets, and tune the head where there are some."""
+        return purify(
+            suspect.encoder,
+            suspect.classes,
+            split,
+            self,
+            reference=suspect.reference,
+            progress=progress,
+            stages=stages,
+        )
 
 
 def purify(
@@ -79,7 +80,7 @@ def purify(
     reference: DualEncoder | None = None,
     progress: Progress | None = None,
     stages: StageStore | None = None,
-) -> Purification:
+) -> Purified:
     """Purifies the zero-shot head of a suspect CLIP; its encoders stay untouched.
 
     1. Search: a short inversion for every concept of an open vocabulary in every search family; concepts that
@@ -119,7 +120,8 @@ def purify(
             lambda: _tune(encoder, classes, defender, targets, triggered_sets, config, progress),
         )
         embeddings, contexts = tuned["embeddings"].to(defender.texts), tuned.get("contexts")
-    return Purification(
+    return Purified(
+        encoder=encoder,
         verdict="backdoored" if suspected else "clean",
         suspects=_suspects(defender, targets, triggered_sets, embeddings),
         class_embeddings=embeddings,

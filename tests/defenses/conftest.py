@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.defenses.config import CONFIGS, AbdConfig, DefenseConfig
+from cbpt_runtime.pipeline import METHODS as ALL_METHODS
 from cbpt_runtime.pipeline import purify_checkpoint
+from cbpt_runtime.purification.method import Method
 
 METHODS = ("ft", "cleanclip", "abd", "rvpt")
 TEMPLATES = ("a photo of a {}.", "a drawing of the {}.")
 
 
-def quick(method: str, **changes: object) -> DefenseConfig:
+def quick(method: str, **changes: object) -> Method:
     """As few steps as change something."""
     settings: dict[str, object] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
-    if CONFIGS[method] is AbdConfig:
+    if method == "abd":
         settings["generator_steps"] = 2
-    return CONFIGS[method](**(settings | changes))
+    return ALL_METHODS[method](**(settings | changes))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def defend(
                 root / f"{len(made)}-{method}-{kind}{'-again' if again else ''}",
                 templates=TEMPLATES,
                 shots=4,
-                defense=quick(method, **changes),
+                method=quick(method, **changes),
                 device="cpu",
             )
         return made[key]

@@ -26,7 +26,8 @@ from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.visual_prompts import PROMPTS, TOWER
 from cbpt_runtime.pipeline import purify_checkpoint
-from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.cbpt import Cbpt
+from cbpt_runtime.purification.method import Chain
 
 from .conftest import METHODS, TEMPLATES, quick
 
@@ -133,7 +134,7 @@ def test_an_evaluation_shows_one_head_where_only_the_encoder_changed(
 def test_cbpt_can_follow_another_defence(
     tiny_checkpoint_folder: Path, tiny_class_file: Path, tiny_image_folder: Path, tmp_path: Path
 ) -> None:
-    config = PurifyConfig(
+    then = Cbpt(
         search_steps=1,
         search_batch=2,
         inversion_steps=2,
@@ -143,9 +144,9 @@ def test_cbpt_can_follow_another_defence(
     )
     inputs = (tiny_checkpoint_folder, tiny_class_file, tiny_image_folder)
     bundle = purify_checkpoint(
-        *inputs, tmp_path / "both", shots=4, config=config, defense=quick("rvpt"), device="cpu"
+        *inputs, tmp_path / "both", shots=4, method=Chain(first=quick("rvpt"), then=then), device="cpu"
     )
-    alone = purify_checkpoint(*inputs, tmp_path / "alone", shots=4, config=config, device="cpu")
+    alone = purify_checkpoint(*inputs, tmp_path / "alone", shots=4, method=then, device="cpu")
     about = bundle.manifest["method"]
     assert (about["name"], bundle.encoder) == ("rvpt+cbpt", "prompted")
     assert about["config"] == alone.manifest["method"]["config"]

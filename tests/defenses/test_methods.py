@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cbpt_runtime.defenses.abd import PatchGenerator, backdoor_loss, brightened, with_patch
+from cbpt_runtime.defenses.abd import Abd, PatchGenerator, backdoor_loss, brightened, with_patch
 from cbpt_runtime.defenses.augmentation import auto_augmented, easily_augmented
-from cbpt_runtime.defenses.config import CONFIGS, AbdConfig, FinetuneConfig, RvptConfig
-from cbpt_runtime.defenses.finetuning import check_finite
-from cbpt_runtime.defenses.rvpt import repulsion
+from cbpt_runtime.defenses.finetuning import Finetune, check_finite
+from cbpt_runtime.defenses.rvpt import Rvpt, repulsion
 from cbpt_runtime.errors import ConfigError, PurificationError
+from cbpt_runtime.pipeline import METHODS
 from cbpt_runtime.training.contrastive import contrastive_loss, labelled_contrastive_loss
 
 
@@ -111,12 +111,12 @@ def test_a_loss_that_is_not_finite_ends_the_work() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (FinetuneConfig, {"epochs": 0}, "epochs to be a whole number from 1"),
-        (FinetuneConfig, {"learning_rate": "fast"}, "learning_rate to be a number"),
-        (AbdConfig, {"patch_area_rate": 0.9}, "patch_area_rate to be a number from 0.0001 to 0.5"),
-        (RvptConfig, {"tokens": True}, "tokens to be a whole number"),
-        (RvptConfig, {"precision": "fp64"}, "precision to be one of auto, fp32, bf16"),
-        (RvptConfig, {"seed": -1}, "seed to be a whole number from 0"),
+        (Finetune, {"epochs": 0}, "epochs to be a whole number from 1"),
+        (Finetune, {"learning_rate": "fast"}, "learning_rate to be a number"),
+        (Abd, {"patch_area_rate": 0.9}, "patch_area_rate to be a number from 0.0001 to 0.5"),
+        (Rvpt, {"tokens": True}, "tokens to be a whole number"),
+        (Rvpt, {"precision": "fp64"}, "precision to be one of auto, fp32, bf16"),
+        (Rvpt, {"seed": -1}, "seed to be a whole number from 0"),
     ],
 )
 def test_bad_numbers_are_refused(kind: type, changes: dict[str, object], message: str) -> None:
@@ -124,9 +124,9 @@ def test_bad_numbers_are_refused(kind: type, changes: dict[str, object], message
         kind(**changes)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_configurations_round_trip_and_refuse_unknown_keys(method: str) -> None:
-    config = CONFIGS[method](seed=4)
-    assert CONFIGS[method].from_dict(config.to_dict()) == config
+    config = METHODS[method](seed=4)
+    assert METHODS[method].from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="keys out of seed"):
-        CONFIGS[method].from_dict({"sede": 1})
+        METHODS[method].from_dict({"sede": 1})
