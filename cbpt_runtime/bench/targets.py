@@ -124,7 +124,7 @@ def open_target(
     raise ConfigError(
         expected="a bundle, a model repository, an ONNX file of `cbpt-runtime export`, or a URL",
         got=f"{source}{'' if exists(path) else ', which does not exist'}",
-        fix="For example: cbpt-runtime bench bundle/ grpc://127.0.0.1:8001 --images photos/",
+        fix="For example: cbpt-runtime bench run bundle/ grpc://127.0.0.1:8001 --images photos/",
     )
 
 

@@ -43,7 +43,7 @@ app.command("export", short_help="A parity-gated ONNX graph, a Triton repository
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)
 app.command("sign", short_help="A bundle or model repository signed, offline.")(sign.command)
 app.command("serve", short_help="A model repository on a real Triton, self-tested.")(serve.command)
-app.command("bench", short_help="Honest latency and throughput, with accuracy beside them.")(bench.command)
+app.add_typer(bench.app, name="bench")
 app.command("demo", short_help="The whole story on a tiny CLIP, from nothing.")(demo.command)
 app.add_typer(attack.app, name="attack")
 

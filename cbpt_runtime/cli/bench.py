@@ -1,13 +1,14 @@
-"""`cbpt-runtime bench`: latency and throughput of bundles, graphs and servers, with accuracy beside them."""
+"""`cbpt-runtime bench run` and `bench compare`: speed of bundles, graphs and servers, accuracy beside it."""
 
 from __future__ import annotations
 
 import enum
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import print_json, print_note, print_table
@@ -16,10 +17,8 @@ from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 if TYPE_CHECKING:
     from cbpt_runtime.bench.config import BenchConfig
 
-COMPARE = "compare"
 
-
-class ScenarioName(enum.StrEnum):
+class ScenarioName(enum.StrEnum):  # Typer takes no list of a Literal
     """What is measured; all of them when none is named."""
 
     SINGLE_STREAM = "single-stream"
@@ -28,24 +27,31 @@ class ScenarioName(enum.StrEnum):
     SWEEP = "sweep"
 
 
-class Tool(enum.StrEnum):
-    """Other tools whose figures can be put beside ours."""
+class RunByDefault(TyperGroup):
+    """`bench SYSTEM…` is `bench run SYSTEM…`."""
 
-    PERF_ANALYZER = "perf-analyzer"
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `run` in front of what is no sub-command."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
-def command(
+app = typer.Typer(
+    cls=RunByDefault, no_args_is_help=True, help="Latency and throughput, with accuracy beside them."
+)
+
+
+@app.command("run", short_help="Measure; `run` may be left out.")
+def run(
     targets: Annotated[
         list[str],
-        typer.Argument(
-            metavar="TARGET…",
-            help="Bundle, ONNX file, model repository, or URL of a server. Or: compare A.json B.json.",
-        ),
+        typer.Argument(metavar="SYSTEM…", help="Bundle, ONNX file, model repository, or URL of a server."),
     ],
     images: Annotated[
-        Path | None,
+        Path,
         typer.Option(help="Image files to send; in folders named like the classes, CA is measured."),
-    ] = None,
+    ],
     scenario: Annotated[
         list[ScenarioName] | None, typer.Option(help="Repeatable. Default: all four.")
     ] = None,
@@ -77,32 +83,26 @@ def command(
     target: Annotated[str | None, typer.Option(help="Target class of the attack.")] = None,
     model: Annotated[str | None, typer.Option(help="Served model, where a server has several.")] = None,
     device: Annotated[str, typer.Option(help="Of a bundle: auto, cpu or cuda.")] = "auto",
-    provider: Annotated[str, typer.Option(help="Of a graph: cpu, cuda or tensorrt.")] = "cpu",
+    provider: Annotated[Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Of a graph.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of bundles and graphs. Default: all CPUs.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals and the order of images.")] = 0,
-    tool: Annotated[Tool | None, typer.Option(help="Cross-check a URL with this tool, too.")] = None,
+    tool: Annotated[
+        Literal["perf-analyzer"] | None, typer.Option(help="Cross-check a URL with this tool, too.")
+    ] = None,
     trust: TrustOption = None,
     digest: DigestOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for numbers, plots and a page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the results at --output.")] = False,
-    different_hardware: Annotated[
-        bool, typer.Option("--different-hardware", help="compare: although the machines differ.")
-    ] = False,
     skip_unreadable: SkipUnreadableOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency and throughput honestly, and that the answers stay right."""
-    if targets[0] == COMPARE:
-        _compare(targets[1:], across_hardware=different_hardware, as_json=as_json)
-        return
-    if images is None:
-        raise typer.BadParameter("a folder of image files is needed", param_hint="--images")
-    from cbpt_runtime.bench.config import SCENARIOS, BenchConfig
+    from cbpt_runtime.bench.config import BenchConfig
 
     given = {
-        "scenarios": tuple(SCENARIOS[SCENARIOS.index(name.value)] for name in scenario or ()),
+        "scenarios": tuple(name.value for name in scenario or ()),
         "rates_per_s": tuple(rate or ()),
         "concurrencies": tuple(concurrency or ()),
         "batch_sizes": tuple(batch or ()),
@@ -121,7 +121,7 @@ def command(
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )
     options: dict[str, Any] = {"model": model, "device": device, "threads": threads}
-    options |= {"provider": _provider(provider), "trust": given_trust(trust, digest)}
+    options |= {"provider": provider, "trust": given_trust(trust, digest)}
     attack = {"triggered": triggered, "target_class": target}
     result = _measure(targets, images, config, options, attack, tool, output, force=force)
     if as_json:
@@ -137,7 +137,7 @@ def _measure(
     config: BenchConfig,
     options: dict[str, Any],
     attack: dict[str, Any],
-    tool: Tool | None,
+    tool: str | None,
     output: Path | None,
     *,
     force: bool,
@@ -161,17 +161,6 @@ def _measure(
     return result
 
 
-def _provider(name: str) -> str:
-    from cbpt_runtime.errors import ConfigError
-
-    valid = ("cpu", "cuda", "tensorrt")  # as in export.session, which takes a second to import
-    if name not in valid:
-        raise ConfigError(
-            expected=f"a provider out of {', '.join(valid)}", got=name, fix="Choose one of them."
-        )
-    return name
-
-
 def _print(result: dict[str, Any]) -> None:
     from cbpt_runtime.bench import tables
 
@@ -184,13 +173,20 @@ def _print(result: dict[str, Any]) -> None:
             print_note(line)
 
 
-def _compare(paths: list[str], *, across_hardware: bool, as_json: bool) -> None:
-    if len(paths) != 2:
-        raise typer.BadParameter("compare takes two results: compare A.json B.json")
+@app.command("compare", short_help="Two results as ratios with intervals.")
+def compare_results(
+    first: Annotated[Path, typer.Argument(help="bench.json, or the folder it is in.")],
+    second: Annotated[Path, typer.Argument(help="What it is compared with.")],
+    different_hardware: Annotated[
+        bool, typer.Option("--different-hardware", help="Although the machines differ.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two results: each quantity of the second over the first's, with a 95 % interval."""
     from cbpt_runtime.bench.compare import compare
     from cbpt_runtime.bench.results import read_results
 
-    found = compare(read_results(paths[0]), read_results(paths[1]), across_hardware=across_hardware)
+    found = compare(read_results(first), read_results(second), across_hardware=different_hardware)
     if as_json:
         print_json(found)
         return

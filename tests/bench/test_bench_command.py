@@ -151,7 +151,7 @@ def test_a_target_that_contradicts_itself_is_not_measured(
         (("{bundle}", "--images", "{images}", "--triggered", "{images}", "--target", "lion"), "red_square"),
         (("{bundle}", "--images", "{images}", "--output", "{images}"), "exists"),
         (("grpc://127.0.0.1:1", "--images", "{images}"), "127.0.0.1:1"),
-        (("compare", "a.json"), "two results"),
+        (("compare", "a.json"), "Missing argument"),
         (("compare", "a.json", "b.json"), "a.json"),
         (("compare", "{notjson}", "{notjson}"), "bench.json"),
     ],
