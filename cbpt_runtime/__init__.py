@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from cbpt_runtime.evaluation import Evaluation, evaluate
     from cbpt_runtime.export.repository import Exported, export_bundle
     from cbpt_runtime.export.verify import Verification, verify_repository
-    from cbpt_runtime.loading import open_classifier
     from cbpt_runtime.loading import open_classifier as load
     from cbpt_runtime.models.inspection import inspect_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint
@@ -56,7 +55,6 @@ _HOMES = {
     "export_bundle": "export.repository",
     "inspect_checkpoint": "models.inspection",
     "load": "loading:open_classifier",
-    "open_classifier": "loading",
     "purify": "pipeline:purify_checkpoint",
     "purify_checkpoint": "pipeline",
     "read_bundle": "bundle",
@@ -86,7 +84,6 @@ __all__ = [
     "export_bundle",
     "inspect_checkpoint",
     "load",
-    "open_classifier",
     "purify",
     "purify_checkpoint",
     "read_bundle",

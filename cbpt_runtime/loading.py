@@ -84,43 +84,39 @@ def open_classifier(
     if isinstance(source, Classifier):
         return source
     kind = kind_of(source)
-    if not isinstance(source, Bundle) and kind not in ("bundle", "repository"):
-        refuse_untrusted(source, trust)
-    if isinstance(source, Bundle) or kind == "bundle":
+    if kind == "bundle" and not isinstance(source, Bundle):
+        source = open_bundle(source, trust, verify=False)  # the files used are checked as they are read
+    if isinstance(source, Bundle):
         from cbpt_runtime.classification.bundled import BundleClassifier
 
-        if not isinstance(source, Bundle):
-            source = open_bundle(source, trust, verify=False)  # the files used are checked as they are read
         return BundleClassifier.from_bundle(source, device)
+    if kind == "repository":
+        from cbpt_runtime.export.classifier import RepositoryClassifier
+
+        return RepositoryClassifier(Path(source), provider=provider, threads=threads, trust=trust)
+    refuse_untrusted(source, trust)
+    if kind == "onnx":
+        from cbpt_runtime.export.classifier import GraphClassifier
+
+        return GraphClassifier(Path(source), provider=provider, threads=threads)
     if kind == "url":
         from cbpt_runtime.serving.classifier import RemoteClassifier
 
         return RemoteClassifier(str(source), model=None if model is None else str(model), timeout_s=timeout_s)
-    if kind == "checkpoint":
-        from cbpt_runtime.classification.checkpoint import load_checkpoint_classifier
-
-        return load_checkpoint_classifier(
-            source,
-            _required(classes, source),
-            model=model,
-            image_size=image_size,
-            device=device,
-            detector=detector,
-            images=images,
-        )
-    from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
-
-    path = Path(source)
-    if kind == "repository":
-        return RepositoryClassifier(path, provider=provider, threads=threads, trust=trust)
-    return GraphClassifier(path, provider=provider, threads=threads)
-
-
-def _required(classes: ClassList | None, source: str | Path) -> ClassList:
     if classes is None:
         raise ConfigError(
             expected="a bundle folder, a model repository, an ONNX file, a URL, or a checkpoint with classes",
             got=f"{source} and no class list",
             fix="Give the folder that `cbpt-runtime purify --output` wrote, or a class list with --classes.",
         )
-    return classes
+    from cbpt_runtime.classification.checkpoint import load_checkpoint_classifier
+
+    return load_checkpoint_classifier(
+        source,
+        classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        detector=detector,
+        images=images,
+    )
