@@ -6,8 +6,9 @@
     print(cbpt.load(bundle)("photo.jpg"))
 
 `scan` says whether a checkpoint has a backdoor; `purify` turns it, class names and a few clean images into a
-`Bundle`; `load` makes a classifier of one, `evaluate` measures it; `export_bundle` writes a Triton model
-repository, `verify_repository` checks one, `running_server` serves it while a block runs, `Client` asks it.
+`Bundle`; `load` makes a `Classifier` of one, or of what is exported or served; `evaluate` measures it;
+`export_bundle` writes a Triton model repository, `verify_repository` checks one, `running_server` serves it
+while a block runs, `Client` asks it.
 Importing the package loads none of torch, open_clip, matplotlib or onnxruntime: each name below is imported
 when it is first used.
 """
@@ -18,14 +19,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cbpt_runtime.answers import Answer
     from cbpt_runtime.bundle import Bundle, read_bundle
-    from cbpt_runtime.classifier import Prediction, ZeroShotClassifier, load
+    from cbpt_runtime.classification import Answer, Classifier, Prediction
     from cbpt_runtime.demo import run_demo
     from cbpt_runtime.errors import CbptError, InputError, WorkError
     from cbpt_runtime.evaluation import Evaluation, evaluate
     from cbpt_runtime.export.repository import Exported, export_bundle
     from cbpt_runtime.export.verify import Verification, verify_repository
+    from cbpt_runtime.loading import open_classifier as load
     from cbpt_runtime.models.inspection import inspect_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint
     from cbpt_runtime.pipeline import purify_checkpoint as purify
@@ -37,25 +38,25 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "Answer": "answers",
+    "Answer": "classification",
     "Bundle": "bundle",
     "Cbpt": "purification.cbpt",
     "CbptError": "errors",
+    "Classifier": "classification",
     "Client": "serving",
     "Evaluation": "evaluation",
     "Exported": "export.repository",
     "InputError": "errors",
-    "Prediction": "classifier",
+    "Prediction": "classification",
     "PurifyConfig": "purification.config",
     "Scan": "purification.scan",
     "ServeConfig": "serving",
     "Verification": "export.verify",
     "WorkError": "errors",
-    "ZeroShotClassifier": "classifier",
     "evaluate": "evaluation",
     "export_bundle": "export.repository",
     "inspect_checkpoint": "models.inspection",
-    "load": "classifier",
+    "load": "loading:open_classifier",
     "purify": "pipeline:purify_checkpoint",
     "purify_checkpoint": "pipeline",
     "read_bundle": "bundle",
@@ -70,6 +71,7 @@ __all__ = [
     "Bundle",
     "Cbpt",
     "CbptError",
+    "Classifier",
     "Client",
     "Evaluation",
     "Exported",
@@ -80,7 +82,6 @@ __all__ = [
     "ServeConfig",
     "Verification",
     "WorkError",
-    "ZeroShotClassifier",
     "__version__",
     "evaluate",
     "export_bundle",

@@ -379,6 +379,26 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
     return write_bundle(tmp_path_factory.mktemp("tiny-bundle") / "bundle", content=content)
 
 
+@pytest.fixture(scope="session")
+def tiny_served(
+    tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model repository of the tiny bundle, called 'shapes'. Read only."""
+    from cbpt_runtime.export.profiles import Profile
+    from cbpt_runtime.export.repository import export_bundle
+
+    output = tmp_path_factory.mktemp("tiny-served") / "repository"
+    profile = Profile(max_batch=8, threads=1)
+    export_bundle(tiny_bundle, output, name="shapes", profile=profile, calibration=tiny_image_folder)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_served: Path) -> Path:
+    """The ONNX file of `tiny_served`. Read only."""
+    return tiny_served / "shapes_classifier" / "1" / "model.onnx"
+
+
 @pytest.fixture
 def check_statement() -> Callable[[str | bytes], dict[str, Any]]:
     """Returns a function that gives the predicate of an in-toto statement both schemas accept."""

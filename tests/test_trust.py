@@ -325,9 +325,9 @@ def test_a_bundle_is_still_a_bundle_after_it_was_signed(
     tiny_bundle: Bundle, tmp_path: Path, keys: Path
 ) -> None:
     """What reads it later goes on as before: the classifier and, in bundles of before, no papers at all."""
-    from cbpt_runtime.classifier import ZeroShotClassifier
+    from cbpt_runtime.classification.bundled import BundleClassifier
 
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     sign_artefact(path, key=keys / "ours.pem")
-    classifier = ZeroShotClassifier.from_bundle(open_bundle(path, make_trust(keys / "ours.pub")))
+    classifier = BundleClassifier.from_bundle(open_bundle(path, make_trust(keys / "ours.pub")))
     assert classifier.bundle.digest == tiny_bundle.digest

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.artifacts.names import exists, is_file
+from cbpt_runtime.artifacts.names import exists
 from cbpt_runtime.bench.links import Answers, answers_of
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import usable_cpus
-from cbpt_runtime.export.session import Provider
+from cbpt_runtime.export.manifest import PARITY
+from cbpt_runtime.loading import kind_of, open_classifier
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
-from cbpt_runtime.trust import ANYONE, Trust, open_bundle, open_repository, refuse_untrusted
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
+
+if TYPE_CHECKING:
+    from cbpt_runtime.bundle import Bundle
+    from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
+    from cbpt_runtime.export.session import Provider
 
 Pixels = UInt8[np.ndarray, "batch height width 3"]
-_URLS = ("grpc://", "grpcs://", "http://", "https://")
 _ASKED_AT_ONCE = 8
 _INPUT = "images"
 _OUTPUTS = ("probabilities", "alarm")
@@ -107,39 +110,37 @@ def open_target(
         InputError: It is none of these, damaged, or not the trusted one.
         ServingError: The server does not answer.
     """
-    from cbpt_runtime.bundle import MANIFEST
-    from cbpt_runtime.export.manifest import is_repository
-
-    if source.startswith(_URLS):
+    kind = kind_of(source)
+    if kind in ("checkpoint", "url"):
         refuse_untrusted(source, trust)
-        return _open_url(source, model)
+    if kind == "checkpoint":
+        raise ConfigError(
+            expected="a bundle, a model repository, an ONNX file of `cbpt-runtime export`, or a URL",
+            got=f"{source}{'' if exists(Path(source)) else ', which does not exist'}",
+            fix="For example: cbpt-runtime bench run bundle/ grpc://127.0.0.1:8001 --images photos/",
+        )
+    if kind == "url":
+        return _served(source, model)
+    if kind == "bundle":
+        return _bundle(open_bundle(source, trust), device, threads)
+    from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
+
     path = Path(source)
-    if is_repository(path):
-        return _open_repository(path, provider, threads, trust)
-    if is_file(path / MANIFEST):
-        return _open_bundle(path, device, threads, trust)
-    refuse_untrusted(source, trust)
-    if path.suffix == ".onnx" and is_file(path):
-        return _open_graph(path, provider, threads)[1]
-    raise ConfigError(
-        expected="a bundle, a model repository, an ONNX file of `cbpt-runtime export`, or a URL",
-        got=f"{source}{'' if exists(path) else ', which does not exist'}",
-        fix="For example: cbpt-runtime bench run bundle/ grpc://127.0.0.1:8001 --images photos/",
-    )
+    if kind == "onnx":
+        return _graph(GraphClassifier(path, provider=provider, threads=threads), threads)
+    repository = RepositoryClassifier(path, provider=provider, threads=threads, trust=trust)
+    return _in_repository(_graph(repository, threads), repository)
 
 
-def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> Target:
+def _bundle(bundle: Bundle, device: str, threads: int | None) -> Target:
     import torch
 
-    from cbpt_runtime.classifier import ZeroShotClassifier
-
-    bundle = open_bundle(path, trust)
     torch.set_num_threads(threads or usable_cpus())
-    classifier = ZeroShotClassifier.from_bundle(bundle, device)
+    classifier = open_classifier(bundle, device=device)
 
     def run(pixels: Pixels) -> Answers:
         found = classifier.predict(pixels)
-        return answers_of(found.probabilities, found.alarm)
+        return answers_of(found.probabilities, np.zeros(len(pixels)) if found.alarm is None else found.alarm)
 
     metrics = bundle.manifest.get("metrics") or {}
     stated = {
@@ -147,14 +148,13 @@ def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> 
         "clean_accuracy": metrics.get("heldout_ca_after"),
         "attack_success_rate": metrics.get("dummy_success_after"),
     }
-    place = classifier.device.type
     return Target(
-        name=path.name,
+        name=bundle.path.name,
         kind="bundle",
         facts={
-            "source": str(path),
+            "source": str(bundle.path),
             "engine": "PyTorch eager",
-            "provider": torch.cuda.get_device_name() if place == "cuda" else "cpu",
+            "provider": torch.cuda.get_device_name() if classifier.place.startswith("cuda") else "cpu",
             "threads": torch.get_num_threads(),
             "precision": "fp32",
             "classes": len(bundle.class_names),
@@ -171,103 +171,59 @@ def _open_bundle(path: Path, device: str, threads: int | None, trust: Trust) -> 
     )
 
 
-def _open_repository(path: Path, provider: Provider, threads: int | None, trust: Trust) -> Target:
-    from dataclasses import replace
-
-    from cbpt_runtime.export.golden import read_golden
-    from cbpt_runtime.export.manifest import PARITY
-
-    repository = open_repository(path, trust)
-    golden = read_golden(repository.golden)
-    session, target = _open_graph(repository.graph, provider, threads)
-    pixels = target.decode(golden.files)
-    found = dict(zip(_OUTPUTS, session.run(list(_OUTPUTS), {_INPUT: pixels}), strict=True))
-    checked = golden.check(found, where=str(path), made_on=repository.made_on)
-    gate = json.loads((path / PARITY).read_text(encoding="utf-8")).get("precision") or {}
-    stated = {
-        "where": "the precision gate of the export, on held-out images with dummy triggers",
-        "clean_accuracy": gate.get("accuracy"),
-        "attack_success_rate": gate.get("dummy_trigger_success"),
-    }
-    facts = target.facts | {
-        "source": str(path),
-        "repository_digest": repository.digest,
-        "golden_images": len(golden.files),
-        "golden_largest_difference": checked.largest_difference,
-    }
-    return replace(
-        target,
-        name=path.name,
-        kind="repository",
-        facts=facts,
-        stated=stated if gate else {},
-        max_batch=int(repository.manifest["profile"]["max_batch"]),
-    )
-
-
-def _open_graph(path: Path, provider: Provider, threads: int | None) -> tuple[Any, Target]:
-    """The session of an ONNX file, and the file as a target."""
-    from cbpt_runtime.export.session import open_session
-
-    metadata, names, preprocess = _described(path)
-    session = open_session(str(path), provider, threads=threads)
+def _graph(classifier: GraphClassifier, threads: int | None) -> Target:
+    session, metadata = classifier.session, classifier.metadata
 
     def run(pixels: Pixels) -> Answers:
         probabilities, alarm = session.run(list(_OUTPUTS), {_INPUT: pixels})
         return answers_of(probabilities, np.ravel(alarm))
 
-    return session, Target(
-        name=path.name,
-        kind="onnx",
+    return Target(
+        name=Path(classifier.source).name,
+        kind=classifier.kind,
         facts={
-            "source": str(path),
+            "source": classifier.source,
             "engine": "onnxruntime in process",
-            "provider": session.get_providers()[0],
+            "provider": classifier.place,
             "threads": threads or usable_cpus(),
             "precision": metadata.get("cbpt.precision"),
-            "classes": len(names),
+            "classes": len(classifier.class_names),
             "bundle_digest": metadata.get("cbpt.bundle_digest"),
             "checkpoint_sha256": metadata.get("cbpt.checkpoint_sha256"),
-            "graph_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "verdict": metadata.get("cbpt.verdict"),
+            "graph_sha256": classifier.graph_sha256,
+            "verdict": classifier.verdict,
         },
-        class_names=names,
+        class_names=classifier.class_names,
         max_batch=64,
-        preprocess=preprocess,
+        preprocess=classifier.preprocess,
         run=run,
-        graph=path,
+        graph=classifier.path,
     )
 
 
-def _described(path: Path) -> tuple[dict[str, str], tuple[str, ...], Preprocess]:
-    """Metadata, class names and preprocessing of an ONNX file that does nothing but classify."""
-    import onnx
-
-    from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
-    from cbpt_runtime.export.onnx import read_metadata
-
-    try:
-        model = onnx.load_model_from_string(read_regular_file(path, max_bytes=MAX_GRAPH_BYTES))
-        metadata = read_metadata(model)
-    except Exception as error:  # protobuf's own classes
-        raise ConfigError(
-            expected="an ONNX file", got=f"{path}: {error}", fix="Export the bundle again."
-        ) from error
-    try:
-        names = [str(name) for name in json.loads(metadata["cbpt.class_names"])]
-        preprocess = Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        said = f"without {error.args[0]}" if isinstance(error, KeyError) else f"with unreadable ones: {error}"
-        raise ConfigError(
-            expected="an ONNX file of `cbpt-runtime export`, which says its classes and preprocessing",
-            got=f"{path} {said}",
-            fix="Export the bundle with `cbpt-runtime export`.",
-        ) from error
-    require_own_graph(model, path, image_size=preprocess.image_size, classes=len(names))
-    return metadata, tuple(names), preprocess
+def _in_repository(target: Target, classifier: RepositoryClassifier) -> Target:
+    """The same, with what its repository says of it."""
+    repository, golden = classifier.repository, classifier.golden
+    gate = json.loads((repository.path / PARITY).read_text(encoding="utf-8")).get("precision") or {}
+    stated = {
+        "where": "the precision gate of the export, on held-out images with dummy triggers",
+        "clean_accuracy": gate.get("accuracy"),
+        "attack_success_rate": gate.get("dummy_trigger_success"),
+    }
+    facts = {
+        "repository_digest": repository.digest,
+        "golden_images": golden.images,
+        "golden_largest_difference": golden.largest_difference,
+    }
+    return replace(
+        target,
+        facts=target.facts | facts,
+        stated=stated if gate else {},
+        max_batch=int(repository.manifest["profile"]["max_batch"]),
+    )
 
 
-def _open_url(url: str, model: str | None) -> Target:
+def _served(url: str, model: str | None) -> Target:
     from cbpt_runtime.bench.statistics import server_facts
     from cbpt_runtime.serving import Client
 

@@ -1,9 +1,10 @@
-"""`cbpt-runtime classify`: labels, probabilities and the alarm for a few images, here or over the wire."""
+"""`cbpt-runtime classify`: labels, probabilities and the alarm for images, here or over the wire."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,24 +16,31 @@ from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
-    from cbpt_runtime.answers import Answer
-    from cbpt_runtime.classification import Source
-    from cbpt_runtime.trust import Trust
+    from cbpt_runtime.classification import Answer
+
+_MANY = 100  # images from which progress is shown
 
 
 def command(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="[BUNDLE] IMAGE...",
-            help="Bundle folder (not with --url), then image files or folders of any depth; - reads one"
-            " image from stdin.",
+            metavar="[SOURCE] IMAGE...",
+            help="Bundle, ONNX file, model repository, URL of a server, or checkpoint (not with --url); then"
+            " image files or folders of any depth; - reads one image from stdin.",
         ),
     ],
     url: Annotated[
         str | None, typer.Option(help="Ask a server instead: grpc://HOST:PORT or http://HOST:PORT.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Served model, where a server has several.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Served model, where a server has several; or architecture of a checkpoint."),
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="Class list of a checkpoint.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt of a checkpoint, {} is the class; repeatable.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
     skip_unreadable: SkipUnreadableOption = False,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
@@ -41,19 +49,31 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Classify images with the purified head and show the alarm."""
-    asked = given_trust(trust, digest)
-    if url is not None:
-        answers = _ask_server(
-            url, arguments, asked, skip_unreadable, model=model, timeout_s=timeout_s, top=top
-        )
-        source = {"url": url}
-    else:
-        path, *images = arguments
-        found, answers = _ask_bundle(path, images, asked, skip_unreadable, top=top)
-        source = {"bundle": path, "digest": found}
-        print_note(f"digest: {found}")
+    source, images = (arguments[0], arguments[1:]) if url is None else (url, arguments)
+    if not images:
+        raise typer.BadParameter("what classifies and at least one image, or --url and at least one image")
+    from cbpt_runtime.cli.progress import shown_progress
+    from cbpt_runtime.loading import open_classifier
+    from cbpt_runtime.models.class_lists import read_class_list
+
+    with open_classifier(
+        source,
+        classes=None if classes is None else read_class_list(classes, templates=template),
+        model=model,
+        timeout_s=timeout_s,
+        trust=given_trust(trust, digest),
+    ) as classifier:
+        sources = _sources(images, skip_unreadable)
+        with shown_progress() if len(sources) >= _MANY else nullcontext() as progress:
+            answers = classifier.classify(sources, top=top, progress=progress)
+    for note in classifier.notes:
+        print_note(f"note: {note}")
+    found: dict[str, str] = {classifier.kind: source}
+    if classifier.digest is not None:
+        found["digest"] = classifier.digest
+        print_note(f"digest: {classifier.digest}")
     if as_json:
-        print_json({**source, "images": [answer.to_dict() for answer in answers]})
+        print_json({**found, "images": [answer.to_dict() for answer in answers]})
         return
     print_answers(answers)
 
@@ -67,7 +87,7 @@ def print_answers(answers: Sequence[Answer]) -> None:
                 "" if rank else answer.image,
                 label.name,
                 percent(label.probability),
-                "" if rank else f"{answer.alarm:.3f}",
+                "" if rank else "–" if answer.alarm is None else f"{answer.alarm:.3f}",
             )
             for answer in answers
             for rank, label in enumerate(answer.labels)
@@ -75,45 +95,9 @@ def print_answers(answers: Sequence[Answer]) -> None:
     )
 
 
-def _ask_bundle(
-    path: str, images: Sequence[str], trust: Trust, skip_unreadable: bool, *, top: int
-) -> tuple[str, list[Answer]]:
-    """The digest of a bundle and its answers."""
-    if not images:
-        raise typer.BadParameter("a bundle and at least one image, or --url and at least one image")
-    from cbpt_runtime.classification import classify_images
-    from cbpt_runtime.trust import open_bundle
-
-    bundle = open_bundle(path, trust, verify=False)  # the files used are checked as they are read
-    return bundle.digest, classify_images(bundle, _sources(images, skip_unreadable), top=top)
-
-
-def _ask_server(
-    url: str,
-    images: Sequence[str],
-    trust: Trust,
-    skip_unreadable: bool,
-    *,
-    model: str | None,
-    timeout_s: float,
-    top: int,
-) -> list[Answer]:
-    from cbpt_runtime.cli.progress import shown_progress
-    from cbpt_runtime.serving import Client
-    from cbpt_runtime.trust import refuse_untrusted
-
-    refuse_untrusted(url, trust)
-    sources = _sources(images, skip_unreadable)
-    with Client(url, model=model, timeout_s=timeout_s) as client:
-        if len(sources) < 100:
-            return client.classify_files(sources, top=top)
-        with shown_progress() as progress:
-            return client.classify_files(sources, top=top, progress=progress)
-
-
-def _sources(images: Sequence[str], skip_unreadable: bool) -> list[Source]:
+def _sources(images: Sequence[str], skip_unreadable: bool) -> list[tuple[str, bytes | Path]]:
     """What is asked: files as they are, the images of folders, and the bytes of one from stdin."""
-    sources: list[Source] = []
+    sources: list[tuple[str, bytes | Path]] = []
     for image in images:
         if image == "-":
             sources.append((image, sys.stdin.buffer.read()))
@@ -141,7 +125,7 @@ def _images_below(folder: Path) -> Sequence[Path]:
     return found.images
 
 
-def _readable(sources: list[Source]) -> list[Source]:
+def _readable(sources: list[tuple[str, bytes | Path]]) -> list[tuple[str, bytes | Path]]:
     from cbpt_runtime.models.image_files import undecodable, unreadable_error, unreadable_notes
 
     paths = [source for _, source in sources if isinstance(source, Path)]

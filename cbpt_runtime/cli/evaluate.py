@@ -1,4 +1,4 @@
-"""`cbpt-runtime evaluate`: clean accuracy, attack success and alarm of bundles and checkpoints."""
+"""`cbpt-runtime evaluate`: clean accuracy, attack success and alarm of whatever classifies."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cbpt_runtime.evaluation import Evaluation
     from cbpt_runtime.redteam.triggers import Trigger
 
+_ALONE = "not measured: what was exported has the purified head alone"
 _LABELS = {
     "clean_accuracy": "CA  clean accuracy",
     "attack_success_rate": "ASR attack success, true class is not the target",
@@ -40,8 +41,12 @@ class Format(enum.StrEnum):
 
 
 def command(
-    subjects: Annotated[
-        list[str], typer.Argument(metavar="BUNDLE…", help="Bundles, and checkpoints to compare with.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE…",
+            help="Bundles, ONNX files, model repositories, URLs of servers, and checkpoints to compare with.",
+        ),
     ],
     images: Annotated[Path, typer.Option(help="Clean labelled images, one folder per class.")],
     triggered: Annotated[
@@ -64,9 +69,15 @@ def command(
     template: Annotated[
         list[str] | None, typer.Option(help="Prompt of checkpoints, {} is the class; repeatable.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Architecture of checkpoints that do not say.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Architecture of checkpoints that do not say; or served model, of several."),
+    ] = None,
     image_size: ImageSizeOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of bundles and checkpoints: auto, cpu or cuda.")] = "auto",
+    provider: Annotated[
+        Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Of ONNX files and repositories.")
+    ] = "cpu",
     detector: Annotated[
         Literal["bdetclip"] | None,
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
@@ -81,14 +92,14 @@ def command(
     ] = Format.TEXT,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Measure bundles and checkpoints on a labelled folder, and on triggered images."""
+    """Measure classifiers on a labelled folder, and on triggered images: as purified, exported or served."""
     from cbpt_runtime.evaluation import evaluate_all
     from cbpt_runtime.models.class_lists import read_class_list
 
     with reserved_page(report, force=force):
         with shown_progress() as progress:
             evaluations = evaluate_all(
-                subjects,
+                sources,
                 images,
                 triggered,
                 target,
@@ -98,6 +109,7 @@ def command(
                 model=model,
                 image_size=image_size,
                 device=device,
+                provider=provider,
                 detector=detector,
                 skip_unreadable=skip_unreadable,
                 trust=given_trust(trust, digest),
@@ -107,7 +119,8 @@ def command(
             print_note(f"note: {note}")
         _print(evaluations, Format.JSON if as_json else output_format)
         for evaluation in evaluations:
-            print_note(f"digest of {evaluation.source}: {evaluation.digest}")
+            if evaluation.digest is not None:
+                print_note(f"digest of {evaluation.source}: {evaluation.digest}")
         if report is not None:
             from cbpt_runtime.report import render_evaluation
 
@@ -127,7 +140,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
     columns = ("rate, with 95 % confidence interval", *(head for head, _, _ in sides), "images")
     print_table(columns, rows)
     facts: dict[str, object] = {}
-    if evaluation.kind == "bundle":
+    if evaluation.before is None:
+        facts |= {"before": _ALONE}
+    if evaluation.kind != "checkpoint":
         facts |= {"verdict": evaluation.verdict, "suspects": evaluation.suspects}
     if evaluation.target is not None:
         facts["target"] = evaluation.target
@@ -156,6 +171,9 @@ def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
         case Format.TEXT:
             columns, rows = tables.table_rows(evaluations)
             print_table(columns, rows)
+            for name, evaluation in zip(tables.short_names(evaluations), evaluations, strict=True):
+                if evaluation.before is None:
+                    print_note(f"before, {name}: {_ALONE}")
             print_note(
                 "CA clean accuracy; ASR triggered images of other classes called the target; PA given their"
             )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbpt_runtime.answers import Answer
+from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.demo.story import DemoResult
 from cbpt_runtime.errors import ConfigError
 

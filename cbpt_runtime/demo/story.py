@@ -135,7 +135,7 @@ def run_demo(
 
 def check_purification(evaluation: Evaluation) -> None:
     """Raise PurificationError unless the target was found, the attack is gone and accuracy held."""
-    before, after = evaluation.before, evaluation.after or evaluation.before
+    before, *_, after = evaluation.heads["before"], *evaluation.heads.values()
     asr_before, asr_after = _value(before.attack_success_rate), _value(after.attack_success_rate)
     ca_drop = _value(before.clean_accuracy) - _value(after.clean_accuracy)
     problems = []

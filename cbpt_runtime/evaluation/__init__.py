@@ -1,9 +1,8 @@
-"""Clean accuracy, attack success and the alarm of bundles and checkpoints, measured on labelled images.
+"""Clean accuracy, attack success and the alarm of classifiers, measured on labelled images.
 
 results       what was measured
-subjects      a bundle or a checkpoint as something that names classes
-detectors     what tells triggered images at test time, to compare the alarm with
-measuring     one pass over the images per subject
+opening       classifiers to be compared, over one class list
+measuring     one pass over the images per classifier
 tables        Markdown and CSV
 """
 

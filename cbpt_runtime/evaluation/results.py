@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
+from cbpt_runtime.classification import Prediction
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.evaluation.metrics import Estimate, Rate
 
@@ -59,7 +60,8 @@ class Measured:
 
     Attributes:
         labels: True classes.
-        before: Classes the only head, or the reference head of a bundle, gives.
+        before: Classes the only head of a checkpoint, or the reference head of a bundle, gives; None for what
+            was exported, which has the purified head alone.
         after: Classes the purified head gives; None for a checkpoint.
         alarm: In [0, 1]; what a detector says of a checkpoint, in its own units; None without one.
         shown: Rows of a few images kept to look at.
@@ -67,21 +69,38 @@ class Measured:
     """
 
     labels: Int[np.ndarray, " batch"]
-    before: Int[np.ndarray, " batch"]
+    before: Int[np.ndarray, " batch"] | None
     after: Int[np.ndarray, " batch"] | None
     alarm: Float[np.ndarray, " batch"] | None
-    shown: Int[np.ndarray, " examples"]
-    pictures: UInt8[np.ndarray, "examples height width 3"]
+    shown: Int[np.ndarray, " examples"] = field(default_factory=lambda: np.zeros(0, int))
+    pictures: UInt8[np.ndarray, "examples height width 3"] = field(
+        default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8)
+    )
+
+    @property
+    def heads(self) -> dict[str, Int[np.ndarray, " batch"]]:
+        """The classes each head gives: 'before', 'after', or both."""
+        given = {"before": self.before, "after": self.after}
+        return {name: called for name, called in given.items() if called is not None}
+
+    def rows(self, chosen: Bool[np.ndarray, " batch"]) -> Measured:
+        """Some of the images; the pictures stay behind."""
+        return Measured(
+            labels=self.labels[chosen],
+            before=None if self.before is None else self.before[chosen],
+            after=None if self.after is None else self.after[chosen],
+            alarm=None if self.alarm is None else self.alarm[chosen],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """A bundle measured before (reference head) and after purification, or a checkpoint as it is.
+    """A bundle measured before (reference head) and after purification, its export, or a checkpoint as it is.
 
     Attributes:
-        source: Path of the bundle or what names the checkpoint.
-        kind: 'bundle' or 'checkpoint'.
-        digest: SHA-256 of the bundle's manifest or of the checkpoint's weights.
+        source: Path or URL, or what names the checkpoint.
+        kind: 'bundle', 'checkpoint', 'onnx', 'repository' or 'url'.
+        digest: SHA-256 of the manifest, of the checkpoint's weights or of the graph; None of a server.
         class_names: In the order of the class indices.
         verdict: The bundle's verdict; None for a checkpoint.
         suspects: Names of the bundle's suspected targets.
@@ -89,12 +108,14 @@ class Evaluation:
         attack: What put the triggers on: a description of the trigger, or the folder they lay in.
         clean_images: Number of clean images.
         triggered_images: Number of triggered images.
-        before: Rates of the reference head, or of a checkpoint's zero-shot head.
+        before: Rates of the reference head, or of a checkpoint's zero-shot head; None for what was exported,
+            which has the purified head alone.
         after: Rates of the purified head; None for a checkpoint.
         alarm: None without triggered images, or without suspects (the alarm is then always zero) or another
             detector.
         encoder: 'untouched', or what a method made of the image tower: 'tuned' or 'prompted'. What was before
-            is then not in the bundle: `before` is the zero-shot head of the *new* tower.
+            is then not in the bundle: `before` is the zero-shot head of the *new* tower. None for what was
+            exported, which does not say.
         detector: What `alarm` is of: 'alarm', 'bdetclip', or None.
         notes: Remarks for the user: what was adapted, and which files were left out.
         clean: Every clean image; not part of `to_dict`.
@@ -103,7 +124,7 @@ class Evaluation:
 
     source: str
     kind: str
-    digest: str
+    digest: str | None
     class_names: tuple[str, ...]
     verdict: str | None
     suspects: tuple[str, ...]
@@ -111,14 +132,20 @@ class Evaluation:
     attack: dict[str, Any] | None
     clean_images: int
     triggered_images: int
-    before: HeadRates
+    before: HeadRates | None
     after: HeadRates | None
     alarm: AlarmQuality | None
-    encoder: str = "untouched"
+    encoder: str | None = "untouched"
     detector: str | None = None
     notes: tuple[str, ...] = ()
     clean: Measured | None = field(default=None, repr=False)
     triggered: Measured | None = field(default=None, repr=False)
+
+    @property
+    def heads(self) -> dict[str, HeadRates]:
+        """The rates of each head: 'before', 'after', or both."""
+        given = {"before": self.before, "after": self.after}
+        return {name: rates for name, rates in given.items() if rates is not None}
 
     @property
     def alarm_auroc(self) -> float | None:
@@ -153,16 +180,46 @@ _PLAIN = (
 )
 
 
+def measure_batch(labels: Int[np.ndarray, " batch"], said: Prediction, *, is_purified: bool) -> Measured:
+    """What was said about a few images, next to their true classes.
+
+    Args:
+        labels: True classes.
+        said: Of the same images.
+        is_purified: Whether the head is the one after purification; a checkpoint's only one is that before.
+    """
+    before, after = (said.reference_labels, said.labels) if is_purified else (said.labels, None)
+    return Measured(labels=labels, before=before, after=after, alarm=said.alarm)
+
+
+def join(
+    parts: Sequence[Measured],
+    shown: Int[np.ndarray, " examples"] | None = None,
+    pictures: UInt8[np.ndarray, "examples height width 3"] | None = None,
+) -> Measured:
+    """Batches put together, with a few of their images."""
+
+    def joined(values: list[Any]) -> Any:
+        return None if values[0] is None else np.concatenate(values)
+
+    whole: dict[str, Any] = {
+        name: joined([getattr(part, name) for part in parts])
+        for name in ("labels", "before", "after", "alarm")
+    }
+    if shown is not None and pictures is not None:
+        whole |= {"shown": shown, "pictures": pictures}
+    return Measured(**whole)
+
+
 def summarise(
     clean: Measured, triggered: Measured | None, target: int | None, *, has_detector: bool
-) -> tuple[HeadRates, HeadRates | None, AlarmQuality | None]:
-    """Rates of both heads and the quality of the alarm, from what was said image by image."""
-    before = _rates(clean, triggered, target, purified=False)
-    after = None if clean.after is None else _rates(clean, triggered, target, purified=True)
+) -> tuple[dict[str, HeadRates], AlarmQuality | None]:
+    """Rates of each head there is and the quality of the alarm, from what was said image by image."""
+    rates = {head: _rates(head, clean, triggered, target) for head in clean.heads}
     alarm = None
     if has_detector and triggered is not None and target is not None:
         alarm = alarm_quality(clean, triggered, target)
-    return before, after, alarm
+    return rates, alarm
 
 
 def alarm_quality(clean: Measured, triggered: Measured, target: int) -> AlarmQuality | None:
@@ -186,29 +243,26 @@ def per_class(clean: Measured, names: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"name": name, "images": int(count)} for name, count in zip(names, total, strict=True)
     ]
-    for key, predicted in (("right_before", clean.before), ("right_after", clean.after)):
-        if predicted is not None:
-            right = np.bincount(clean.labels[predicted == clean.labels], minlength=len(names))
-            for row, count in zip(rows, right, strict=True):
-                row[key] = int(count)
+    for head, predicted in clean.heads.items():
+        right = np.bincount(clean.labels[predicted == clean.labels], minlength=len(names))
+        for row, count in zip(rows, right, strict=True):
+            row[f"right_{head}"] = int(count)
     return rows
 
 
 def prediction_counts(triggered: Measured, names: Sequence[str]) -> list[dict[str, Any]]:
     """How often each class is given to triggered images, most often first; classes never given left out."""
-    before = np.bincount(triggered.before, minlength=len(names))
-    after = None if triggered.after is None else np.bincount(triggered.after, minlength=len(names))
-    both = before if after is None else before + after
-    rows = []
-    for index in np.argsort(-both, kind="stable"):
-        if both[index]:
-            row = {"name": names[index], "before": int(before[index])}
-            rows.append(row if after is None else {**row, "after": int(after[index])})
-    return rows
+    counts = {head: np.bincount(called, minlength=len(names)) for head, called in triggered.heads.items()}
+    total = np.sum(list(counts.values()), axis=0)
+    return [
+        {"name": names[index], **{head: int(count[index]) for head, count in counts.items()}}
+        for index in np.argsort(-total, kind="stable")
+        if total[index]
+    ]
 
 
-def _rates(clean: Measured, triggered: Measured | None, target: int | None, *, purified: bool) -> HeadRates:
-    called = _called(clean, purified=purified)
+def _rates(head: str, clean: Measured, triggered: Measured | None, target: int | None) -> HeadRates:
+    called = clean.heads[head]
     accuracy = metrics.accuracy(called, clean.labels)
     if target is None:
         return HeadRates(clean_accuracy=accuracy)
@@ -216,7 +270,7 @@ def _rates(clean: Measured, triggered: Measured | None, target: int | None, *, p
     recall = metrics.target_recall(called, clean.labels, target)
     if triggered is None:
         return HeadRates(clean_accuracy=accuracy, floor=floor, target_recall=recall)
-    triggered_called = _called(triggered, purified=purified)
+    triggered_called = triggered.heads[head]
     return HeadRates(
         clean_accuracy=accuracy,
         floor=floor,
@@ -225,7 +279,3 @@ def _rates(clean: Measured, triggered: Measured | None, target: int | None, *, p
         attack_success_rate_inclusive=metrics.attack_success_inclusive(triggered_called, target),
         poisoned_accuracy=metrics.accuracy(triggered_called, triggered.labels),
     )
-
-
-def _called(measured: Measured, *, purified: bool) -> Int[np.ndarray, " batch"]:
-    return measured.after if purified and measured.after is not None else measured.before

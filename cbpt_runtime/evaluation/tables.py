@@ -22,12 +22,13 @@ ALARMS = {"alarm_auroc": "detection AUROC", "false_alarm_rate": "false alarms at
 
 def heads(evaluation: Evaluation) -> list[tuple[str, HeadRates, bool]]:
     """The heads of an evaluation: name, rates, and whether the alarm or detector belongs to it."""
-    if evaluation.after is None:
+    given = evaluation.heads
+    if evaluation.kind == "checkpoint":
         name = "zero-shot" if evaluation.detector is None else f"zero-shot, {evaluation.detector}"
-        return [(name, evaluation.before, True)]
-    if evaluation.encoder != "untouched" and evaluation.verdict == "unknown":
-        return [("after", evaluation.after, False)]  # what was before is not in the bundle
-    return [("before", evaluation.before, False), ("after", evaluation.after, True)]
+        return [(name, rates, True) for rates in given.values()]
+    if evaluation.encoder in ("tuned", "prompted") and evaluation.verdict == "unknown":
+        return [("after", given["after"], False)]  # what was before is not in the bundle
+    return [(name, rates, name == "after") for name, rates in given.items()]
 
 
 def table_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:

@@ -39,10 +39,12 @@ class GoldenCheck:
     """How golden answers came back.
 
     Attributes:
+        images: How many.
         largest_difference: In probability or alarm.
         note: What differs, for people, where that is more than on the machine the answers are from.
     """
 
+    images: int
     largest_difference: float
     note: str | None = None
 
@@ -92,14 +94,15 @@ class GoldenSet:
         labels = expected.argmax(axis=1) == outputs["probabilities"].argmax(axis=1)
         largest, here = float(np.max(differences)), kind_of_processor()  # NaN where one is
         if largest <= tolerance and labels.all():
-            return GoldenCheck(largest_difference=largest)
+            return GoldenCheck(images=len(rows), largest_difference=largest)
         others = [str(row["file"]) for row, same in zip(rows, labels, strict=True) if not same]
         got = f"probabilities off by {differences[0]:.3g}, alarm by {differences[1]:.3g}, " + (
             f"{len(others)} other labels ({', '.join(others)})" if others else "no other label"
         )
         if made_on not in (None, here):
             if largest <= INT8_TOLERANCE_ELSEWHERE:
-                return GoldenCheck(largest_difference=largest, note=_difference_note(got, made_on, here))
+                note = _difference_note(got, made_on, here)
+                return GoldenCheck(images=len(rows), largest_difference=largest, note=note)
             tolerance = INT8_TOLERANCE_ELSEWHERE
             got += f"; exported on a processor with {made_on}, this one has {here}"
         raise ExportError(

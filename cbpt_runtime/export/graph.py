@@ -1,8 +1,8 @@
 """The served classifier as one torch module, and its export: uint8 pixels in; both heads' answers out.
 
-The maths of the heads is that of `cbpt_runtime.heads`, written in torch so that it can be exported. The two
-are compared on every export by the parity gate. The same bundle and the same packages give the same bytes;
-what exporters leave in a file about the machine (source paths, stack traces) is removed.
+The maths of the heads is that of `cbpt_runtime.classification.zero_shot`, written in torch so that it can be
+exported. The two are compared on every export by the parity gate. The same bundle and the same packages give
+the same bytes; what exporters leave in a file about the machine (source paths, stack traces) is removed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ServedClassifier(nn.Module):
 
 
 def probabilities(logits: Float[Tensor, "batch classes"], *, sigmoid: bool) -> Float[Tensor, "batch classes"]:
-    """As `heads.probabilities`."""
+    """As `zero_shot.probabilities`."""
     return logits.sigmoid() if sigmoid else logits.softmax(dim=1)
 
 
@@ -80,7 +80,7 @@ def alarm(
     *,
     sigmoid: bool,
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """As `heads.alarm`, and which suspect it speaks of (its class index; -1 when nothing is suspected)."""
+    """As `zero_shot.alarm`, and which suspect it speaks of (class index; -1 when nothing is suspected)."""
     if not suspects:
         silent = torch.zeros_like(purified_logits[:, 0])
         return silent, silent.to(torch.int64) - 1

@@ -16,9 +16,10 @@ import onnx
 import onnxruntime
 from jaxtyping import Int, UInt8
 
-from cbpt_runtime import heads
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
+from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.images import GateImages
 from cbpt_runtime.export.onnx import FEATURES, with_features
@@ -100,7 +101,7 @@ class Parity:
 
 def measure_parity(
     model: onnx.ModelProto,
-    classifier: ZeroShotClassifier,
+    classifier: BundleClassifier,
     images: GateImages,
     *,
     max_batch: int,
@@ -174,6 +175,8 @@ def _run(
 def _answer_differences(
     got: dict[str, np.ndarray], expected: Prediction, bundle: Bundle
 ) -> dict[str, tuple[float, float]]:
+    if expected.alarm is None:
+        raise RuntimeError("a bundle has an alarm")
     count = len(got["logits"])
     cosines = _largest(got["logits"], expected.logits[:count]) / bundle.logit_scale
     disagree = int(np.count_nonzero(got["logits"].argmax(axis=1) != expected.labels[:count]))
@@ -192,18 +195,16 @@ def _answer_differences(
 def _quieter(named: Int[np.ndarray, " batch"], expected: Prediction, bundle: Bundle) -> float:
     """By how much the suspected target that is named is at most quieter than the loudest one."""
     suspects, count = list(bundle.suspect_indices), len(named)
+    if expected.reference_logits is None:
+        raise RuntimeError("a bundle has both heads")
+    before, after = expected.reference_logits[:count], expected.logits[:count]
     if not suspects:
         return 0.0 if (named == -1).all() else math.inf
     if not np.isin(named, suspects).all():
         return math.inf
     each = np.full((count, len(bundle.class_names)), -math.inf)
     for suspect in suspects:
-        each[:, suspect] = heads.alarm(
-            expected.reference_logits[:count],
-            expected.logits[:count],
-            [suspect],
-            sigmoid=bundle.logit_bias is not None,
-        )
+        each[:, suspect] = zero_shot.alarm(before, after, [suspect], sigmoid=bundle.logit_bias is not None)
     return float((each.max(axis=1) - each[np.arange(count), named]).max())
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_tensors
 
 from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
@@ -112,11 +112,11 @@ def export_bundle(
     return Exported(path=output, name=name, digest=digest, parity=dict(content.parity), notes=images.notes)
 
 
-def load_served(bundle: Bundle) -> tuple[ServedClassifier, ZeroShotClassifier]:
+def load_served(bundle: Bundle) -> tuple[ServedClassifier, BundleClassifier]:
     """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
     state = load_tensors(bundle.read_file(ENCODER))
     encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
-    return ServedClassifier(bundle, encoder), ZeroShotClassifier(bundle, encoder, torch.device("cpu"))
+    return ServedClassifier(bundle, encoder), BundleClassifier(bundle, encoder, torch.device("cpu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
-    from cbpt_runtime.classifier import ZeroShotClassifier
+    from cbpt_runtime.classification.bundled import BundleClassifier
     from cbpt_runtime.export.graph import ServedClassifier
     from cbpt_runtime.export.images import GateImages
 
@@ -235,7 +235,7 @@ def _compare_with_new_export(model: onnx.ModelProto, module: ServedClassifier, b
 
 def _quality(
     session: onnxruntime.InferenceSession,
-    classifier: ZeroShotClassifier,
+    classifier: BundleClassifier,
     images: GateImages,
     profile: dict[str, Any],
 ) -> dict[str, Any]:

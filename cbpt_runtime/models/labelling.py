@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from cbpt_runtime.classification.zero_shot import logits, probabilities
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.heads import logits, probabilities
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import (
     HELDOUT_SHOTS,

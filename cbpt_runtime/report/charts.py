@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from cbpt_runtime.report.figures import data_uri
 SUSPECT_COLOUR = "#b3261e"
 BEFORE_COLOUR = "#5b6770"
 AFTER_COLOUR = "#1f5fa8"
+_HEAD_COLOURS = {"before": BEFORE_COLOUR, "after": AFTER_COLOUR}
 _RC: Any = {"svg.hashsalt": "cbpt", "svg.fonttype": "none", "font.size": 11}
 
 
@@ -58,21 +59,15 @@ def ranked_uri(
 
 
 def destinations_uri(
-    names: Sequence[str],
-    before: Int[np.ndarray, " rows"],
-    after: Int[np.ndarray, " rows"] | None,
-    total: int,
-    *,
-    marked: str,
+    names: Sequence[str], counts: Mapping[str, Int[np.ndarray, " rows"]], total: int, *, marked: str
 ) -> str:
-    """Shares of images by the class they are given, before above after."""
+    """Shares of images by the class each head ('before', 'after') gives them, before above after."""
     places = np.arange(len(names), dtype=float)
     with _chart(1.1 + 0.42 * len(names)) as (axes, out):
-        height = 0.38 if after is not None else 0.6
-        offset = height / 2 if after is not None else 0.0
-        axes.barh(places - offset, 100 * before / total, height, color=BEFORE_COLOUR, label="before")
-        if after is not None:
-            axes.barh(places + offset, 100 * after / total, height, color=AFTER_COLOUR, label="after")
+        height, offsets = (0.38, (-0.19, 0.19)) if len(counts) > 1 else (0.6, (0.0,))
+        for (head, own), offset in zip(counts.items(), offsets, strict=True):
+            axes.barh(places + offset, 100 * own / total, height, color=_HEAD_COLOURS[head], label=head)
+        if len(counts) > 1:
             axes.legend(frameon=False, loc="lower right")
         axes.set_yticks(places, list(names), parse_math=False)
         for label in axes.get_yticklabels():
@@ -85,22 +80,20 @@ def destinations_uri(
 
 
 def class_accuracy_uri(
-    before: Float[np.ndarray, " classes"],
-    after: Float[np.ndarray, " classes"] | None,
-    names: Sequence[str],
-    marked: Sequence[int],
+    shares: Mapping[str, Float[np.ndarray, " classes"]], names: Sequence[str], marked: Sequence[int]
 ) -> str:
-    """Clean accuracy of every class, before and after, in the order of before."""
-    order = np.argsort(-before, kind="stable")
+    """Clean accuracy of every class with each head ('before', 'after'), in the order of the first."""
+    first, last = next(iter(shares.values())), list(shares.values())[-1]
+    order = np.argsort(-first, kind="stable")
     ranks = np.arange(1, len(order) + 1)
     with _chart(3.0) as (axes, out):
-        if after is not None:
-            axes.vlines(ranks, 100 * before[order], 100 * after[order], color="#c3cad0", linewidth=1)
-        axes.scatter(ranks, 100 * before[order], s=16, color=BEFORE_COLOUR, linewidths=0, label="before")
-        if after is not None:
-            axes.scatter(ranks, 100 * after[order], s=16, color=AFTER_COLOUR, linewidths=0, label="after")
+        if len(shares) > 1:
+            axes.vlines(ranks, 100 * first[order], 100 * last[order], color="#c3cad0", linewidth=1)
+        for head, own in shares.items():
+            colour = _HEAD_COLOURS[head]
+            axes.scatter(ranks, 100 * own[order], s=16, color=colour, linewidths=0, label=head)
+        if len(shares) > 1:
             axes.legend(frameon=False, loc="lower left")
-        last = before if after is None else after
         for index in marked:
             rank = int(np.flatnonzero(order == index)[0]) + 1
             left = rank < 0.7 * len(order)
@@ -116,7 +109,7 @@ def class_accuracy_uri(
                 parse_math=False,
             )
         axes.set_ylim(-4, 104)
-        axes.set_xlabel("classes, most accurate before first")
+        axes.set_xlabel(f"classes, most accurate {next(iter(shares))} first")
         axes.set_ylabel("clean accuracy, %")
     return out[0]
 

@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
 from cbpt_runtime.artifacts.names import readable
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
-from cbpt_runtime.evaluation.subjects import Call, open_subjects
 from cbpt_runtime.evaluation.tables import short_names, table_rows
 from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
@@ -57,13 +57,14 @@ def bundle_report(
         device: 'auto', 'cpu' or 'cuda'.
     """
     examples = choose_examples(images, 5 if show_images else 0)
-    call = open_subjects([bundle], device=device)[0].call
+    classifier = BundleClassifier.from_bundle(bundle, device)
+    has_study = len(images) and _has_two_heads(bundle)
     return render_report(
         bundle,
         examples=examples,
         painted=paint_dummy_triggers(bundle, examples),
-        study=study_bundle(bundle, images, labels, call) if len(images) and _has_two_heads(bundle) else None,
-        call=call,
+        study=study_bundle(classifier, images, labels) if has_study else None,
+        classifier=classifier,
     )
 
 
@@ -80,7 +81,7 @@ def render_report(
     examples: Images | None = None,
     painted: Sequence[TriggeredImages] = (),
     study: Study | None = None,
-    call: Call | None = None,
+    classifier: BundleClassifier | None = None,
 ) -> str:
     """The text of a bundle's ``report.html``.
 
@@ -89,7 +90,7 @@ def render_report(
         examples: A plain image and a few clean ones at the model's size.
         painted: The same images with each dummy trigger.
         study: What was measured with the dummy triggers.
-        call: The bundle's classifier, to say below each example what both heads call it.
+        classifier: Of the bundle, to say below each example what both heads call it.
 
     Returns:
         One self-contained HTML page.
@@ -106,13 +107,13 @@ def render_report(
         prompt_columns=PROMPT_COLUMNS,
         prompt_rows=prompt_rows(bundle.prompts),
         odd_words=odd_words(bundle.prompts),
-        rows=_picture_rows(bundle, examples, painted, call),
+        rows=_picture_rows(bundle, examples, painted, classifier),
         charts=_study_charts(bundle, study),
     )
 
 
 def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
-    """The text of an evaluation's report: one table of everything, then each bundle or checkpoint in detail.
+    """The text of an evaluation's report: one table of everything, then each classifier in detail.
 
     Returns:
         One self-contained HTML page.
@@ -220,7 +221,7 @@ def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
         marked = [] if target is None else [target]
         shown.append(sections.class_accuracy(found.clean, names, marked, "clean images"))
     bundle = None
-    if found.kind == "bundle":
+    if found.kind == "bundle" and found.digest is not None:
         bundle = open_bundle(found.source, make_trust(digests=[found.digest]), verify=False)
     if bundle is not None and _has_two_heads(bundle):
         shown.append(sections.movement(bundle))
@@ -234,20 +235,18 @@ def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
     }
 
 
-def _worst(evaluations: Sequence[Evaluation]) -> dict[str, tuple[Rate, Rate | None]] | None:
-    """Of the bundles, the one with the highest attack success left; else the first checkpoint."""
-    attacked = [found for found in evaluations if found.before.attack_success_rate is not None]
-    if not attacked:
-        return None
+def _worst(evaluations: Sequence[Evaluation]) -> dict[str, list[Rate]] | None:
+    """Rates by head of the purified classifier with the highest attack success left; else of the first."""
 
     def left(found: Evaluation) -> float:
-        head = found.after if found.after is not None else found.before
-        rate = head.attack_success_rate
-        return -1.0 if found.after is None or rate is None or rate.rate is None else rate.rate
+        rate = None if found.after is None else found.after.attack_success_rate
+        return -1.0 if rate is None or rate.rate is None else rate.rate
 
-    worst = max(attacked, key=left)
+    worst = max(evaluations, key=left)
+    if any(head.attack_success_rate is None for head in worst.heads.values()):
+        return None
     return {
-        name: (getattr(worst.before, name), None if worst.after is None else getattr(worst.after, name))
+        name: [getattr(head, name) for head in worst.heads.values()]
         for name in ("attack_success_rate", "clean_accuracy", "poisoned_accuracy", "floor")
     }
 
@@ -317,7 +316,10 @@ def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Mapping[str, An
 
 
 def _picture_rows(
-    bundle: Bundle, examples: Images | None, painted: Sequence[TriggeredImages], call: Call | None
+    bundle: Bundle,
+    examples: Images | None,
+    painted: Sequence[TriggeredImages],
+    classifier: BundleClassifier | None,
 ) -> list[tuple[str, list[Picture]]]:
     """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
     if examples is None or not painted:
@@ -328,13 +330,15 @@ def _picture_rows(
         rows.append((title, f"the image above with the {title}", dummy.images))
     found = []
     for title, caption, images in rows:
-        called = None if call is None else call(images)
+        said = None if classifier is None else classifier.predict(images)
+        heads = {} if said is None else {"before": said.reference_labels, "after": said.labels}
         pictures = []
         for index, image in enumerate(images):
-            below: tuple[str, ...] = ()
-            if called is not None and called.after is not None and index > 0:  # the first is plain grey
-                before, after = called.before[index], called.after[index]
-                below = (f"before: {bundle.class_names[before]}", f"after: {bundle.class_names[after]}")
+            below = tuple(
+                f"{head}: {bundle.class_names[called[index]]}"
+                for head, called in heads.items()
+                if called is not None and index > 0  # the first is plain grey
+            )
             full = f"{caption}, called {', '.join(below)}" if below else caption
             pictures.append(Picture(uri=picture_uri(image), caption=full, below=below))
         found.append((title, pictures))

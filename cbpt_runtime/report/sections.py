@@ -55,34 +55,23 @@ def destinations(triggered: Measured, names: Sequence[str], target: int, what: s
     shown = (first + [row for row in counts if row["name"] != names[target]])[:_DESTINATIONS]
     rest = [row for row in counts if row not in shown]
     labels = [row["name"] for row in shown] + (["all others"] if rest else [])
-    has_after = triggered.after is not None
-    before = [row["before"] for row in shown] + ([sum(row["before"] for row in rest)] if rest else [])
-    after = [row.get("after", 0) for row in shown]
-    after += [sum(row.get("after", 0) for row in rest)] if rest else []
+    heads = triggered.heads
+    bars = {
+        head: np.array([row[head] for row in shown] + [sum(row[head] for row in rest)] * bool(rest))
+        for head in heads
+    }
     total = len(triggered.labels)
-    right = [
-        int((called == triggered.labels).sum())
-        for called in (triggered.before, triggered.after)
-        if called is not None
-    ]
+    right = [int((called == triggered.labels).sum()) for called in heads.values()]
+    called_target = [int((called == target).sum()) for called in heads.values()]
     text = f"{total:,} {what}. Given their true class: {_arrow(right, total)}. "
-    called_target = [int((c == target).sum()) for c in (triggered.before, triggered.after) if c is not None]
     text += f"Called {names[target]}: {_arrow(called_target, total)}."
     return Chart(
         title="Where triggered images go",
         text=text,
-        uri=charts.destinations_uri(
-            labels,
-            np.array(before),
-            np.array(after) if has_after else None,
-            total,
-            marked=names[target],
-        ),
+        uri=charts.destinations_uri(labels, bars, total, marked=names[target]),
         alt=f"Bars: share of the triggered images by the class they are given. {text}",
-        columns=("class", "before", *(["after"] if has_after else [])),
-        rows=tuple(
-            (row["name"], str(row["before"]), *([str(row["after"])] if has_after else [])) for row in counts
-        ),
+        columns=("class", *heads),
+        rows=tuple((row["name"], *(str(row[head]) for head in heads)) for row in counts),
     )
 
 
@@ -91,29 +80,23 @@ def class_accuracy(clean: Measured, names: Sequence[str], marked: Sequence[int],
     rows = [row for row in per_class(clean, names) if row["images"]]
     present = [row["name"] for row in rows]
     images = np.array([row["images"] for row in rows])
-    before = np.array([row["right_before"] for row in rows]) / images
-    after = None
+    shares = {head: np.array([row[f"right_{head}"] for row in rows]) / images for head in clean.heads}
     text = f"{len(clean.labels):,} {what}."
-    if clean.after is not None:
-        after = np.array([row["right_after"] for row in rows]) / images
-        lost, won = int((after < before).sum()), int((after > before).sum())
+    if len(shares) > 1:
+        lost = int((shares["after"] < shares["before"]).sum())
+        won = int((shares["after"] > shares["before"]).sum())
         same = len(rows) - lost - won
         text += f" {lost} of {len(rows)} classes lost, {won} gained, {same} stayed as they were."
     kept = [present.index(names[index]) for index in marked if names[index] in present]
     return Chart(
         title="Clean accuracy by class",
         text=text,
-        uri=charts.class_accuracy_uri(before, after, present, kept),
+        uri=charts.class_accuracy_uri(shares, present, kept),
         alt=f"Dots: clean accuracy of every class. {text}",
-        columns=("class", "images", "before", *(["after"] if after is not None else [])),
+        columns=("class", "images", *shares),
         rows=tuple(
-            (
-                row["name"],
-                str(row["images"]),
-                _percent(row["right_before"] / row["images"]),
-                *([_percent(row["right_after"] / row["images"])] if after is not None else []),
-            )
-            for row in rows
+            (row["name"], str(row["images"]), *(_percent(own[place]) for own in shares.values()))
+            for place, row in enumerate(rows)
         ),
     )
 
@@ -214,9 +197,7 @@ def _called(measured: Measured, names: Sequence[str]) -> list[Picture]:
     pictures = []
     for row, image in zip(measured.shown, measured.pictures, strict=True):
         true = names[measured.labels[row]]
-        below = [f"before: {names[measured.before[row]]}"]
-        if measured.after is not None:
-            below.append(f"after: {names[measured.after[row]]}")
+        below = [f"{head}: {names[called[row]]}" for head, called in measured.heads.items()]
         caption = f"{true}; called {', '.join(below)}"
         pictures.append(Picture(uri=picture_uri(image), caption=caption, below=(f"is: {true}", *below)))
     return pictures

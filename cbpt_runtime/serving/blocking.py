@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from cbpt_runtime.answers import Answer
+from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.client import AsyncClient, ModelInfo, ServedPrediction
 

@@ -19,8 +19,8 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.artifacts import read_regular_file
+from cbpt_runtime.classification.prediction import Answer, make_answers
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.retries import Retries

@@ -152,6 +152,35 @@ def test_classify_reads_an_image_from_stdin(
     assert (one["image"], one["labels"]) == ("-", two["labels"])
 
 
+def test_classify_takes_whatever_classifies(
+    run: Callable,
+    tiny_served: Path,
+    tiny_graph: Path,
+    tiny_checkpoint_folder: Path,
+    tiny_class_file: Path,
+    tiny_image_folder: Path,
+) -> None:
+    photo = min(tiny_image_folder.rglob("*.png"))
+    for kind, source in (("onnx", tiny_graph), ("repository", tiny_served)):
+        parsed = json.loads(run("classify", source, photo, "--json").out)
+        assert (set(parsed), parsed[kind]) == ({kind, "digest", "images"}, str(source))
+        assert 0 <= parsed["images"][0]["alarm"] <= 1
+    classes = ("--classes", tiny_class_file, "--template", "a {}")
+    parsed = json.loads(run("classify", tiny_checkpoint_folder, photo, *classes, "--json").out)
+    assert parsed["images"][0]["alarm"] is None
+    assert "–" in run("classify", tiny_checkpoint_folder, photo, *classes).out
+    refused = run("classify", tiny_checkpoint_folder, photo)
+    assert (refused.code, "--classes" in refused.err) == (2, True)
+
+
+def test_classify_shows_how_far_it_is_with_many_images(
+    run: Callable, tiny_graph: Path, tiny_image_folder: Path
+) -> None:
+    done = run("classify", tiny_graph, *[tiny_image_folder] * 3, "--json")
+    assert "classify 108/108" in done.err
+    assert len(json.loads(done.out)["images"]) == 108
+
+
 def test_classify_names_a_broken_image(run: Callable, tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     done = run("classify", tiny_bundle.path, tmp_path / "broken.png")

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load as load_arrays
 
 from cbpt_runtime.bundle import ENCODER, HEAD, REPORT, Bundle, read_bundle
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.export.graph import export_onnx
@@ -54,7 +54,7 @@ def test_every_method_makes_a_bundle_that_can_be_read_and_classifies(
     assert set(bundle.metrics) == {"heldout_images", "heldout_ca_before", "heldout_ca_after"}
     np.testing.assert_array_equal(bundle.class_embeddings, bundle.reference_embeddings)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    prediction = ZeroShotClassifier.from_bundle(bundle).predict(images)
+    prediction = BundleClassifier.from_bundle(bundle).predict(images)
     assert np.isfinite(prediction.logits).all()
     assert prediction.alarm.tolist() == [0, 0, 0]
 

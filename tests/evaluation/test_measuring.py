@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from cbpt_runtime.bundle import HEAD, Bundle
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
 from cbpt_runtime.evaluation import evaluate, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
@@ -40,7 +40,7 @@ def triggered_folder(tiny_image_folder: Path, tmp_path: Path) -> Path:
 def logits_by_hand(bundle: Bundle, root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels and both heads' logits, from the files on disk with NumPy alone (features aside)."""
     folders = find_class_folders(root, bundle.class_names, allow_missing=True)
-    classifier = ZeroShotClassifier.from_bundle(bundle)
+    classifier = BundleClassifier.from_bundle(bundle)
     features = classifier.features(classifier.read([file for folder in folders for file in folder]))
     labels = np.array([label for label, folder in enumerate(folders) for _ in folder])
     head = load_file(bundle.path / HEAD)
@@ -130,7 +130,7 @@ def test_a_trigger_put_on_the_fly_measures_what_a_folder_of_its_pictures_does(
 ) -> None:
     trigger = BadNetRandom(size=9)
     generator = torch.Generator().manual_seed(5)
-    classifier = ZeroShotClassifier.from_bundle(tiny_bundle)
+    classifier = BundleClassifier.from_bundle(tiny_bundle)
     folders = find_class_folders(tiny_image_folder, tiny_bundle.class_names)
     files = [file for folder in folders for file in folder]
     for start in range(0, len(files), 64):

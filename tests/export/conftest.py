@@ -13,7 +13,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, CleanImages, write_bundle
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import GateImages, draw_gate_images
 from cbpt_runtime.export.profiles import Profile
@@ -25,7 +25,7 @@ class TinyExport:
     """The graph of the tiny bundle and what it is compared with. Copy the model before changing it."""
 
     bundle: Bundle
-    classifier: ZeroShotClassifier
+    classifier: BundleClassifier
     images: GateImages
     model: onnx.ModelProto
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from cbpt_runtime import heads
+from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
 from cbpt_runtime.export.foreign_graph import foreign_parts
@@ -74,7 +74,7 @@ def test_the_alarm_of_the_graph_is_that_of_heads(suspects: list[int], sigmoid: b
     before, after = (10 * generator.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
     got, target = graph.alarm(torch.from_numpy(before), torch.from_numpy(after), suspects, sigmoid=sigmoid)
     assert set(target.tolist()) <= set(suspects or [-1])
-    np.testing.assert_allclose(got, heads.alarm(before, after, suspects, sigmoid=sigmoid), atol=1e-6)
+    np.testing.assert_allclose(got, zero_shot.alarm(before, after, suspects, sigmoid=sigmoid), atol=1e-6)
 
 
 def test_without_suspects_the_exported_alarm_is_zero(tiny_export) -> None:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from cbpt_runtime import heads
+from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.parity import _quieter, measure_parity
 from cbpt_runtime.export.session import open_session, usable_cpus
@@ -143,7 +143,7 @@ def test_of_two_suspects_the_louder_one_must_be_named(tiny_export) -> None:
     manifest = tiny_export.bundle.manifest | {"suspects": [{"index": 0}, {"index": 2}]}
     bundle = replace(tiny_export.bundle, manifest=manifest)
     expected = tiny_export.classifier.predict(tiny_export.images.pixels[:4])
-    each = [heads.alarm(expected.reference_logits, expected.logits, [suspect]) for suspect in (0, 2)]
+    each = [zero_shot.alarm(expected.reference_logits, expected.logits, [suspect]) for suspect in (0, 2)]
     louder = np.where(each[0] >= each[1], 0, 2)
     assert _quieter(louder, expected, bundle) == 0
     assert _quieter(2 - louder, expected, bundle) == pytest.approx(np.abs(each[0] - each[1]).max())

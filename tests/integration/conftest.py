@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.classifier import Prediction, ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ConfigError, ServingError
 from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.profiles import Profile
@@ -86,9 +87,9 @@ def server(serve: Callable[..., AbstractContextManager[RunningServer]]) -> Itera
 
 
 @pytest.fixture(scope="session")
-def classifier(tiny_bundle: Bundle) -> ZeroShotClassifier:
+def classifier(tiny_bundle: Bundle) -> BundleClassifier:
     """What the server must agree with."""
-    return ZeroShotClassifier.from_bundle(tiny_bundle)
+    return BundleClassifier.from_bundle(tiny_bundle)
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ class Pictures:
     expected: Prediction
 
 
-def make_pictures(files: list[bytes], classifier: ZeroShotClassifier) -> Pictures:
+def make_pictures(files: list[bytes], classifier: BundleClassifier) -> Pictures:
     pixels = classifier.read(files)
     return Pictures(files=files, pixels=pixels, expected=classifier.predict(pixels))
 
 
 @pytest.fixture(scope="session")
-def drawn(classifier: ZeroShotClassifier) -> Pictures:
+def drawn(classifier: BundleClassifier) -> Pictures:
     """200 generated images of many sizes, formats and colour modes."""
     generator = np.random.default_rng(11)
     files = []
@@ -122,7 +123,7 @@ def drawn(classifier: ZeroShotClassifier) -> Pictures:
 
 
 @pytest.fixture(scope="session")
-def large(classifier: ZeroShotClassifier) -> Pictures:
+def large(classifier: BundleClassifier) -> Pictures:
     """Eight pictures of almost 4 million pixels: to decode them all takes a good part of a second."""
     generator = np.random.default_rng(3)
     files = []
@@ -135,7 +136,7 @@ def large(classifier: ZeroShotClassifier) -> Pictures:
 
 
 @pytest.fixture(scope="session")
-def real(shared_data: Path, classifier: ZeroShotClassifier) -> Pictures:
+def real(shared_data: Path, classifier: BundleClassifier) -> Pictures:
     """200 real photographs: the full-size ones, then small ones."""
     files: list[bytes] = []
     for archive in ("imagenet-samples.zip", "tiny-imagenet-100.zip"):

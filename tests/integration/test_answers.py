@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbpt_runtime.answers import Answer
-from cbpt_runtime.classification import classify_images
+from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer, ServedPrediction
 from cbpt_runtime.serving.wire import open_wire
 
@@ -86,7 +86,7 @@ def test_many_files_come_back_in_order_with_the_labels_of_the_bundle(
         found = client.classify_files(
             sources, top=2, progress=lambda stage, step, total, values: steps.append((step, total))
         )
-    expected = classify_images(tiny_bundle, sources, top=2)
+    expected = BundleClassifier.from_bundle(tiny_bundle).classify(sources, top=2)
     for got, wanted in zip(found, expected, strict=True):
         assert_same(got, wanted)
     assert steps[-1] == (50, 50)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbpt_runtime.classifier import ZeroShotClassifier
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ImageDataError, RequestError
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
 from cbpt_runtime.serving import Client, RunningServer
@@ -140,7 +140,7 @@ REQUESTS = st.one_of(
 class Judge:
     """Asks a server, compares what comes with what the bundle says, and counts the outcomes."""
 
-    def __init__(self, server: RunningServer, classifier: ZeroShotClassifier) -> None:
+    def __init__(self, server: RunningServer, classifier: BundleClassifier) -> None:
         self.outcomes: Counter[str] = Counter()
         self.memory_bytes: list[int] = []
         self._server = server
@@ -272,7 +272,7 @@ def good_neighbour(server: RunningServer, drawn: Any) -> Iterator[Counter[str]]:
     "number", [pytest.param(200, id="200"), pytest.param(2000, id="2000", marks=pytest.mark.nightly)]
 )
 def test_requests_made_up_at_random_are_answered_rightly_or_refused_with_a_message(
-    number: int, serve: Serve, drawn: Any, classifier: ZeroShotClassifier
+    number: int, serve: Serve, drawn: Any, classifier: BundleClassifier
 ) -> None:
     with serve() as server, good_neighbour(server, drawn) as neighbour:
         judge = Judge(server, classifier)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Measured
 from cbpt_runtime.evaluation.results import alarm_quality
-from cbpt_runtime.evaluation.subjects import open_subjects
 from cbpt_runtime.report import sections
 from cbpt_runtime.report.study import study_bundle
 
@@ -60,6 +60,6 @@ def test_embeddings_that_stayed_are_counted(tiny_bundle: Bundle) -> None:
 def test_a_study_measures_the_images_nobody_tuned_on(tiny_bundle: Bundle) -> None:
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(70) % 3
-    study = study_bundle(tiny_bundle, images, labels, open_subjects([tiny_bundle])[0].call)
+    study = study_bundle(BundleClassifier.from_bundle(tiny_bundle), images, labels)
     assert len(study.clean.labels) == len(study.clean.before) == len(study.clean.after) == 70
     assert study.attacked == ()  # this bundle has no dummy triggers

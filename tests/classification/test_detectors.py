@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification.detectors import DESCRIBING, UNRELATED, bdetclip
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.evaluation import evaluate, evaluate_all
-from cbpt_runtime.evaluation.detectors import DESCRIBING, UNRELATED, bdetclip
 from cbpt_runtime.evaluation.metrics import auroc
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.models.class_lists import read_class_list

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cbpt_runtime import heads
 from cbpt_runtime.bundle import ENCODER, Bundle
-from cbpt_runtime.classification import classify_images
-from cbpt_runtime.classifier import ZeroShotClassifier, load
+from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import BundleError, ImageDataError
+from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.models.clip import DualEncoder
 
 
 @pytest.fixture
-def classifier(tiny_bundle: Bundle) -> ZeroShotClassifier:
-    return ZeroShotClassifier.from_bundle(tiny_bundle)
+def classifier(tiny_bundle: Bundle) -> BundleClassifier:
+    return BundleClassifier.from_bundle(tiny_bundle)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def image_files(tiny_image_folder: Path) -> list[Path]:
 
 
 def test_features_equal_those_of_the_suspect_checkpoint(
-    classifier: ZeroShotClassifier, tiny_encoder: DualEncoder, image_files: list[Path]
+    classifier: BundleClassifier, tiny_encoder: DualEncoder, image_files: list[Path]
 ) -> None:
     images = classifier.read(image_files)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_features_equal_those_of_the_suspect_checkpoint(
 
 
 def test_a_prediction_is_what_the_two_heads_say(
-    classifier: ZeroShotClassifier, tiny_bundle: Bundle, image_files: list[Path]
+    classifier: BundleClassifier, tiny_bundle: Bundle, image_files: list[Path]
 ) -> None:
     images = classifier.read(image_files[:5])
     features = classifier.features(images)
@@ -52,7 +52,7 @@ def test_a_prediction_is_what_the_two_heads_say(
         atol=1e-5,
     )
     np.testing.assert_array_equal(
-        prediction.alarm, heads.alarm(prediction.reference_logits, prediction.logits, (2,))
+        prediction.alarm, zero_shot.alarm(prediction.reference_logits, prediction.logits, (2,))
     )
     np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(axis=1))
 
@@ -60,10 +60,10 @@ def test_a_prediction_is_what_the_two_heads_say(
 def test_a_classifier_is_called_with_images_of_every_kind(
     tiny_bundle: Bundle, image_files: list[Path]
 ) -> None:
-    classifier, path = load(tiny_bundle.path, device="cpu"), image_files[0]
+    classifier, path = open_classifier(tiny_bundle.path, device="cpu"), image_files[0]
     with Image.open(path) as image:
         picture, array = image.convert("RGBA"), np.asarray(image.convert("RGB"))
-    expected = classify_images(tiny_bundle, [(str(path), path)], top=2, device="cpu")[0]
+    expected = classifier.classify([(str(path), path)], top=2)[0]
     assert classifier(path, top=2) == classifier(str(path), top=2) == expected
     found = classifier([path.read_bytes(), picture, array], top=2)
     assert [answer.image for answer in found] == ["image 1", "image 2", "image 3"]
@@ -77,7 +77,7 @@ def test_a_classifier_is_called_with_images_of_every_kind(
 @pytest.mark.parametrize(
     "array", [np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)]
 )
-def test_an_array_that_is_no_picture_is_named(classifier: ZeroShotClassifier, array: np.ndarray) -> None:
+def test_an_array_that_is_no_picture_is_named(classifier: BundleClassifier, array: np.ndarray) -> None:
     with pytest.raises(ImageDataError, match=r"image 2: .*\["):
         classifier([np.zeros((8, 8, 3), np.uint8), array])
 
@@ -91,7 +91,7 @@ def test_a_notebook_shows_a_bundle_as_a_table_without_markup_of_its_names(tiny_b
     assert tiny_bundle.digest in shown
 
 
-def test_no_images_give_an_empty_prediction(classifier: ZeroShotClassifier) -> None:
+def test_no_images_give_an_empty_prediction(classifier: BundleClassifier) -> None:
     assert classifier.predict(classifier.read([])).logits.shape == (0, 3)
 
 
@@ -103,12 +103,12 @@ def test_no_images_give_an_empty_prediction(classifier: ZeroShotClassifier) -> N
         np.zeros((32, 32, 3), np.uint8),
     ],
 )
-def test_pixels_of_another_kind_are_refused(classifier: ZeroShotClassifier, images: np.ndarray) -> None:
+def test_pixels_of_another_kind_are_refused(classifier: BundleClassifier, images: np.ndarray) -> None:
     with pytest.raises(ImageDataError, match=r"uint8 images \[batch, 32, 32, 3\]"):
         classifier.predict(images)
 
 
-def test_all_unreadable_images_are_named_at_once(classifier: ZeroShotClassifier, tmp_path: Path) -> None:
+def test_all_unreadable_images_are_named_at_once(classifier: BundleClassifier, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(ImageDataError, match=r"broken\.jpg.*missing\.jpg.*image 3"):
         classifier.read([tmp_path / "broken.jpg", str(tmp_path / "missing.jpg"), b""])
@@ -123,13 +123,15 @@ def test_a_changed_encoder_is_not_loaded(tiny_bundle: Bundle, tmp_path: Path) ->
     data[-1] ^= 1
     (copy / ENCODER).write_bytes(data)
     with pytest.raises(BundleError, match=ENCODER):
-        ZeroShotClassifier.from_bundle(copy)
+        BundleClassifier.from_bundle(copy)
 
 
-def test_answers_list_the_most_likely_labels_first(tiny_bundle: Bundle, image_files: list[Path]) -> None:
+def test_answers_list_the_most_likely_labels_first(
+    classifier: BundleClassifier, image_files: list[Path]
+) -> None:
     sources = [(path.name, path) for path in image_files[:4]] + [("-", image_files[0].read_bytes())]
-    answers = classify_images(tiny_bundle.path, sources, top=2, device="cpu", batch_size=3)
+    answers = classifier.classify(sources, top=2, batch_size=3)
     assert [answer.image for answer in answers] == [name for name, _ in sources]
     assert all(answer.labels[0].probability >= answer.labels[1].probability for answer in answers)
     assert answers[0].labels == answers[-1].labels
-    assert len(classify_images(tiny_bundle, sources[:1], top=99)[0].labels) == 3
+    assert len(classifier.classify(sources[:1], top=99)[0].labels) == 3

@@ -1,0 +1,102 @@
+"""The purified zero-shot classifier of a bundle, running in PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load as load_tensors
+
+from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
+from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.classification.classifier import Classifier, Pixels
+from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
+from cbpt_runtime.models.preprocess import Preprocess
+
+
+class BundleClassifier(Classifier):
+    """Image encoder and both heads of a bundle; the encoder runs once per image.
+
+    Attributes:
+        bundle: Where they come from.
+        device: Where the encoder runs.
+    """
+
+    kind = "bundle"
+
+    def __init__(self, bundle: Bundle, encoder: ImageEncoder, device: torch.device) -> None:
+        self.bundle = bundle
+        self.device = device
+        self.source, self.digest, self.place = str(bundle.path), bundle.digest, str(device)
+        self.class_names, self.class_folders = bundle.class_names, bundle.class_folders
+        self.verdict, self.encoder = bundle.verdict, bundle.encoder
+        self._encoder = encoder
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle | str | Path, device: str = "cpu") -> BundleClassifier:
+        """Load the classifier of a bundle.
+
+        Args:
+            bundle: A bundle or the path of one.
+            device: 'auto', 'cpu' or 'cuda'.
+
+        Raises:
+            BundleError: The bundle is damaged.
+            ConfigError: The device is not there.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle, verify=False)  # the files used are checked as they are read
+        place = resolve_device(device)
+        state = load_tensors(bundle.read_file(ENCODER))
+        encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, str(place))
+        return cls(bundle, encoder, place)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the model's pixels."""
+        return self.bundle.preprocess
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Names of the suspected targets, most suspicious first."""
+        return tuple(str(suspect["name"]) for suspect in self.bundle.suspects)
+
+    def features(self, images: Pixels, *, batch_size: int = 64) -> Float[np.ndarray, "batch dim"]:
+        """Unit-norm image features.
+
+        Args:
+            images: RGB at the model's own size, as `read` gives them.
+            batch_size: Images encoded at once.
+
+        Raises:
+            ImageDataError: The array is not uint8 RGB at the model's size.
+        """
+        self.check_pixels(images)
+        parts = [np.zeros((0, self.bundle.class_embeddings.shape[1]), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
+                pixels = batch.to(self.device).permute(0, 3, 1, 2).float().div(255)
+                parts.append(self._encoder.encode_images(pixels).cpu().numpy())
+        return np.concatenate(parts)
+
+    def predict(self, images: Pixels) -> Prediction:
+        """Classify images with the purified head and compare with the head before."""
+        return self.predict_features(self.features(images))
+
+    def predict_features(self, features: Float[np.ndarray, "batch dim"]) -> Prediction:
+        """As `predict`, from features that are already there."""
+        bundle = self.bundle
+        sigmoid = bundle.logit_bias is not None
+        scale, bias = bundle.logit_scale, bundle.logit_bias
+        purified = zero_shot.logits(features, bundle.class_embeddings, scale, bias)
+        reference = zero_shot.logits(features, bundle.reference_embeddings, scale, bias)
+        return Prediction(
+            logits=purified,
+            probabilities=zero_shot.probabilities(purified, sigmoid=sigmoid),
+            alarm=zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid),
+            reference_logits=reference,
+        )

@@ -1,0 +1,114 @@
+"""A checkpoint as it is, as a zero-shot classifier over a class list, running in PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.classification.classifier import Classifier, Pixels
+from cbpt_runtime.classification.detectors import Detector, bdetclip
+from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.models.activation import settle_activation
+from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
+from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
+from cbpt_runtime.models.data import ClassList, draw_clean_split
+from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.models.prompt_tokens import prompt_notes
+
+_IMAGES_PER_CLASS = 16
+
+
+class CheckpointClassifier(Classifier):
+    """Both towers of a checkpoint; the head is what its text tower makes of the prompts.
+
+    Args:
+        source: What names the checkpoint.
+        checkpoint: What was read.
+        encoder: The same on its device.
+        classes: Names and prompts.
+        detector: Whose score is the alarm of the predictions; they have none without.
+    """
+
+    kind = "checkpoint"
+
+    def __init__(
+        self,
+        source: str,
+        checkpoint: Checkpoint,
+        encoder: DualEncoder,
+        classes: ClassList,
+        detector: Detector | None = None,
+    ) -> None:
+        self.source, self.digest, self.place = source, checkpoint.sha256, str(encoder.device)
+        self.class_names, self.class_folders = classes.names, classes.folders
+        self.notes = (*checkpoint.notes, *prompt_notes(classes, encoder.tokenizer))
+        self._preprocess, self._encoder, self._detector = checkpoint.preprocess, encoder, detector
+        self._head = encoder.class_embeddings(classes).cpu().numpy()
+        self._score = None if detector is None else bdetclip(encoder, classes.names)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the model's pixels."""
+        return self._preprocess
+
+    @property
+    def detector(self) -> str | None:
+        """Name of the detector, if there is one."""
+        return self._detector
+
+    def predict(self, images: Pixels) -> Prediction:
+        """Classify images with the zero-shot head."""
+        self.check_pixels(images)
+        encoder = self._encoder
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(encoder.device)
+        with torch.inference_mode():
+            features = encoder.encode_images(batch.permute(0, 3, 1, 2).float().div(255)).cpu().numpy()
+        logits = zero_shot.logits(features, self._head, encoder.logit_scale, encoder.logit_bias)
+        return Prediction(
+            logits=logits,
+            probabilities=zero_shot.probabilities(logits, sigmoid=encoder.logit_bias is not None),
+            alarm=None if self._score is None else self._score(features),
+        )
+
+
+def load_checkpoint_classifier(
+    source: str | Path,
+    classes: ClassList,
+    *,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    detector: Detector | None = None,
+    images: Path | None = None,
+) -> CheckpointClassifier:
+    """Read a checkpoint and make the zero-shot head of a class list.
+
+    Args:
+        source: A checkpoint in any form `read_checkpoint` knows.
+        classes: Names and prompts.
+        model: Architecture, where it does not say.
+        image_size: Side of the input, instead of its configuration's.
+        device: 'auto', 'cpu' or 'cuda'.
+        detector: A test-time detector whose score is the alarm.
+        images: Clean labelled images, which tell GELU from QuickGELU where it does not say.
+
+    Raises:
+        CheckpointError: It cannot be used.
+        ConfigError: The device is not there.
+    """
+    checkpoint = read_checkpoint(source, model=model, image_size=image_size)
+    if checkpoint.activation_is_guessed and images is not None:
+        few = draw_clean_split(
+            images,
+            classes,
+            checkpoint.preprocess,
+            shots=_IMAGES_PER_CLASS,
+            heldout_shots=0,
+            skip_unreadable=True,
+        )
+        checkpoint = settle_activation(checkpoint, classes, few.tune_images, few.tune_labels, device=device)
+    encoder = load_dual_encoder(checkpoint, device=str(resolve_device(device)))
+    return CheckpointClassifier(str(source), checkpoint, encoder, classes, detector)

@@ -1,0 +1,122 @@
+"""Any classifier by what names it: `open_classifier`, which is `cbpt.load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cbpt_runtime.artifacts.names import is_file
+from cbpt_runtime.bundle import MANIFEST, Bundle
+from cbpt_runtime.classification import Classifier
+from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.export.manifest import is_repository
+from cbpt_runtime.trust import ANYONE, Trust, open_bundle, refuse_untrusted
+
+if TYPE_CHECKING:
+    from cbpt_runtime.classification.classifier import Kind
+    from cbpt_runtime.classification.detectors import Detector
+    from cbpt_runtime.export.session import Provider
+    from cbpt_runtime.models.data import ClassList
+
+Source = Classifier | Bundle | str | Path
+"""A classifier, a bundle, or what names one: a path, a URL, a pretrained tag or an ``hf-hub:`` id."""
+_URLS = ("grpc://", "grpcs://", "http://", "https://")
+
+
+def kind_of(source: Source) -> Kind:
+    """What something names, by its looks: what is nothing else is taken for a checkpoint."""
+    if isinstance(source, Classifier):
+        return source.kind
+    if isinstance(source, Bundle):
+        return "bundle"
+    if str(source).startswith(_URLS):
+        return "url"
+    path = Path(source)
+    if is_repository(path):
+        return "repository"
+    if is_file(path / MANIFEST):
+        return "bundle"
+    return "onnx" if path.suffix == ".onnx" and is_file(path) else "checkpoint"
+
+
+def open_classifier(
+    source: Source,
+    *,
+    classes: ClassList | None = None,
+    model: str | Path | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    provider: Provider = "cpu",
+    threads: int | None = None,
+    timeout_s: float = 30.0,
+    detector: Detector | None = None,
+    images: Path | None = None,
+    trust: Trust = ANYONE,
+) -> Classifier:
+    """Open a bundle, an ONNX file, a model repository, a server or a checkpoint as a classifier.
+
+    Call it with an image, or a list of them. One of a server has connections: `close` it, or use it in a
+    ``with`` block.
+
+    Args:
+        source: Which; a classifier is given back as it is.
+        classes: Class list of a checkpoint; all others have their own.
+        model: Architecture of a checkpoint that does not say; or served model, where a server has several.
+        image_size: Side of the input of a checkpoint, instead of its configuration's.
+        device: Of a bundle or checkpoint: 'auto', 'cpu' or 'cuda'.
+        provider: Of an ONNX file or a repository: 'cpu', 'cuda' or 'tensorrt'.
+        threads: Of both, for one operator; all usable CPUs when None.
+        timeout_s: For one request to a server, retries included.
+        detector: A test-time detector of a checkpoint, whose score is its alarm.
+        images: Clean labelled images, which tell GELU from QuickGELU where a checkpoint does not say.
+        trust: What a path has to show; only bundles and repositories can show anything.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        RepositoryError: The repository is damaged.
+        CheckpointError: The checkpoint cannot be used.
+        ConfigError: An ONNX file that `export` did not write, a checkpoint without a class list, or a device
+            or provider that is not there.
+        ExportError: A golden answer of the repository is wrong.
+        ServingError: The server does not answer.
+        TrustError: It is not the trusted one, or can show nothing.
+    """
+    if isinstance(source, Classifier):
+        return source
+    kind = kind_of(source)
+    if kind == "bundle" and not isinstance(source, Bundle):
+        source = open_bundle(source, trust, verify=False)  # the files used are checked as they are read
+    if isinstance(source, Bundle):
+        from cbpt_runtime.classification.bundled import BundleClassifier
+
+        return BundleClassifier.from_bundle(source, device)
+    if kind == "repository":
+        from cbpt_runtime.export.classifier import RepositoryClassifier
+
+        return RepositoryClassifier(Path(source), provider=provider, threads=threads, trust=trust)
+    refuse_untrusted(source, trust)
+    if kind == "onnx":
+        from cbpt_runtime.export.classifier import GraphClassifier
+
+        return GraphClassifier(Path(source), provider=provider, threads=threads)
+    if kind == "url":
+        from cbpt_runtime.serving.classifier import RemoteClassifier
+
+        return RemoteClassifier(str(source), model=None if model is None else str(model), timeout_s=timeout_s)
+    if classes is None:
+        raise ConfigError(
+            expected="a bundle folder, a model repository, an ONNX file, a URL, or a checkpoint with classes",
+            got=f"{source} and no class list",
+            fix="Give the folder that `cbpt-runtime purify --output` wrote, or a class list with --classes.",
+        )
+    from cbpt_runtime.classification.checkpoint import load_checkpoint_classifier
+
+    return load_checkpoint_classifier(
+        source,
+        classes,
+        model=model,
+        image_size=image_size,
+        device=device,
+        detector=detector,
+        images=images,
+    )

@@ -1,0 +1,63 @@
+"""A graph as a classifier: what it says about itself is checked before it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cbpt_runtime.errors import ConfigError, ExportError
+from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
+from cbpt_runtime.export.manifest import write_manifest
+from cbpt_runtime.export.onnx import read_metadata, write_metadata
+from cbpt_runtime.export.weights import to_bytes
+
+
+def test_a_file_is_known_by_its_own_digest_and_a_repository_by_its_manifests(
+    tiny_graph: Path, tiny_served: Path
+) -> None:
+    graph, repository = GraphClassifier(tiny_graph, threads=1), RepositoryClassifier(tiny_served, threads=1)
+    digest = hashlib.sha256(tiny_graph.read_bytes()).hexdigest()
+    assert graph.digest == graph.graph_sha256 == repository.graph_sha256 == digest
+    assert repository.digest == repository.repository.digest != digest
+    assert repository.golden.images > 0
+    assert repository.notes == ()
+
+
+def test_many_images_are_answered_as_few_are(tiny_graph: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
+    classifier = GraphClassifier(tiny_graph, threads=1)
+    found = classifier.predict(images)
+    assert found.logits.shape == (70, 3)
+    np.testing.assert_allclose(found.logits[66:], classifier.predict(images[66:]).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("suspects", ["[3]", "[-1]", "[true]", "{}", "[0.5]"])
+def test_suspects_that_are_no_classes_are_refused(suspects: str, tiny_graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_graph)
+    write_metadata(model, read_metadata(model) | {"cbpt.suspects": suspects})
+    (tmp_path / "model.onnx").write_bytes(to_bytes(model))
+    with pytest.raises(ConfigError, match="no classes"):
+        GraphClassifier(tmp_path / "model.onnx")
+
+
+def test_a_repository_that_answers_its_golden_images_otherwise_is_refused(
+    tiny_served: Path, tmp_path: Path
+) -> None:
+    import json
+
+    copy = Path(shutil.copytree(tiny_served, tmp_path / "repository"))
+    answers = copy / "shapes" / "1" / "golden" / "answers.json"
+    content = json.loads(answers.read_text())
+    content["images"][0]["probabilities"] = content["images"][0]["probabilities"][::-1]
+    answers.write_text(json.dumps(content))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").unlink()
+    known = ("kind", "schema_version", "files")
+    write_manifest(copy, {key: value for key, value in manifest.items() if key not in known})
+    with pytest.raises(ExportError, match="golden answers"):
+        RepositoryClassifier(copy, threads=1)

@@ -1,0 +1,112 @@
+"""One function opens whatever classifies, and what it opens says the same of the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification import Classifier
+from cbpt_runtime.errors import ConfigError, ServingError, TrustError
+from cbpt_runtime.loading import kind_of, open_classifier
+from cbpt_runtime.models.class_lists import read_class_list
+from cbpt_runtime.trust import make_trust
+
+
+@pytest.fixture(scope="module")
+def opened(
+    tiny_bundle: Bundle,
+    tiny_served: Path,
+    tiny_graph: Path,
+    tiny_checkpoint_folder: Path,
+    tiny_class_file: Path,
+) -> dict[str, Classifier]:
+    """One of each kind that needs no server."""
+    classes = read_class_list(tiny_class_file, templates=["a photo of a {}."])
+    sources = {
+        "bundle": tiny_bundle.path,
+        "repository": tiny_served,
+        "onnx": str(tiny_graph),
+        "checkpoint": tiny_checkpoint_folder,
+    }
+    return {
+        kind: open_classifier(source, classes=classes, device="cpu", threads=1)
+        for kind, source in sources.items()
+    }
+
+
+def test_every_kind_is_known_by_its_looks(opened: dict[str, Classifier], tiny_bundle: Bundle) -> None:
+    for kind, classifier in opened.items():
+        assert classifier.kind == kind == kind_of(classifier) == kind_of(classifier.source)
+    assert kind_of(tiny_bundle) == "bundle"
+    assert {kind_of(f"{scheme}://localhost:1") for scheme in ("grpc", "grpcs", "http", "https")} == {"url"}
+    assert kind_of("hf-hub:someone/model") == kind_of("missing.onnx") == "checkpoint"
+
+
+def test_a_classifier_is_given_back_as_it_is(opened: dict[str, Classifier]) -> None:
+    assert open_classifier(opened["onnx"], trust=make_trust(digests=["0" * 64])) is opened["onnx"]
+
+
+def test_what_is_exported_says_what_the_bundle_says(
+    opened: dict[str, Classifier], tiny_image_folder: Path
+) -> None:
+    files = sorted(tiny_image_folder.rglob("*.png"))
+    bundle = opened["bundle"]
+    expected = bundle.predict(bundle.read(files))
+    for kind in ("onnx", "repository"):
+        found = opened[kind].predict(opened[kind].read(files))
+        np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-4)
+        np.testing.assert_allclose(found.alarm, expected.alarm, atol=1e-4)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        assert found.reference_labels is None
+        same = ("class_names", "preprocess", "verdict", "suspects", "detector")
+        assert [getattr(opened[kind], name) for name in same] == [getattr(bundle, name) for name in same]
+    assert expected.reference_labels is not None
+
+
+def test_each_is_called_with_a_file_and_shown_on_one_line(
+    opened: dict[str, Classifier], tiny_image_folder: Path
+) -> None:
+    photo = min(tiny_image_folder.rglob("*.png"))
+    for kind, classifier in opened.items():
+        answer = classifier(photo, top=2)
+        assert [len(answer.labels), answer.image] == [2, str(photo)]
+        assert (answer.alarm is None) == (kind == "checkpoint")
+        assert ("alarm" in str(answer)) == (kind != "checkpoint")
+        assert repr(classifier).startswith(f"<{type(classifier).__name__} {classifier.source}: 3 classes")
+        assert "\n" not in repr(classifier) + str(answer)
+
+
+def test_pixels_of_another_size_are_refused_by_all(opened: dict[str, Classifier]) -> None:
+    from cbpt_runtime.errors import ImageDataError
+
+    for classifier in opened.values():
+        with pytest.raises(ImageDataError, match=r"uint8 images \[batch, 32, 32, 3\]"):
+            classifier.predict(np.zeros((1, 31, 32, 3), np.uint8))
+
+
+def test_a_checkpoint_needs_a_class_list(tiny_checkpoint_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no class list"):
+        open_classifier(tiny_checkpoint_folder)
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(ServingError, match=r"127\.0\.0\.1:1"):
+        open_classifier("grpc://127.0.0.1:1", timeout_s=0.5)
+
+
+def test_only_the_trusted_is_opened_and_what_shows_nothing_never_is(
+    opened: dict[str, Classifier], tiny_class_file: Path
+) -> None:
+    classes = read_class_list(tiny_class_file)
+    other = make_trust(digests=["0" * 64])
+    for classifier in opened.values():
+        with pytest.raises(TrustError):
+            open_classifier(classifier.source, classes=classes, trust=other)
+    with pytest.raises(TrustError, match="which is neither"):
+        open_classifier("grpc://127.0.0.1:1", trust=other)
+    for kind in ("bundle", "repository"):
+        own = make_trust(digests=[str(opened[kind].digest)])
+        assert open_classifier(opened[kind].source, trust=own).digest == opened[kind].digest
