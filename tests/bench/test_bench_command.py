@@ -146,14 +146,11 @@ def test_a_target_that_contradicts_itself_is_not_measured(
         (("{bundle}", "--images", "{images}", "--duration-s", "0"), "duration_s"),
         (("{bundle}", "--images", "{images}", "--rate", "-3"), "rates_per_s"),
         (("{bundle}", "--images", "{images}", "--scenario", "offlin"), "offline"),
-        (("{bundle}", "--images", "{images}", "--provider", "npu"), "cpu, cuda, tensorrt"),
+        (("{bundle}", "--images", "{images}", "--provider", "npu"), "'cpu', 'cuda', 'tensorrt'"),
         (("{bundle}", "--images", "{images}", "--target", "red_square"), "--triggered"),
         (("{bundle}", "--images", "{images}", "--triggered", "{images}", "--target", "lion"), "red_square"),
         (("{bundle}", "--images", "{images}", "--output", "{images}"), "exists"),
         (("grpc://127.0.0.1:1", "--images", "{images}"), "127.0.0.1:1"),
-        (("compare", "a.json"), "Missing argument"),
-        (("compare", "a.json", "b.json"), "a.json"),
-        (("compare", "{notjson}", "{notjson}"), "bench.json"),
     ],
 )
 def test_bad_input_exits_two_says_why_and_writes_nothing(
@@ -167,13 +164,11 @@ def test_bad_input_exits_two_says_why_and_writes_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
-    (tmp_path / "not.json").write_text("[]")
     places = {
         "bundle": tiny_bundle.path,
         "images": tiny_image_folder,
         "empty": tmp_path / "empty",
         "broken": tmp_path / "broken",
-        "notjson": tmp_path / "not.json",
     }
     before = sorted(tmp_path.rglob("*"))
     done = run("bench", *QUICK, *(argument.format(**places) for argument in arguments))
@@ -181,6 +176,25 @@ def test_bad_input_exits_two_says_why_and_writes_nothing(
     assert done.code == (1 if "grpc" in arguments[0] else 2)
     assert message in " ".join(done.err.replace("│", " ").split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.json",), "Missing argument"),
+        (("a.json", "b.json"), "a.json"),
+        (("{other}", "{other}"), "bench.json"),
+    ],
+)
+def test_results_that_are_none_are_not_compared(
+    run: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    done = run(
+        "bench", "compare", *(argument.format(other=tmp_path / "other.json") for argument in arguments)
+    )
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
 
 
 def test_a_foreign_onnx_file_is_refused(run: Callable, tiny_image_folder: Path, tmp_path: Path) -> None:

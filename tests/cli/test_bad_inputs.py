@@ -225,8 +225,8 @@ SLOTS: dict[str, str] = {
     "sign --certificate": "sign {bundle} --key {key} --certificate {x}",
     "serve": "serve {x}",
     "serve --print-command": "serve {x} --print-command",
-    "bench": "bench {x} --images {images} --output {output}",
-    "bench --images": "bench {bundle} --images {x} --output {output}",
+    "bench run": "bench run {x} --images {images} --output {output}",
+    "bench run --images": "bench run {bundle} --images {x} --output {output}",
     "bench compare": "bench compare {x} {x}",
     "demo": "demo --output {x}",
     "attack apply": "attack apply badnet --images {x} --output {output}",
@@ -254,7 +254,7 @@ FINE = {
     "inspect": {"no-architecture.safetensors"},
     "classify IMAGE": {"image.png", "no-images-in-a-class"},
     "scan --images": {"no-images-in-a-class"},
-    "bench --images": {"no-images-in-a-class"},
+    "bench run --images": {"no-images-in-a-class"},
     "export --calibration": {"no-images-in-a-class"},
     "attack apply": {"no-images-in-a-class"},
 }
@@ -278,7 +278,7 @@ ALWAYS = (
         "sign",
         "serve",
     ),
-    *("bench", "attack apply", "attack implant", "demo"),
+    *("bench run", "bench compare", "attack apply", "attack implant", "demo"),
 )
 
 
