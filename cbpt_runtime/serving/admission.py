@@ -1,5 +1,7 @@
 """Who may ask over HTTP and what a question may look like, decided before Triton reads any of it.
 
+`grpc_admission` has what is gRPC's own; what holds for both is here.
+
 Web browsers send requests for any page to any port of this machine. Such a request is known by its `Origin`,
 its `Sec-Fetch-Site`, or by a `Host` that is somebody else's name for this machine (DNS rebinding).
 """
@@ -22,7 +24,8 @@ MAX_DIGITS = 9  # of a whole number: shapes whose sizes overflow end Triton or s
 _BODY_TYPES = ("application/json", "application/octet-stream")  # neither can be sent by a form
 # Names nobody outside a network can own: one word, or what clusters and private networks use.
 _INTERNAL = re.compile(r"[a-z0-9_-]+|[a-z0-9_.-]+\.(svc|cluster\.local|internal)")
-_MODEL = r"/v2/models/[A-Za-z0-9_.-]+(/versions/[0-9]+)?"
+_NAME = r"[A-Za-z0-9_.-]+"
+_MODEL = rf"/v2/models/{_NAME}(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -112,17 +115,34 @@ def refuse_request(
             status=HTTPStatus.NOT_FOUND,
             text=f"expected an inference, health or metadata path for {method}; got {path[:200]}.",
         )
-    if method == "POST" and path.split("/")[3] in inner_models:
-        return Refusal(
-            status=HTTPStatus.FORBIDDEN,
-            text="expected the model that takes image files, or the one that takes pixels; got a part of it.",
-        )
+    if method == "POST" and (refusal := refuse_inner_model(path.split("/")[3], inner_models)):
+        return refusal
     if "Content-Encoding" in headers:
         return Refusal(
             status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             text="expected a body that is not compressed; got a Content-Encoding.",
         )
     return refuse_length(headers, max_body_bytes) if method == "POST" else None
+
+
+def refuse_inner_model(name: str, inner_models: Collection[str]) -> Refusal | None:
+    """Refuse to ask a model that only an ensemble may ask."""
+    if name not in inner_models:
+        return None
+    return Refusal(
+        status=HTTPStatus.FORBIDDEN,
+        text="expected the model that takes image files, or the one that takes pixels; got a part of it.",
+    )
+
+
+def refuse_model_name(name: str) -> Refusal | None:
+    """Refuse a name that no model of a repository can have."""
+    if re.fullmatch(_NAME, name):
+        return None
+    return Refusal(
+        status=HTTPStatus.BAD_REQUEST,
+        text=f"expected the name of a model: letters, digits and ._-; got {name[:200]!r}.",
+    )
 
 
 def refuse_length(headers: Mapping[str, str], max_body_bytes: int) -> Refusal | None:
