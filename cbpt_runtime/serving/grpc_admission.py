@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from cbpt_runtime.serving.admission import (
+    BAD_NUMBER,
     MAX_DIGITS,
     MAX_JSON_BYTES,
     Refusal,
@@ -43,13 +44,13 @@ _QUESTIONS = frozenset(
 )
 # Wire types, and what a field of a known number holds. All known numbers are below 16: a tag is one byte.
 _VARINT, _FIXED64, _LENGTH = 0, 1, 2
-_TEXT, _NUMBER, _DOUBLE, _KEY, _NAME, _VERSION, _RAW, _TYPED = (
-    "text", "number", "double", "key", "name", "version", "raw", "typed",
+_TEXT, _NUMBER, _SIZE, _DOUBLE, _KEY, _NAME, _VERSION, _RAW, _TYPED = (
+    "text", "number", "size", "double", "key", "name", "version", "raw", "typed",
 )  # fmt: skip
 _Fields = dict[int, "str | _Fields"]
 _PARAMETER: _Fields = {1: _KEY, 2: {1: _NUMBER, 2: _NUMBER, 3: _TEXT, 4: _DOUBLE, 5: _NUMBER}}
 _CONTENTS: _Fields = dict.fromkeys(range(1, 9), _TYPED)
-_INPUT: _Fields = {1: _TEXT, 2: _TEXT, 3: _NUMBER, 4: _PARAMETER, 5: _CONTENTS}
+_INPUT: _Fields = {1: _TEXT, 2: _TEXT, 3: _SIZE, 4: _PARAMETER, 5: _CONTENTS}
 _OUTPUT: _Fields = {1: _TEXT, 2: _PARAMETER}
 _REQUEST: _Fields = {1: _NAME, 2: _VERSION, 3: _TEXT, 4: _PARAMETER, 5: _INPUT, 6: _OUTPUT, 7: _RAW}
 
@@ -106,11 +107,6 @@ _TOO_MUCH = Refusal(
     text=f"expected at most {MAX_FIELDS:,} fields, {MAX_TEXT_BYTES:,} bytes of text and {MAX_TYPED_BYTES:,} "
     "bytes in `contents`; got more. Send tensors in `raw_input_contents`.",
 )
-_BAD_NUMBER = Refusal(
-    status=HTTPStatus.BAD_REQUEST,
-    text=f"expected numbers from 0 to {10**MAX_DIGITS - 1}; got another one, for example as a shape. "
-    "Send the shape of the data.",
-)
 _BAD_VERSION = Refusal(
     status=HTTPStatus.BAD_REQUEST, text=f"expected a version of at most {MAX_DIGITS} digits; got another one."
 )
@@ -142,8 +138,8 @@ class _Walk:
                     raise _RefusedError(_MALFORMED)
                 self._part(at, at + length, kind)
                 at += length
-            elif wire == _VARINT and kind == _NUMBER:
-                at = self._number(at, end)
+            elif wire == _VARINT and kind in (_NUMBER, _SIZE):
+                at = self._number(at, end, least=int(kind == _SIZE))
             elif wire == _FIXED64 and kind == _DOUBLE and end - at >= 8:
                 at += 8
             else:
@@ -153,10 +149,10 @@ class _Walk:
         """What a length stands before."""
         if isinstance(kind, dict):
             self.fields(at, end, kind)
-        elif kind == _NUMBER:
+        elif kind in (_NUMBER, _SIZE):
             while at < end:
                 self._count("fields", 1)
-                at = self._number(at, end)
+                at = self._number(at, end, least=int(kind == _SIZE))
         elif kind == _TYPED:
             self._count(_TYPED, end - at)
         elif kind != _RAW:
@@ -175,10 +171,10 @@ class _Walk:
         if refusal is not None:
             raise _RefusedError(refusal)
 
-    def _number(self, at: int, end: int) -> int:
+    def _number(self, at: int, end: int, *, least: int) -> int:
         number, at = self._varint(at, end, most_bytes=10)
-        if number >= 10**MAX_DIGITS:  # a negative one has all its upper bits set
-            raise _RefusedError(_BAD_NUMBER)
+        if not least <= number < 10**MAX_DIGITS:  # a negative one has all its upper bits set
+            raise _RefusedError(BAD_NUMBER)
         return at
 
     def _varint(self, at: int, end: int, *, most_bytes: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import grpc
 
 MESSAGE_TIMEOUT_S = 120.0  # for all of a message
-PATIENCE_S = 2.0  # for it while others wait for their turn
+PATIENCE_S = 5.0  # for it while others wait for their turn
 TURN_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 600.0
 MAX_READERS = 16  # of messages, each of unknown size until it is there

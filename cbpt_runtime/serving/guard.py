@@ -33,6 +33,7 @@ REQUEST_TIMEOUT_S = 120.0  # for all of a body
 ANSWER_TIMEOUT_S = 600.0
 MAX_HELD_BODIES = 8  # of the largest size, of both protocols together
 _CONNECT_TIMEOUT_S = 10.0
+_IDLE_TIMEOUT_S = 1.0  # of a connection to Triton, which when told to stop waits for their end
 _BACKLOG = 1024
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -111,7 +112,7 @@ class Guard:
         quiet.addHandler(logging.NullHandler())
         timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=timeout,
             auto_decompress=False,

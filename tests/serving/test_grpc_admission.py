@@ -109,6 +109,12 @@ def test_sizes_that_overflow_are_refused_wherever_they_stand(size: int) -> None:
     )
 
 
+def test_a_size_of_0_is_refused_and_a_number_of_0_is_not() -> None:
+    assert judged(request(inputs=tensor(shape=[0, 32, 32, 3]))) == 400  # Triton takes 32 for the batch
+    assert judged(request(inputs=tensor(shape=[1, 0]))) == 400
+    assert judged(request(parameters={"priority": {"int64_param": 0}})) is None
+
+
 def test_a_size_is_seen_in_every_way_of_writing_it() -> None:
     large = b"\xff" * 8 + b"\x7f"
     for shape in (b"\x18" + large, b"\x1a\x09" + large, b"\x18\x01\x1a\x0a\x01" + large):
@@ -204,7 +210,7 @@ MESSAGES = st.binary(max_size=200) | st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=3000)
+@settings(deadline=None, derandomize=True, max_examples=500)
 @given(message=MESSAGES)
 def test_whatever_comes_is_let_in_or_refused_with_a_sentence(message: bytes) -> None:
     refusal = refuse_message(INFER, message, inner_models=INNER)
@@ -238,10 +244,10 @@ def check_let_in(message: bytes) -> None:
     assert parsed.model_name not in INNER
     for name, value in values(parsed):
         assert name != "key" or not value.startswith("shared_memory")
-        assert name != "shape" or 0 <= value < 10**9
+        assert name != "shape" or 0 < value < 10**9
 
 
-@settings(deadline=None, derandomize=True, max_examples=1000)
+@settings(deadline=None, derandomize=True, max_examples=500)
 @given(
     shape=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 40), max_size=4),
     name=st.sampled_from(("clip", "clip_alarm", "", "a")),
@@ -258,5 +264,5 @@ def test_a_message_is_judged_as_a_parser_would_read_it(
         if judged(bytes(content)) is None:
             check_let_in(bytes(content))
         return
-    is_good = all(0 <= size < 10**9 for size in shape) and name not in INNER and key != "shared_memory_region"
+    is_good = all(0 < size < 10**9 for size in shape) and name not in INNER and key != "shared_memory_region"
     assert (judged(bytes(content)) is None) == is_good
