@@ -6,6 +6,7 @@ fields, and Triton's own is no exception. The rules are those for HTTP.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -159,15 +160,18 @@ class _Walk:
             self._count(_TEXT, end - at)
             self._text(self.message[at:end], kind)
 
-    def _text(self, text: bytes, kind: str | None) -> None:
+    def _text(self, content: bytes, kind: str | None) -> None:
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            raise _RefusedError(_MALFORMED) from None
         refusal = None
-        if kind == _KEY and text.startswith(b"shared_memory"):
+        if kind == _KEY and text.startswith("shared_memory"):
             refusal = _SHARED_MEMORY
-        elif kind == _VERSION and text and not (text.isdigit() and len(text) <= MAX_DIGITS):
+        elif kind == _VERSION and not re.fullmatch(rf"[0-9]{{0,{MAX_DIGITS}}}", text):
             refusal = _BAD_VERSION
         elif kind == _NAME:
-            name = text.decode("utf-8", "replace")
-            refusal = refuse_model_name(name) or refuse_inner_model(name, self.inner_models)
+            refusal = refuse_model_name(text) or refuse_inner_model(text, self.inner_models)
         if refusal is not None:
             raise _RefusedError(refusal)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import warnings
@@ -291,3 +292,29 @@ def test_a_taken_port_is_named(config: ServeConfig, guard: Guard) -> None:
     free = take_ports(ServeConfig(http_port=0, grpc_port=0, metrics_port=0))
     with pytest.raises(ConfigError, match=f"got 127.0.0.1:{config.grpc_port} is taken"):
         Guard(replace(free, grpc_port=config.grpc_port)).__enter__()
+
+
+def test_what_is_not_grpc_is_dropped_and_nothing_is_printed(
+    ask: Callable[..., Reply], config: ServeConfig, triton: FakeTriton, capfd: pytest.CaptureFixture[str]
+) -> None:
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for raw in (
+        b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01" + bytes(200),
+        preface + b"\xff" * 100,
+        preface
+        + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+        + b"\x00\x40\x00\x01\x05\x00\x00\x00\x01"
+        + b"\xff" * 2**14,
+    ):
+        with socket.create_connection(("127.0.0.1", config.grpc_port), timeout=10) as connection:
+            connection.sendall(raw)
+            connection.settimeout(5)
+            try:
+                while connection.recv(1000):
+                    pass
+            except ConnectionResetError:
+                pass
+    assert ask(INFER, request()).code == "OK"
+    assert len(triton.seen) == 1
+    assert capfd.readouterr() == ("", "")
