@@ -1,11 +1,11 @@
 """What does the guard before Triton's gRPC cost?
 
-    cbpt-runtime demo && python benchmarks/grpc_guard.py demo-output/model_repository
+    python benchmarks/grpc_guard.py
 
-Starts a real tritonserver and sends it one image per request, through the public port, where the guard
-listens, and, with the secret, to Triton's own port behind it, in turns: one request at a time, then several
-at once. The requests come from a process of their own; the guard lives in this one. Every answer is checked.
-Ratios are those of neighbouring runs, and the figure is their median.
+Starts a real tritonserver with ViT-S-32 (random weights) and asks it through the public port, where the
+guard listens, and, with the secret, on Triton's own port behind it, in turns: a question that needs no
+model, one image at a time, then several at once. The requests come from a process of their own; the guard
+lives in this one. Every answer is checked. Ratios are those of neighbouring runs, the figure is their median.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import statistics
 import subprocess
+import tempfile
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -27,10 +28,15 @@ import numpy as np
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import read_repository
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
+from export import random_bundle
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
-WARM_UP = 100
+INFER, READY = (f"/inference.GRPCInferenceService/{name}" for name in ("ModelInfer", "ServerReady"))
+PARTS = ("question", "one_at_a_time", "at_once")
+IS_READY = b"\x08\x01"
+WARM_UP = 20
 
 
 def main() -> None:
@@ -38,15 +44,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("repository", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=400, help="of a run")
+    parser.add_argument("--model", default="ViT-S-32")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=40, help="of a run")
     parser.add_argument("--in-flight", type=int, default=16, help="requests at once in the second part")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/grpc-guard.json"))
     arguments = parser.parse_args()
-    result = measure(arguments.repository, arguments.rounds, arguments.requests, arguments.in_flight)
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Path(scratch) / "repository"
+        bundle = random_bundle(arguments.model, Path(scratch) / "bundle")
+        export_bundle(bundle, repository, profile=Profile(max_batch=arguments.in_flight))
+        result = measure(repository, arguments.rounds, arguments.requests, arguments.in_flight)
+    result = {"model": arguments.model, **result}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: result[name] for name in ("one_at_a_time", "at_once")}, indent=1))
+    print(json.dumps({name: result[name] for name in PARTS}, indent=1))
 
 
 def measure(path: Path, rounds: int, requests: int, in_flight: int) -> dict[str, Any]:
@@ -64,8 +75,14 @@ def measure(path: Path, rounds: int, requests: int, in_flight: int) -> dict[str,
         try:
             places = {"guarded": public(server), "unguarded": private(server)}
             parts = {
-                name: compare(here, places, rounds, requests, number)
-                for name, number in (("one_at_a_time", 1), ("at_once", in_flight))
+                name: compare(here, places, rounds, method, number, at_once)
+                for name, method, number, at_once in zip(
+                    PARTS,
+                    (READY, INFER, INFER),
+                    (10 * requests, requests, requests),
+                    (1, 1, in_flight),
+                    strict=True,
+                )
             }
         finally:
             here.send(None)
@@ -85,15 +102,15 @@ def private(server: RunningServer) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 
 def compare(
-    sender: Connection, places: dict[str, Any], rounds: int, requests: int, in_flight: int
+    sender: Connection, places: dict[str, Any], rounds: int, method: str, requests: int, in_flight: int
 ) -> dict[str, Any]:
     """Both in turns, who is first changing from round to round."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in places}
     for place in places.values():
-        ask(sender, place, WARM_UP, in_flight)
+        ask(sender, place, method, WARM_UP, in_flight)
     for number in range(rounds):
         for name in sorted(places, reverse=bool(number % 2)):
-            found[name].append(ask(sender, places[name], requests, in_flight))
+            found[name].append(ask(sender, places[name], method, requests, in_flight))
     result: dict[str, Any] = {"runs": found}
     for what in ("p50_ms", "requests_per_s"):
         ratios = [
@@ -109,9 +126,9 @@ def compare(
     return result
 
 
-def ask(sender: Connection, place: Any, requests: int, in_flight: int) -> dict[str, float]:
+def ask(sender: Connection, place: Any, method: str, requests: int, in_flight: int) -> dict[str, float]:
     """One run of the process that sends."""
-    sender.send((place, requests, in_flight))
+    sender.send((place, method, requests, in_flight))
     answer = sender.recv()
     if isinstance(answer, str):
         raise RuntimeError(answer)
@@ -148,6 +165,7 @@ def message(name: str, file: bytes) -> bytes:
 
 async def run(
     place: tuple[str, tuple[tuple[str, str], ...]],
+    method: str,
     requests: int,
     in_flight: int,
     messages: list[bytes],
@@ -158,11 +176,12 @@ async def run(
     import grpc.aio
 
     address, metadata = place
+    messages = messages if method == INFER else [b""]
     latencies_ms: list[float] = []
     numbers = iter(range(requests))
     answers: list[tuple[int, bytes]] = []
     async with grpc.aio.insecure_channel(address) as channel:
-        infer = channel.unary_unary(METHOD)
+        infer = channel.unary_unary(method)
         await infer(messages[0], metadata=metadata, timeout=60)
 
         async def client() -> None:
@@ -176,7 +195,10 @@ async def run(
         await asyncio.gather(*(client() for _ in range(in_flight)))
         seconds = time.perf_counter() - start
     for number, answer in answers:
-        check(answer, expected[number], tolerance)
+        if method == INFER:
+            check(answer, expected[number], tolerance)
+        elif answer != IS_READY:
+            raise RuntimeError("not ready")
     return {
         "requests_per_s": round(requests / seconds, 2),
         "p50_ms": round(statistics.median(latencies_ms), 3),
