@@ -1,8 +1,8 @@
 """What does the guard before Triton's gRPC cost?
 
-    python benchmarks/grpc_guard.py
+    python benchmarks/grpc_guard.py model_repository/
 
-Starts a real tritonserver with ViT-S-32 (random weights) and asks it through the public port, where the
+Starts a real tritonserver and asks it through the public port, where the
 guard listens, and, with the secret, on Triton's own port behind it, in turns: a question that needs no
 model, one image at a time, then several at once. The requests come from a process of their own; the guard
 lives in this one. Every answer is checked. Ratios are those of neighbouring runs, the figure is their median.
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import statistics
 import subprocess
-import tempfile
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -28,10 +27,7 @@ import numpy as np
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
-from export import random_bundle
 
 INFER, READY = (f"/inference.GRPCInferenceService/{name}" for name in ("ModelInfer", "ServerReady"))
 PARTS = ("question", "one_at_a_time", "at_once")
@@ -44,18 +40,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="ViT-S-32")
+    parser.add_argument("repository", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=40, help="of a run")
-    parser.add_argument("--in-flight", type=int, default=16, help="requests at once in the second part")
+    parser.add_argument("--requests", type=int, default=200, help="of a run")
+    parser.add_argument("--in-flight", type=int, default=8, help="requests at once in the second part")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/grpc-guard.json"))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        repository = Path(scratch) / "repository"
-        bundle = random_bundle(arguments.model, Path(scratch) / "bundle")
-        export_bundle(bundle, repository, profile=Profile(max_batch=arguments.in_flight))
-        result = measure(repository, arguments.rounds, arguments.requests, arguments.in_flight)
-    result = {"model": arguments.model, **result}
+    result = measure(arguments.repository, arguments.rounds, arguments.requests, arguments.in_flight)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: result[name] for name in PARTS}, indent=1))
 
@@ -79,7 +70,7 @@ def measure(path: Path, rounds: int, requests: int, in_flight: int) -> dict[str,
                 for name, method, number, at_once in zip(
                     PARTS,
                     (READY, INFER, INFER),
-                    (10 * requests, requests, requests),
+                    (5 * requests, requests, requests),
                     (1, 1, in_flight),
                     strict=True,
                 )
