@@ -172,7 +172,12 @@ def random_bundle(name: str, folder: Path) -> Bundle:
     names = tuple(f"class {number}" for number in range(10))
     content = BundleContent(
         verdict="backdoored",
-        model={"config": config, "preprocess": Preprocess(image_size=size).to_dict(), "sha256": "0" * 64},
+        model={
+            "config": config,
+            "preprocess": Preprocess(image_size=size).to_dict(),
+            "source": "random weights",
+            "sha256": "0" * 64,
+        },
         class_names=names,
         templates=(("a photo of a {}.",),) * 10,
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},

@@ -200,7 +200,7 @@ def _print_command(repository: Path, config: Any, trust: Trust, *, as_json: bool
     else:
         typer.echo(shell_text(arguments))
     print_note(f"digest of {repository}: {plan.repository.digest}")
-    print_note("note: by itself its HTTP answers any web page; `serve` puts a guard in front")
+    print_note("note: by itself it answers anybody, web pages included; `serve` puts a guard in front")
     if plan.repository.ignored:
         print_note(f"note: by itself it minds what `serve` ignores: {', '.join(plan.repository.ignored)}")
     if plan.placement.configs:

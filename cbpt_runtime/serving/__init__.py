@@ -4,9 +4,10 @@ model      the models of Triton's python backend; travels inside the repository
 servers    find a tritonserver and what it can do
 config     what an operator decides
 placement  which configuration, how many instances, threads of each
-endpoint   where Triton's own HTTP listens, known to nobody else
-admission  who may ask over HTTP, and what a question may look like
-guard      the public HTTP ports: what is admitted is passed on
+endpoint   where Triton itself listens, known to nobody else
+admission  who may ask over HTTP, and what a question may look like; `grpc_admission` the same for gRPC
+guard      the public ports: what is admitted is passed on, by `grpc_guard` over gRPC
+room       how much of it is held at once
 command    the hardened command line for the version found
 process    one server process that leaves nothing behind
 usage      its processes, memory and open files

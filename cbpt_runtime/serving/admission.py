@@ -1,5 +1,7 @@
 """Who may ask over HTTP and what a question may look like, decided before Triton reads any of it.
 
+`grpc_admission` has what is gRPC's own; what holds for both is here.
+
 Web browsers send requests for any page to any port of this machine. Such a request is known by its `Origin`,
 its `Sec-Fetch-Site`, or by a `Host` that is somebody else's name for this machine (DNS rebinding).
 """
@@ -18,14 +20,21 @@ import numpy as np
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 2**24
 MAX_JSON_DEPTH = 32
-MAX_DIGITS = 9  # of a whole number: shapes whose sizes overflow end Triton or spoil the batch they are in
+# Of a whole number. Shapes whose sizes overflow end Triton or spoil the batch they are in; so does a batch of
+# none, for which Triton takes the size after it.
+MAX_DIGITS = 9
 _BODY_TYPES = ("application/json", "application/octet-stream")  # neither can be sent by a form
 # Names nobody outside a network can own: one word, or what clusters and private networks use.
 _INTERNAL = re.compile(r"[a-z0-9_-]+|[a-z0-9_.-]+\.(svc|cluster\.local|internal)")
-_MODEL = r"/v2/models/[A-Za-z0-9_.-]+(/versions/[0-9]+)?"
+_NAME = r"[A-Za-z0-9_.-]+"
+_MODEL = rf"/v2/models/{_NAME}(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SIZES = rb"(?:[1-9][0-9]*+\s*+(?:,\s*+[1-9][0-9]*+\s*+)*+)?+"
+_BAD_SHAPE = re.compile(rb'"shape"\s*+:\s*+(?!\[\s*+%s\])' % _SIZES)
+# All of a text, as long as no key in it holds a backslash, and so none can be `shape` under cover.
+_PLAIN_KEYS = re.compile(rb'(?:[^"]++|"[^"\\]*+"|"(?:[^"\\]++|\\.)*+(?:"(?!\s*+:)|\Z))*+', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 _BRACKETS = b"[{]}"
 _STEPS = bytes.maketrans(_BRACKETS, bytes((1, 1, 255, 255)))
@@ -43,6 +52,13 @@ class Refusal:
 
     status: HTTPStatus
     text: str
+
+
+BAD_NUMBER = Refusal(
+    status=HTTPStatus.BAD_REQUEST,
+    text=f"expected whole numbers of at most {MAX_DIGITS} digits, and above 0 in a shape; got another one. "
+    "Send the shape of the data.",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +128,34 @@ def refuse_request(
             status=HTTPStatus.NOT_FOUND,
             text=f"expected an inference, health or metadata path for {method}; got {path[:200]}.",
         )
-    if method == "POST" and path.split("/")[3] in inner_models:
-        return Refusal(
-            status=HTTPStatus.FORBIDDEN,
-            text="expected the model that takes image files, or the one that takes pixels; got a part of it.",
-        )
+    if method == "POST" and (refusal := refuse_inner_model(path.split("/")[3], inner_models)):
+        return refusal
     if "Content-Encoding" in headers:
         return Refusal(
             status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             text="expected a body that is not compressed; got a Content-Encoding.",
         )
     return refuse_length(headers, max_body_bytes) if method == "POST" else None
+
+
+def refuse_inner_model(name: str, inner_models: Collection[str]) -> Refusal | None:
+    """Refuse to ask a model that only an ensemble may ask."""
+    if name not in inner_models:
+        return None
+    return Refusal(
+        status=HTTPStatus.FORBIDDEN,
+        text="expected the model that takes image files, or the one that takes pixels; got a part of it.",
+    )
+
+
+def refuse_model_name(name: str) -> Refusal | None:
+    """Refuse a name that no model of a repository can have."""
+    if re.fullmatch(_NAME, name):
+        return None
+    return Refusal(
+        status=HTTPStatus.BAD_REQUEST,
+        text=f"expected the name of a model: letters, digits and ._-; got {name[:200]!r}.",
+    )
 
 
 def refuse_length(headers: Mapping[str, str], max_body_bytes: int) -> Refusal | None:
@@ -167,11 +200,13 @@ def refuse_body(body: bytes | bytearray, header_length: str | None) -> Refusal |
             text=f"expected at most {MAX_JSON_BYTES:,} bytes of JSON; got {length:,}. Send binary tensors.",
         )
     text = bytes(body[:length])
+    if _BAD_SHAPE.search(text):
+        return BAD_NUMBER
     if _LONG_NUMBER.search(text) and _LONG_NUMBER.search(_STRING.sub(b"", text)):
+        return BAD_NUMBER
+    if b"\\" in text and _PLAIN_KEYS.fullmatch(text) is None:
         return Refusal(
-            status=HTTPStatus.BAD_REQUEST,
-            text=f"expected numbers of at most {MAX_DIGITS} digits in JSON; got a longer one, for example as "
-            "a shape. Send the shape of the data.",
+            status=HTTPStatus.BAD_REQUEST, text="expected JSON without escapes in keys; got a key with some."
         )
     if not is_shallow(text):
         return Refusal(

@@ -84,7 +84,7 @@ def make_command(
         server: What runs it.
         config: What the operator decided; its ports are those that are used.
         placement: What the server's backends run.
-        endpoint: Where its own HTTP and metrics listen.
+        endpoint: Where it listens itself.
         repository: Absolute path for `--model-repository`.
         backends: For `--backend-directory`.
         region_bytes: Shared memory of each python-backend process to begin with.
@@ -99,7 +99,7 @@ def make_command(
         ("--strict-readiness", "true"),
         ("--exit-on-error", "true"),
         ("--exit-timeout-secs", str(max(1, round(config.drain_timeout_s)))),
-        *_listening(config, endpoint),
+        *_listening(endpoint),
         *_limits(config, placement, endpoint),
         ("--backend-config", f"python,shm-region-prefix-name={prefix}"),
         ("--backend-config", f"python,shm-default-byte-size={region_bytes}"),
@@ -145,15 +145,15 @@ def shell_text(arguments: Sequence[str]) -> str:
     return " \\\n  ".join(map(shlex.quote, arguments))
 
 
-def _listening(config: ServeConfig, endpoint: Endpoint) -> list[tuple[str, str]]:
+def _listening(endpoint: Endpoint) -> list[tuple[str, str]]:
     endpoints = [
         (f"--{protocol}-{what}", value)
-        for protocol, address, port in (
-            ("http", endpoint.address, endpoint.http_port),
-            ("grpc", str(config.address), config.grpc_port),
-            ("metrics", endpoint.address, endpoint.metrics_port),
+        for protocol, port in (
+            ("http", endpoint.http_port),
+            ("grpc", endpoint.grpc_port),
+            ("metrics", endpoint.metrics_port),
         )
-        for what, value in (("address", address), ("port", str(port)))
+        for what, value in (("address", endpoint.address), ("port", str(port)))
     ]
     return [*endpoints, ("--allow-sagemaker", "false"), ("--allow-vertex-ai", "false")]
 
@@ -167,7 +167,7 @@ def _closed() -> str:
 
 
 def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> list[tuple[str, str | None]]:
-    guarded = f"{_GUARDED_ENDPOINTS}:{SECRET_HEADER}={endpoint.secret}"
+    guarded = None if endpoint.secret is None else f"{_GUARDED_ENDPOINTS}:{SECRET_HEADER}={endpoint.secret}"
     return [
         ("--allow-gpu-metrics", "false" if placement.provider == "cpu" else None),
         ("--metrics-config", "summary_latencies=true"),  # quantiles of queue and request times
@@ -175,6 +175,7 @@ def _limits(config: ServeConfig, placement: Placement, endpoint: Endpoint) -> li
         ("--http-max-input-size", str(config.max_request_bytes)),
         ("--grpc-max-response-pool-size", "16"),
         ("--http-restricted-api", _closed()),
-        ("--http-restricted-api", guarded if endpoint.secret is not None else None),
+        ("--http-restricted-api", guarded),
         ("--grpc-restricted-protocol", _closed()),
+        ("--grpc-restricted-protocol", guarded),
     ]

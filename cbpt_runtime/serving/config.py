@@ -23,7 +23,7 @@ class ServeConfig:
     Attributes:
         host: IPv4 address to listen on; Triton's three front ends do not agree on how IPv6 is written.
         http_port: Port of Triton's HTTP protocol; 0 takes a free one.
-        grpc_port: Port of its gRPC protocol; 0 takes a free one.
+        grpc_port: Port of gRPC; 0 takes a free one.
         metrics_port: Port of its Prometheus metrics; 0 takes a free one.
         profile: Configuration of the repository to use; what the server can run when None.
         instances: Copies of the classifier; the repository's number when None.
@@ -31,7 +31,7 @@ class ServeConfig:
         log_file: Where the whole log goes, besides the tail that is kept for errors.
         startup_timeout_s: How long loading and warming up may take.
         drain_timeout_s: How long requests may take to finish when the server is stopped.
-        max_request_bytes: Larger HTTP requests are refused before they are read.
+        max_request_bytes: Larger requests are refused before they are read.
         host_names: Names by which the HTTP ports may be asked, besides those of the loopback and, where they
             are open to a network, any address and names that only exist inside one.
         allow_foreign_code: Serve code, configurations and graphs that this version would not have written.

@@ -1,4 +1,4 @@
-"""Where Triton's own HTTP listens: behind the guard, at an address nobody is told and with a secret."""
+"""Where Triton itself listens: behind the guard, at an address nobody is told and with a secret."""
 
 from __future__ import annotations
 
@@ -8,29 +8,37 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 SECRET_HEADER = "cbpt-guard"  # noqa: S105
+_GRPC_PREFIX = "triton-grpc-protocol-"  # Triton's, before the names of keys that open gRPC
 _TRIES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where Triton's own HTTP and metrics listen.
+    """Where Triton's own HTTP, gRPC and metrics listen.
 
     Attributes:
         address: To bind.
         http_port: Of its HTTP protocol.
+        grpc_port: Of its gRPC protocol.
         metrics_port: Of its metrics.
-        secret: What each HTTP request must carry in `SECRET_HEADER`; nothing when None.
+        secret: What each request must carry in `SECRET_HEADER`; nothing when None.
     """
 
     address: str
     http_port: int
+    grpc_port: int
     metrics_port: int
     secret: str | None = field(default=None, repr=False)
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request to it must carry."""
+        """What an HTTP request to it must carry."""
         return {} if self.secret is None else {SECRET_HEADER: self.secret}
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a call of gRPC to it must carry."""
+        return () if self.secret is None else ((_GRPC_PREFIX + SECRET_HEADER, self.secret),)
 
 
 def private_endpoint() -> Endpoint:
@@ -48,10 +56,16 @@ def private_endpoint() -> Endpoint:
     else:
         address = "127.0.0.1"
         ports = _free_ports(address)
-    return Endpoint(address=address, http_port=ports[0], metrics_port=ports[1], secret=secrets.token_hex(16))
+    return Endpoint(
+        address=address,
+        http_port=ports[0],
+        grpc_port=ports[1],
+        metrics_port=ports[2],
+        secret=secrets.token_hex(16),
+    )
 
 
-def _free_ports(address: str) -> tuple[int, int]:
+def _free_ports(address: str) -> list[int]:
     with ExitStack() as held:
-        first, second = (held.enter_context(socket.create_server((address, 0))) for _ in range(2))
-        return first.getsockname()[1], second.getsockname()[1]
+        listeners = [held.enter_context(socket.create_server((address, 0))) for _ in range(3)]
+        return [listener.getsockname()[1] for listener in listeners]

@@ -1,7 +1,7 @@
 """Between the network and Triton's HTTP: listens on the public ports and passes on what is admitted.
 
-A request reaches the Triton that runs now when it has come whole. Triton's gRPC is not guarded: no web
-page can speak it.
+A request reaches the Triton that runs now when it has come whole. `grpc_guard` does the same for gRPC, in
+the same thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from cbpt_runtime.serving.admission import HEADER_LENGTH, Names, Refusal, refuse
 from cbpt_runtime.serving.admission import refuse_request as refuse_head
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
+from cbpt_runtime.serving.grpc_guard import GrpcGuard
+from cbpt_runtime.serving.room import FULL, NOT_THERE, Room
 
 if TYPE_CHECKING:
     import aiohttp
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
 REQUEST_TIMEOUT_S = 120.0  # for all of a body
 ANSWER_TIMEOUT_S = 600.0
-MAX_HELD_BODIES = 8  # of the largest size, together
+MAX_HELD_BODIES = 8  # of the largest size, of both protocols together
 _CONNECT_TIMEOUT_S = 10.0
+_IDLE_TIMEOUT_S = 1.0  # of a connection to Triton, which when told to stop waits for their end
 _BACKLOG = 1024
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -42,7 +45,7 @@ Answer = tuple[int, bytes, dict[str, str]]
 
 
 class Guard:
-    """Listens on the public HTTP and metrics ports, in a thread of its own.
+    """Listens on the public ports, in a thread of its own.
 
     Args:
         config: The operator's settings, with the ports to listen on.
@@ -54,7 +57,8 @@ class Guard:
         self._inner_models = frozenset(inner_models)
         self._names = Names(is_open=not config.is_loopback, others=config.host_names)
         self._endpoint: Endpoint | None = None
-        self._held_bytes = 0
+        self._room = Room(MAX_HELD_BODIES * config.max_request_bytes)
+        self._grpc = GrpcGuard(config, inner_models=inner_models, room=self._room)
         self._error: BaseException | None = None
         self._started = threading.Event()
         self._stop: Callable[[], object] = _do_nothing
@@ -75,7 +79,7 @@ class Guard:
         if not isinstance(self._error, OSError):
             raise self._error
         raise ConfigError(
-            expected=f"free ports for --http-port and --metrics-port on {self._config.address}",
+            expected=f"free ports for --http-port, --grpc-port and --metrics-port on {self._config.address}",
             got=str(self._error),
             fix="Stop what listens there, or choose other ports (0 takes a free one).",
         ) from self._error
@@ -87,7 +91,7 @@ class Guard:
 
     def lead_to(self, endpoint: Endpoint | None) -> None:
         """From now on let requests through to this Triton; to none, and answer 503, when None."""
-        self._endpoint = endpoint
+        self._endpoint = self._grpc.endpoint = endpoint
 
     def _run(self) -> None:
         try:
@@ -108,7 +112,7 @@ class Guard:
         quiet.addHandler(logging.NullHandler())
         timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=timeout,
             auto_decompress=False,
@@ -126,9 +130,11 @@ class Guard:
                     await runners[-1].setup()
                     site = web.TCPSite(runners[-1], str(self._config.address), port, backlog=_BACKLOG)
                     await site.start()
+                await self._grpc.start()
                 self._started.set()
                 await stopped.wait()
             finally:
+                await self._grpc.stop()
                 for runner in runners:
                     await runner.cleanup()
 
@@ -175,7 +181,7 @@ class Guard:
                 headers[HEADER_LENGTH] = header_length
             return await self._forward(session, "POST", request.raw_path, body, headers)
         finally:
-            self._held_bytes -= len(body)
+            self._room.give_back(len(body))
 
     async def _answer_metrics(self, session: aiohttp.ClientSession, request: web.BaseRequest) -> Answer:
         if request.method != "GET":
@@ -193,11 +199,8 @@ class Guard:
                 while not request.content.at_eof():
                     async with asyncio.timeout(BODY_TIMEOUT_S):
                         piece = await request.content.readany()
-                    if self._held_bytes + len(piece) > MAX_HELD_BODIES * self._config.max_request_bytes:
-                        return Refusal(
-                            status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again."
-                        )
-                    self._held_bytes += len(piece)
+                    if not self._room.take(len(piece)):
+                        return FULL
                     body += piece
         except TimeoutError:
             return Refusal(status=HTTPStatus.REQUEST_TIMEOUT, text="expected the rest of the body in time.")
@@ -217,7 +220,7 @@ class Guard:
 
         endpoint = self._endpoint
         if endpoint is None:
-            return _refused(_NOT_THERE)
+            return _refused(NOT_THERE)
         port = endpoint.metrics_port if is_metrics else endpoint.http_port
         try:
             async with session.request(
@@ -231,18 +234,13 @@ class Guard:
         except TimeoutError:
             return _refused(Refusal(status=HTTPStatus.GATEWAY_TIMEOUT, text="Triton did not answer in time."))
         except (aiohttp.ClientError, OSError):
-            return _refused(_NOT_THERE)
+            return _refused(NOT_THERE)
         # Only these types, so that nothing Triton repeats from a request is ever read as a page.
         kind = response.headers.get("Content-Type", "")
         kept = {"Content-Type": kind if kind.partition(";")[0] in _KINDS else _KINDS[1]}
         if (length := response.headers.get(HEADER_LENGTH)) is not None:
             kept[HEADER_LENGTH] = length
         return response.status, content, kept
-
-
-_NOT_THERE = Refusal(
-    status=HTTPStatus.SERVICE_UNAVAILABLE, text="Triton is not there: it starts, stops or broke. Try again."
-)
 
 
 def _do_nothing() -> None:

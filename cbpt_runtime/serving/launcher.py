@@ -69,7 +69,7 @@ class RunningServer:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where the HTTP of the tritonserver that runs now listens, for nobody but the guard."""
+        """Where the tritonserver that runs now listens itself, for nobody but the guard."""
         return self._now.endpoint
 
     @property

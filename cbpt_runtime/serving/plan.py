@@ -35,7 +35,7 @@ class Plan:
     foreign: tuple[str, ...] = ()
 
     def command(self, *, repository: Path, backends: Path, endpoint: Endpoint | None = None) -> Command:
-        """The command line; without an endpoint Triton's own HTTP listens on the public ports, unguarded."""
+        """The command line; without an endpoint Triton itself listens on the public ports, unguarded."""
         config = self.config
         return make_command(
             self.server,
@@ -43,7 +43,10 @@ class Plan:
             self.placement,
             endpoint=endpoint
             or Endpoint(
-                address=str(config.address), http_port=config.http_port, metrics_port=config.metrics_port
+                address=str(config.address),
+                http_port=config.http_port,
+                grpc_port=config.grpc_port,
+                metrics_port=config.metrics_port,
             ),
             repository=repository,
             backends=backends,

@@ -28,7 +28,7 @@ class ReadyServer:
 
     Attributes:
         process: The tritonserver.
-        endpoint: Where its own HTTP listens.
+        endpoint: Where it listens itself.
         version: As it says itself.
         selftest: The golden answers through the wire.
         stubs: Processes of its python backend.
@@ -46,7 +46,7 @@ def start_server(
 ) -> ReadyServer:
     """Start a server and wait until it passed its self-test; on any failure nothing of it is left.
 
-    Its HTTP is new to everybody each time: the guard leads to it, from the self-test on.
+    Its ports are new to everybody each time: the guard leads to them, from the self-test on.
 
     Args:
         plan: What to start.

@@ -78,6 +78,7 @@ BAD_REQUESTS: dict[str, tuple[str, bytes]] = {
     "unknown dtype": (INFER, infer_body(datatype="UINT9")),
     "wrong shape": (INFER, infer_body(shape=[1, 16, 64, 3])),
     "negative shape": (INFER, infer_body(shape=[-1, 32, 32, 3])),
+    "a batch of none that has data": (INFER, infer_body(shape=[0, 32, 32, 3])),
     "too little data": (INFER, infer_body(data=[7] * 3071)),
     "wrong name": (INFER, infer_body(name="image")),
     "a batch too large": (INFER, infer_body(shape=[9, 32, 32, 3], data=[7] * (9 * 3072))),
@@ -98,7 +99,7 @@ BAD_REQUESTS: dict[str, tuple[str, bytes]] = {
 
 
 # Triton 2.51 answers 500 where its own JSON reader gives up; the message is there all the same.
-FAULTS_OF_TRITON = ("negative shape", "too little data", "not JSON")
+FAULTS_OF_TRITON = ("too little data", "not JSON")
 
 
 def is_alive(server: RunningServer, drawn: Any) -> bool:

@@ -34,7 +34,14 @@ MAX_BATCH = 8
 SIDE = 32
 WARM_UP = 0.3  # share of the requests after which memory must stay as it is
 MAX_MEMORY_GROWTH = 0.05
-REFUSALS = ("INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED")
+REFUSALS = (
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "OUT_OF_RANGE",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNIMPLEMENTED",
+)
 Serve = Callable[..., AbstractContextManager[RunningServer]]
 
 

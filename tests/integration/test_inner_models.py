@@ -59,12 +59,12 @@ def test_a_batch_size_that_overflows_is_nobody_elses_trouble(server: RunningServ
     restarts = server.restarts
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(good, number) for number in range(40)]
-        for shape in (2**63, 2**63 - 1, 2**62, 2**32, -(2**63)):
+        for shape in (2**63, 2**63 - 1, 2**62, 2**32, -(2**63), -1, 0):
             for model, name, kind, rest in (
                 ("shapes", "image", "BYTES", [1]),
                 ("shapes_classifier", "images", "UINT8", [32, 32, 3]),
             ):
-                tensor = {"name": name, "datatype": kind, "shape": [shape, *rest], "data": []}
+                tensor = {"name": name, "datatype": kind, "shape": [shape, *rest], "data": [0] * 3072}
                 body = json.dumps({"inputs": [tensor]}).encode()
                 status, text = ask(server, f"/v2/models/{model}/infer", body)
                 assert (status, "digits" in text) == (400, True)

@@ -197,10 +197,12 @@ def test_depth_is_that_of_the_value_whatever_its_strings_hold(value: Any) -> Non
     assert depth(value) == 0 or not is_shallow(text, depth(value) - 1)
 
 
-@pytest.mark.parametrize("piece", [b'""', b"[]", b'"[', b'"\\"', b"[", b"]", b'"', b"\\", b"0,"])
+@pytest.mark.parametrize(
+    "piece", [b'""', b"[]", b'"[', b'"\\"', b"[", b"]", b'"', b"\\", b"0,", b'"shape":[1', b'"\\n" ']
+)
 def test_the_largest_body_is_judged_in_seconds(piece: bytes) -> None:
     start = time.process_time()
-    is_shallow(b"[" * 40 + piece * ((MAX_JSON_BYTES - 40) // len(piece)))
+    refuse_body(b"[" * 40 + piece * ((MAX_JSON_BYTES - 40) // len(piece)), None)
     assert time.process_time() - start < 10
 
 
@@ -210,6 +212,46 @@ def test_numbers_whose_sizes_overflow_are_refused_where_they_are_numbers() -> No
     named = b'{"id": "9223372036854775808", "inputs": [{"shape": [999999999, 1]}]}'
     assert refuse_body(named, None) is None
     assert refuse_body(named + b"9" * 20, str(len(named))) is None
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["[0, 1]", "[1, 0]", "[-1]", "[ -0]", "[1,0.0]", "[0e1]", "[01]", "[1, 2", "0", "null", "[[0]]", "[1,]"],
+)
+def test_a_shape_has_sizes_above_0_however_it_is_written(shape: str) -> None:
+    for text in ('{"inputs": [{"shape": %s}]}', '{"shape" :\n\t%s}', '{"shape":[1],"shape":%s}'):
+        assert status(refuse_body((text % shape).encode(), None)) == 400
+    escaped = r'{"inputs": [{"\u0073hape": [0, 1]}]}'
+    assert status(refuse_body(escaped.encode(), None)) == 400
+    assert status(refuse_body(rb'{"a": "\"", "shap\u0065"  :[0]}', None)) == 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"inputs": [{"shape": [1, 224,224 , 3], "data": [0, 0, 0, -1, 0.5]}]}',
+        '{"shape": [ ]}',
+        '{"shape":\n[\n8\n]\n}',
+        r'{"data": ["\"shape\": [0]", "\u0073hape", "\\"], "name": "\""}',
+        r'{"id": "a\"b", "shape": [1]}',
+        '["shape"]',
+    ],
+)
+def test_right_shapes_and_what_only_looks_like_one_are_let_in(text: str) -> None:
+    assert refuse_body(text.encode(), None) is None
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(value=VALUES)
+def test_a_key_that_json_must_escape_is_refused_and_no_other(value: Any) -> None:
+    def keys(inner: Any) -> list[str]:
+        if isinstance(inner, dict):
+            return [*inner, *(key for item in inner.values() for key in keys(item))]
+        return [key for item in inner for key in keys(item)] if isinstance(inner, list) else []
+
+    has_escapes = any("\\" in key or '"' in key for key in keys(value))
+    refusal = refuse_body(json.dumps([value]).encode(), None)
+    assert (refusal is not None and "escapes" in refusal.text) == has_escapes or "digits" in str(refusal)
 
 
 def test_the_parts_of_an_ensemble_are_asked_by_nobody_else() -> None:

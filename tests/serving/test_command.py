@@ -82,7 +82,9 @@ def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "usable_cpus", lambda: 2)
 
 
-ENDPOINT = Endpoint(address="127.1.2.3", http_port=41000, metrics_port=42000, secret="s3cret")
+ENDPOINT = Endpoint(
+    address="127.1.2.3", http_port=41000, grpc_port=43000, metrics_port=42000, secret="s3cret"
+)
 
 
 def arguments(
@@ -106,11 +108,13 @@ def test_the_command_is_hardened(repository: Repository) -> None:
     for flag in (
         "--http-address=127.1.2.3",
         "--http-port=41000",
-        "--grpc-address=127.0.0.1",
-        "--grpc-port=8001",
+        "--grpc-address=127.1.2.3",
+        "--grpc-port=43000",
         "--metrics-address=127.1.2.3",
         "--metrics-port=42000",
         "--http-restricted-api=health,metadata,inference,model-config,model-repository,statistics"
+        ":cbpt-guard=s3cret",
+        "--grpc-restricted-protocol=health,metadata,inference,model-config,model-repository,statistics"
         ":cbpt-guard=s3cret",
         "--model-control-mode=none",
         "--disable-auto-complete-config",
@@ -125,10 +129,10 @@ def test_the_command_is_hardened(repository: Repository) -> None:
     assert not any(flag.startswith("--model-config-name") for flag in found)
 
 
-def test_tritons_own_http_listens_on_the_loopback_wherever_the_service_does(repository: Repository) -> None:
+def test_triton_itself_listens_on_the_loopback_wherever_the_service_does(repository: Repository) -> None:
     found = arguments(repository, server(), host="0.0.0.0")
     assert {flag for flag in found if "-address=" in flag} == {
-        "--http-address=127.1.2.3", "--metrics-address=127.1.2.3", "--grpc-address=0.0.0.0",
+        "--http-address=127.1.2.3", "--metrics-address=127.1.2.3", "--grpc-address=127.1.2.3",
     }  # fmt: skip
 
 
@@ -138,7 +142,7 @@ def test_a_private_endpoint_is_another_one_each_time() -> None:
     assert len({endpoint.secret for endpoint in made}) == 20
     for endpoint in made:
         assert endpoint.address.startswith("127.")
-        assert endpoint.http_port != endpoint.metrics_port
+        assert len({endpoint.http_port, endpoint.grpc_port, endpoint.metrics_port}) == 3
         assert endpoint.secret not in repr(endpoint)
 
 

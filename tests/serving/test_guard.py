@@ -1,4 +1,4 @@
-"""The public HTTP ports, before a stand-in for Triton."""
+"""The public HTTP ports, before a stand-in for Triton; `test_grpc_guard` has the one of gRPC."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class FakeTriton:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(address="127.77.1.2", http_port=self.port, metrics_port=self.port, secret="s3cret")
+        return Endpoint(
+            address="127.77.1.2", http_port=self.port, grpc_port=9, metrics_port=self.port, secret="s3cret"
+        )
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def test_without_triton_the_answer_can_be_retried(
 ) -> None:
     triton.is_rude = True
     assert ask("POST", INFER, b"{}").status == 503
-    guard.lead_to(Endpoint(address="127.77.1.3", http_port=9, metrics_port=9))
+    guard.lead_to(Endpoint(address="127.77.1.3", http_port=9, grpc_port=9, metrics_port=9))
     assert ask("POST", INFER, b"{}").status == 503
     guard.lead_to(None)
     reply = ask("GET", "/v2/health/ready")
@@ -244,7 +246,7 @@ def test_slow_and_broken_senders_hold_up_nobody_and_leave_nothing_held(
         assert b" 408 " in connection.recv(1000).splitlines()[0]
         connection.close()
     assert len(triton.seen) == 2
-    assert guard._held_bytes == 0
+    assert guard._room.held_bytes == 0
 
 
 def test_a_body_that_trickles_in_has_a_deadline(
@@ -264,17 +266,17 @@ def test_a_body_that_trickles_in_has_a_deadline(
 def test_more_than_fits_is_refused_for_now(
     guard: Guard, ask: Callable[..., Reply], config: ServeConfig, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(module, "MAX_HELD_BODIES", 1)
+    monkeypatch.setattr(guard._room, "most_bytes", 100_000)
     with socket.create_connection(("127.0.0.1", config.http_port), timeout=10) as other:
         head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90000\r\n\r\n".encode()
         other.sendall(head + b"[" * 80_000)
         end = time.monotonic() + 10
-        while guard._held_bytes < 80_000 and time.monotonic() < end:
+        while guard._room.held_bytes < 80_000 and time.monotonic() < end:
             time.sleep(0.01)
         assert ask("POST", INFER, b"-" * 50_000).status == 503
         assert ask("POST", INFER, b"-" * 5000).status == 200
     end = time.monotonic() + 10
-    while guard._held_bytes and time.monotonic() < end:
+    while guard._room.held_bytes and time.monotonic() < end:
         time.sleep(0.01)
     assert ask("POST", INFER, b"-" * 50_000).status == 200
 
@@ -311,7 +313,7 @@ def test_it_stops_at_once_and_frees_its_ports(config: ServeConfig) -> None:
     for _ in range(2):
         with Guard(config):
             idle = socket.create_connection(("127.0.0.1", config.http_port), timeout=10)
-            with pytest.raises(ConfigError, match="free ports for --http-port and --metrics-port"):
+            with pytest.raises(ConfigError, match="free ports for --http-port, --grpc-port and"):
                 Guard(config).__enter__()
             start = time.monotonic()
         assert time.monotonic() - start < 5
