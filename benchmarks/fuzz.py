@@ -120,11 +120,12 @@ def run(chosen: Sequence[tuple[Surface, float]], seed: int, inputs: int, folder:
 def show(surface: Surface, seed: int, number: int, folder: Path, written: Path | None) -> None:
     """Write an input, read it here and print what comes."""
     made = make_input(surface, seed, number)
+    print(made.how)
     for name, content in made.files.items():
         print(f"{name}: {len(content)} bytes" if isinstance(content, bytes) else f"{name}: {content}")
     place = written or folder / "input"
     write_files(made.files, place)
-    surface.run(made.files, place)
+    surface.run(made, place)
     print("accepted")
 
 

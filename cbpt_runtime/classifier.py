@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from cbpt_runtime import heads
 from cbpt_runtime.answers import Answer, make_answers
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
-from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.errors import BundleError, ImageDataError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
 from cbpt_runtime.models.preprocess import decode_image, to_pixels
 
@@ -27,6 +28,23 @@ AnyImage = bytes | str | Path | Image.Image | np.ndarray
 def load(bundle: Bundle | str | Path, *, device: str = "auto") -> ZeroShotClassifier:
     """Load the classifier of a bundle, on a GPU where there is one: call the result with images."""
     return ZeroShotClassifier.from_bundle(bundle, device)
+
+
+def encoder_tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """Weights of a bundle's image encoder.
+
+    Raises:
+        BundleError: The file is not the manifest's, or no safetensors.
+    """
+    content = bundle.read_file(ENCODER)
+    try:
+        return load_tensors(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(
+            expected=f"safetensors in {bundle.path / ENCODER}",
+            got=str(error),
+            fix="Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy.",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +98,7 @@ class ZeroShotClassifier:
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle, verify=False)  # the files used are checked as they are read
         place = resolve_device(device)
-        state = load_tensors(bundle.read_file(ENCODER))
+        state = encoder_tensors(bundle)
         encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, str(place))
         return cls(bundle, encoder, place)
 

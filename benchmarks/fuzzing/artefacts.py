@@ -102,7 +102,8 @@ class Checkpoints(Surface):
                 files[config] = mutations.json_bytes(rng, mutations.spoil_json(rng, json.loads(settings)))
         elif not is_whole:
             files[weights] = self._spoiled(rng, form, content)
-        return Input(files=files, is_whole=is_whole and form != "torchscript")
+        how = rng.choice(("inspect", "read", "read", "read", "load"))
+        return Input(files=files, how=how, is_whole=is_whole and form not in ("torchscript", "transformers"))
 
     def _spoiled(self, rng: Random, form: str, content: bytes) -> bytes:
         if rng.random() < 0.3:
@@ -114,13 +115,16 @@ class Checkpoints(Surface):
             return mutations.spoil(rng, content[:end]) + content[end:]
         return mutations.spoil_archive(rng, content)
 
-    def run(self, files: Files, folder: Path) -> None:
-        """Describe it, then load it."""
-        json.dumps(inspect_path(folder), allow_nan=False)
+    def run(self, made: Input, folder: Path) -> None:
+        """Describe it, or read it, or build its encoder, too."""
+        if made.how == "inspect":
+            json.dumps(inspect_path(folder), allow_nan=False)
+            return
         checkpoint = read_checkpoint(folder)
         size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.state_dict.values())
         require(size_bytes <= checkpoint.size_bytes, "tensors no larger than the file")
-        load_dual_encoder(checkpoint)
+        if made.how == "load":
+            load_dual_encoder(checkpoint)
 
 
 class _Sealed(Surface):
@@ -135,12 +139,13 @@ class _Sealed(Surface):
     def make(self, rng: Random, form: str) -> Input:
         """A copy with another manifest, file or folder."""
         files = dict(self.files)
+        how = rng.choice(("foreign code", "own code"))
         if rng.random() < _WHOLE_RATE:
-            return Input(files=files, is_whole=True)
+            return Input(files=files, how=how, is_whole=True)
         if form == "folder":
             for _ in range(rng.choice((1, 1, 2))):
                 self._rearrange(rng, files)
-            return Input(files=files)
+            return Input(files=files, how=how)
         names = ["manifest.json"] if form == "manifest" else [*files]
         name = rng.choice(names)
         content = files[name]
@@ -154,7 +159,7 @@ class _Sealed(Surface):
         files[name] = content
         if form == "resealed file" and name != "manifest.json":
             self._reseal(files, name, content)
-        return Input(files=files)
+        return Input(files=files, how=how)
 
     def _rearrange(self, rng: Random, files: Files) -> None:
         name, other = rng.choice([*files]), rng.choice([*files])
@@ -195,7 +200,7 @@ class Bundles(_Sealed):
         """Write a bundle of a random model."""
         write_tiny_bundle(folder / "whole")
 
-    def run(self, files: Files, folder: Path) -> None:
+    def run(self, made: Input, folder: Path) -> None:
         """Read it, look at all it says, classify."""
         json.dumps(inspect_path(folder), allow_nan=False)
         bundle = read_bundle(folder)
@@ -221,10 +226,9 @@ class Repositories(_Sealed):
         bundle = write_tiny_bundle(folder / "bundle")
         export_bundle(bundle, folder / "whole", name="shapes", profile=Profile(max_batch=4))
 
-    def run(self, files: Files, folder: Path) -> None:
-        """Check it; foreign code may be there where the name of the manifest's verdict is even in length."""
-        allow = len(files) % 2 == 0
-        verify_repository(folder, allow_foreign_code=allow)
+    def run(self, made: Input, folder: Path) -> None:
+        """Check it, with foreign code allowed or not."""
+        verify_repository(folder, allow_foreign_code=made.how == "foreign code")
 
 
 def write_tiny_bundle(folder: Path) -> Any:
@@ -258,7 +262,7 @@ def write_tiny_bundle(folder: Path) -> Any:
             class_embeddings=heads[0],
             reference_embeddings=heads[1],
             logit_scale=100.0,
-            encoder={f"visual.{name}": tensor.numpy() for name, tensor in encoder.items()},
+            encoder={name: tensor.numpy() for name, tensor in encoder.items()},
             triggers={"blend.2.pattern": np.ones((3, 16, 16), np.float32)},
         ),
     )

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from fuzzing import mutations
-from fuzzing.surface import Files, Input, Surface, require
+from fuzzing.surface import Input, Surface, require
 from multidict import CIMultiDict
 from PIL import Image, TiffImagePlugin
 
 from cbpt_runtime.bench.compare import compare
 from cbpt_runtime.bench.results import read_results
+from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.export.profiles import read_profile
 from cbpt_runtime.models.class_lists import read_class_list
@@ -97,9 +98,9 @@ class Images(Surface):
             data = mutations.with_checksums(data)
         return Input(files={"image": data})
 
-    def run(self, files: Files, folder: Path) -> None:
+    def run(self, made: Input, folder: Path) -> None:
         """Decode and resize."""
-        data = files["image"]
+        data = made.files["image"]
         assert isinstance(data, bytes)
         missing_decoder(data)
         image = decode_image(data, max_pixels=MAX_PIXELS)
@@ -141,13 +142,24 @@ class Texts(Surface):
 
     def prepare(self, folder: Path) -> None:
         """Write a result of `bench`, shortened."""
-        target = {"name": "a", "kind": "bundle", "facts": {}, "runs": []}
-        result = {"schema_version": 1, "machine": {}, "versions": {}, "images": {"digest": "0"}, "targets": [target]}
+        latencies = [1.0 + 0.1 * number for number in range(8)]
+        run = {"loop": "closed", "concurrency": 2, "batch_size": 1, "latencies_ms": latencies}
+        search = {"percentile": 99.0, "latency_bound_ms": 50.0, "held_per_s": 9.0, "failed_per_s": 10.0, "trials": [1]}
+        passes = {"loop": "none", "batch_size": 8, "passes_per_s": latencies}
+        scenarios = {"closed": {"runs": [run]}, "offline": {"runs": [passes]}, "search": {"runs": [], "search": search}}
+        result = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "machine": {"cpu": "any"},
+            "versions": {"torch": "2"},
+            "images": {"digest": "0"},
+            "targets": [{"name": "a", "scenarios": scenarios}],
+        }
         (folder / "bench.json").write_text(json.dumps(result))
 
     def make(self, rng: Random, form: str) -> Input:
         """One file."""
-        is_whole = rng.random() < _WHOLE_RATE and form not in ("bench.json", "finetuning.json")
+        is_whole = rng.random() < _WHOLE_RATE
         if form in self._lists:
             data = self._lists[form].encode()
             data = data if is_whole else mutations.spoil(rng, data, [text.encode() for text in self._lists.values()])
@@ -156,7 +168,7 @@ class Texts(Surface):
             data = json.dumps(value).encode() if is_whole else mutations.json_bytes(rng, mutations.spoil_json(rng, value))
         return Input(files={f"a.{form}" if "." not in form else form: data}, is_whole=is_whole)
 
-    def run(self, files: Files, folder: Path) -> None:
+    def run(self, made: Input, folder: Path) -> None:
         """Read it as what it is named."""
         (path,) = folder.iterdir()
         is_image(path)
@@ -235,21 +247,23 @@ class Requests(Surface):
                 length = len(body) if is_whole else rng.choice((len(body), len(body) // 2, len(body) + 99, -1, ""))
                 headers[admission.HEADER_LENGTH] = str(length)
                 body += rng.randbytes(40)
-        return Input(files={"head.json": json.dumps(head).encode(), "body": body, "form": form}, is_whole=is_whole)
+        return Input(
+            files={"head.json": json.dumps(head).encode(), "body": body}, how=form, is_whole=is_whole
+        )
 
-    def run(self, files: Files, folder: Path) -> None:
+    def run(self, made: Input, folder: Path) -> None:
         """Ask, and compare."""
-        head, body = json.loads(files["head.json"]), files["body"]
+        head, body = json.loads(made.files["head.json"]), made.files["body"]
         assert isinstance(body, bytes)
         headers: Any = CIMultiDict(head["headers"])
-        if files["form"] == "caller":
+        if made.how == "caller":
             refusal = admission.refuse_caller(headers, admission.Names())
             if refusal is None:
                 host = re.fullmatch(r"(?:[^@/]*@)?(\[[^]]*\]|[^:/?#]*)(?::.*|[/?#].*)?", headers["Host"], re.DOTALL)
                 name = host[1].strip("[]").lower().rstrip(".") if host else ""
                 require(name == "localhost" or name.startswith("127.") or ":" in name, f"no host {name!r}")
                 require(headers.get("Origin") in (None, f"http://{headers['Host']}"), "no other page")
-        elif files["form"] == "head":
+        elif made.how == "head":
             refusal = admission.refuse_request(
                 head["method"], head["path"], headers, max_body_bytes=self._max_body, inner_models=("shapes_alarm",)
             )
@@ -261,7 +275,7 @@ class Requests(Surface):
                     require("Transfer-Encoding" not in headers, "a length")
                     require(0 <= int(headers["Content-Length"]) <= self._max_body, "a small body")
         else:
-            given = headers.get(admission.HEADER_LENGTH) if files["form"] == "binary" else None
+            given = headers.get(admission.HEADER_LENGTH) if made.how == "binary" else None
             refusal = admission.refuse_body(body, given)
             if refusal is None:
                 text = body if given is None else body[: int(given)]

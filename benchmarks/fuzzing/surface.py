@@ -18,10 +18,12 @@ class Input:
 
     Attributes:
         files: What it is made of.
+        how: Which of its ways the reader takes, where it has several.
         is_whole: Whether nothing was spoiled, so that it has to be accepted.
     """
 
     files: Files
+    how: str = ""
     is_whole: bool = False
 
 
@@ -52,7 +54,7 @@ class Surface:
         """An input of a format; the same for the same state of the generator."""
         raise NotImplementedError
 
-    def run(self, files: Files, folder: Path) -> None:
+    def run(self, made: Input, folder: Path) -> None:
         """Read an input, from `folder` where it is on disk.
 
         Raises:

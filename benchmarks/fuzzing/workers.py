@@ -27,7 +27,7 @@ from fuzzing.surface import Input, Surface, write_files
 from cbpt_runtime.errors import CbptError
 
 INPUTS_PER_WORKER = 5_000
-LONGEST_MESSAGE = 5_000
+LONGEST_MESSAGE = 10_000
 _POLL_S = 0.02
 _GONE, _RECYCLED = 0, 3  # exit codes
 _NUMBER, _STARTED, _COUNTS = 0, 1, 2  # places in shared memory
@@ -220,7 +220,7 @@ def _try(
     shared[_STARTED] = time.monotonic_ns()
     guard.is_on = True
     try:
-        surface.run(made.files, folder)
+        surface.run(made, folder)
         shared[place] += 1
     except CbptError as error:
         shared[place + 1] += 1
@@ -240,7 +240,9 @@ def _try(
     after = _listing(scratch)
     if changed := sorted(before ^ after):
         yield "stray file", "; ".join(f"{name} ({size})" for name, size, _ in changed)[:500]
-    if surface.is_on_disk or changed:
+    if surface.is_on_disk:
+        shutil.rmtree(folder, ignore_errors=True)
+    if changed:
         for path in (scratch / "work", scratch / "home"):
             shutil.rmtree(path)
             path.mkdir()
