@@ -37,12 +37,12 @@ from PIL import features
 
 # Surface, and its share of all inputs.
 SURFACES: tuple[tuple[type[Surface], float], ...] = (
-    (Images, 0.55),
-    (Requests, 0.15),
-    (Texts, 0.15),
-    (Checkpoints, 0.05),
-    (Bundles, 0.05),
-    (Repositories, 0.05),
+    (Images, 0.60),
+    (Requests, 0.17),
+    (Texts, 0.17),
+    (Checkpoints, 0.03),
+    (Bundles, 0.02),
+    (Repositories, 0.01),
 )
 PACKAGES = ("cbpt-runtime", "pillow", "pillow-heif", "torch", "open_clip_torch", "safetensors", "onnx", "onnxruntime", "timm")
 CODECS = ("jpg", "libjpeg_turbo", "zlib", "webp", "avif", "libtiff")

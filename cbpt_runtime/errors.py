@@ -42,7 +42,7 @@ class CbptError(Exception):
         self.expected = _shown(expected)
         self.got = _shown(got)
         self.fix = fix
-        super().__init__(f"expected {expected}; got {got}. {fix}")
+        super().__init__(f"expected {self.expected}; got {self.got}. {fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.expected, self.got, self.fix)

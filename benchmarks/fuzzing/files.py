@@ -78,6 +78,8 @@ class Images(Surface):
         for form in self.formats:
             for number, (mode, options) in enumerate(ways[form]):
                 converted = picture.convert("I;16" if mode == "I;16" else mode)
+                if "append_images" in options:  # saving leaves traces in them
+                    options = {**options, "append_images": [frame.copy() for frame in frames]}
                 converted.save(folder / f"{form}-{number}", **{"format": form, **options})
 
     def load(self, folder: Path) -> None:
