@@ -9,8 +9,9 @@ says what was expected, what came and what to do. A *finding* is anything else: 
 message, a process that dies, takes too long or too much memory, files out of place, programs started or hosts
 asked, a whole input refused, a promise of a reader not kept. Exit code 1 with any finding.
 
-Seed, surface and number determine an input, with the same versions of the libraries that write the whole ones;
-the second command writes it and says what becomes of it.
+Seed, surface and number determine an input, with the same versions of the libraries that write whole ones;
+the second command writes it and says what becomes of it. With --surface, an --output that is there keeps its
+other surfaces.
 """
 
 from __future__ import annotations
@@ -44,17 +45,31 @@ SURFACES: tuple[tuple[type[Surface], float], ...] = (
     (Bundles, 0.02),
     (Repositories, 0.01),
 )
-PACKAGES = ("cbpt-runtime", "pillow", "pillow-heif", "torch", "open_clip_torch", "safetensors", "onnx", "onnxruntime", "timm")
+PACKAGES = (
+    "cbpt-runtime",
+    "pillow",
+    "pillow-heif",
+    "torch",
+    "open_clip_torch",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "timm",
+)
 CODECS = ("jpg", "libjpeg_turbo", "zlib", "webp", "avif", "libtiff")
 
 
 def main() -> None:
     """Run, or show one input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [kind.name for kind, _ in SURFACES]
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", type=int, default=200_000, help="over all surfaces")
-    parser.add_argument("--surface", choices=names, action="append", help="only this one; several times for more")
+    parser.add_argument("--inputs", type=int, default=200_000, help="of all surfaces together")
+    parser.add_argument(
+        "--surface", choices=names, action="append", help="only this one; several times for more"
+    )
     parser.add_argument("--output", type=Path, help="where the results go, as JSON")
     parser.add_argument("--number", type=int, help="one input of one surface")
     parser.add_argument("--write", type=Path, help="folder to be made of that input")
@@ -66,9 +81,13 @@ def main() -> None:
         if arguments.number is not None:
             if len(chosen) != 1:
                 parser.error("--number needs one --surface")
-            show(open_surface(chosen[0][0], folder), arguments.seed, arguments.number, folder, arguments.write)
+            show(
+                open_surface(chosen[0][0], folder), arguments.seed, arguments.number, folder, arguments.write
+            )
             return
         result = run(chosen, arguments.seed, arguments.inputs, folder)
+    if arguments.surface and arguments.output and arguments.output.exists():
+        result = merged(json.loads(arguments.output.read_text(encoding="utf-8")), result)
     text = json.dumps(result, indent=1) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
@@ -88,32 +107,47 @@ def open_surface(surface: Surface, folder: Path) -> Surface:
 
 def run(chosen: Sequence[tuple[Surface, float]], seed: int, inputs: int, folder: Path) -> dict[str, Any]:
     """Give every surface its share of the inputs."""
-    start, total = time.perf_counter(), sum(share for _, share in chosen)
+    start = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
     for surface, share in chosen:
         opened = open_surface(surface, folder)
-        count = round(inputs * share / total)
+        count = round(inputs * share)
         outcomes[surface.name] = fuzz(opened, seed=seed, inputs=count, scratch=folder / surface.name)
         print(surface.name, count, outcomes[surface.name].seconds, "s", file=sys.stderr, flush=True)
         for found in outcomes[surface.name].findings:
             print("  ", found, file=sys.stderr)
     return {
         "seed": seed,
-        "inputs": sum(row.accepted + row.refused for one in outcomes.values() for row in one.counts.values())
-        + sum(len(one.findings) for one in outcomes.values()),
+        "inputs": sum(round(inputs * share) for _, share in chosen),
         "seconds": round(time.perf_counter() - start, 1),
         "cpus": os.cpu_count(),
         "versions": versions(),
         "surfaces": {
             surface.name: {
+                "inputs": round(inputs * share),
                 "limits": {"seconds": surface.limit_s, "mebibytes": surface.limit_mb},
                 "seconds": outcomes[surface.name].seconds,
                 "formats": {form: asdict(row) for form, row in outcomes[surface.name].counts.items()},
                 "not_repeated": outcomes[surface.name].not_repeated,
             }
-            for surface, _ in chosen
+            for surface, share in chosen
         },
         "findings": [found for outcome in outcomes.values() for found in outcome.findings],
+    }
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with some surfaces measured again, as after a mend."""
+    if (before["seed"], before["versions"]) != (now["seed"], now["versions"]):
+        sys.exit("expected results of the same seed and the same versions in --output. Name another file.")
+    surfaces = before["surfaces"] | now["surfaces"]
+    kept = [found for found in before["findings"] if found["surface"] not in now["surfaces"]]
+    return {
+        **now,
+        "inputs": sum(surface["inputs"] for surface in surfaces.values()),
+        "seconds": round(sum(surface["seconds"] for surface in surfaces.values()), 1),
+        "surfaces": surfaces,
+        "findings": kept + now["findings"],
     }
 
 

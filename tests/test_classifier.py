@@ -15,7 +15,7 @@ from cbpt_runtime import heads
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification import classify_images
 from cbpt_runtime.classifier import ZeroShotClassifier, load
-from cbpt_runtime.errors import BundleError, ImageDataError
+from cbpt_runtime.errors import BundleError, CheckpointError, ImageDataError
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.models.clip import DualEncoder
 
@@ -118,6 +118,14 @@ def test_weights_that_are_no_safetensors_are_refused_though_the_manifest_fits(
         ZeroShotClassifier.from_bundle(folder)
     with pytest.raises(BundleError, match=r"expected safetensors in .*encoder\.safetensors"):
         load_served(read_bundle(folder))
+
+
+def test_preprocessing_for_another_size_than_the_models_is_refused(tiny_bundle: Bundle) -> None:
+    model = tiny_bundle.manifest["model"]
+    preprocess = {**model["preprocess"], "image_size": [16, 3]}
+    manifest = {**tiny_bundle.manifest, "model": {**model, "preprocess": preprocess}}
+    with pytest.raises(CheckpointError, match="for the 32×32 pixels of the model; got one for 3×16"):
+        ZeroShotClassifier.from_bundle(dataclasses.replace(tiny_bundle, manifest=manifest))
 
 
 def test_no_images_give_an_empty_prediction(classifier: ZeroShotClassifier) -> None:

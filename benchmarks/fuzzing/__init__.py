@@ -1,1 +1,1 @@
-"""What `benchmarks/fuzz.py` is made of: how inputs are spoiled, who reads them, and who watches the readers."""
+"""Parts of `benchmarks/fuzz.py`: how inputs are spoiled, who reads them, who watches the readers."""

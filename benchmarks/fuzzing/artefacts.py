@@ -14,8 +14,6 @@ import onnxruntime
 import open_clip
 import timm
 import torch
-from fuzzing import mutations
-from fuzzing.surface import FOLDER, LINK, PIPE, Files, Input, Surface, read_files, require
 from safetensors.torch import save_file
 
 from cbpt_runtime.bundle import BundleContent, read_bundle, write_bundle
@@ -28,6 +26,8 @@ from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
+from fuzzing import mutations
+from fuzzing.surface import FOLDER, LINK, PIPE, Files, Input, Surface, read_files, require
 
 LOADED_BEFORE_WORKERS = (onnxruntime, timm)  # the package imports them where it needs them
 CONFIG: dict[str, Any] = {
@@ -36,7 +36,10 @@ CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1},
 }
 PREPROCESS = {"size": 16, "mode": "RGB", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-_SETTINGS = {"model_cfg": CONFIG, "preprocess_cfg": {**PREPROCESS, "interpolation": "bicubic", "resize_mode": "squash"}}
+_SETTINGS = {
+    "model_cfg": CONFIG,
+    "preprocess_cfg": {**PREPROCESS, "interpolation": "bicubic", "resize_mode": "squash"},
+}
 _WHOLE_RATE = 0.02
 
 
@@ -68,7 +71,12 @@ class Checkpoints(Surface):
         if "transformers" in self.formats:
             from transformers import CLIPConfig, CLIPModel
 
-            tower = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            tower = {
+                "hidden_size": 8,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            }
             settings = CLIPConfig(
                 text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8},
                 vision_config={**tower, "image_size": 16, "patch_size": 8},
@@ -155,7 +163,9 @@ class _Sealed(Surface):
         elif name.endswith(".safetensors") and rng.random() < 0.7:
             content = mutations.spoil_safetensors(rng, content)
         else:
-            content = mutations.spoil(rng, content, [other for other in files.values() if isinstance(other, bytes)])
+            content = mutations.spoil(
+                rng, content, [other for other in files.values() if isinstance(other, bytes)]
+            )
         files[name] = content
         if form == "resealed file" and name != "manifest.json":
             self._reseal(files, name, content)
@@ -170,13 +180,26 @@ class _Sealed(Surface):
                 files[name] = rng.choice((PIPE, FOLDER))
             case 2:
                 files[name] = LINK + rng.choice(
-                    ("/dev/zero", "/dev/null", "/dev/stdin", "/etc/passwd", name, "nowhere", "..", "/proc/self/mem")
+                    (
+                        "/dev/zero",
+                        "/dev/null",
+                        "/dev/stdin",
+                        "/etc/passwd",
+                        name,
+                        "nowhere",
+                        "..",
+                        "/proc/self/mem",
+                    )
                 )
             case 3:
                 files[name], files[other] = files[other], files[name]
             case 4:
-                extra = rng.choice(("x", "x/y", "\udcff", "a\nb", ".hidden", "lost+found/x", "claims.jsonl", name + "~"))
-                if extra not in files:
+                extra = rng.choice(
+                    ("x", "x/y", "\udcff", "a\nb", ".hidden", "lost+found/x", "claims.jsonl", name + "~")
+                )
+                if not any(
+                    f"{taken}/".startswith(f"{extra}/") or extra == taken.split("/")[0] for taken in files
+                ):
                     files[extra] = rng.choice((b"", b"{}", PIPE, FOLDER, LINK + "/dev/zero", LINK + ".."))
             case 5:
                 files[name] = b""
@@ -211,7 +234,9 @@ class Bundles(_Sealed):
         bundle._repr_html_()
         height, width = bundle.preprocess.image_size
         if height * width <= 2**12:
-            answers = ZeroShotClassifier.from_bundle(bundle).predict(np.zeros((1, height, width, 3), np.uint8))
+            answers = ZeroShotClassifier.from_bundle(bundle).predict(
+                np.zeros((1, height, width, 3), np.uint8)
+            )
             require(answers.probabilities.shape == (1, len(bundle.class_names)), "a probability per class")
 
 

@@ -7,11 +7,9 @@ import json
 import re
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from fuzzing import mutations
-from fuzzing.surface import Input, Surface, require
 from multidict import CIMultiDict
 from PIL import Image, TiffImagePlugin
 
@@ -31,6 +29,8 @@ from cbpt_runtime.models.preprocess import (
 )
 from cbpt_runtime.pipeline import read_config, read_defense
 from cbpt_runtime.serving import admission
+from fuzzing import mutations
+from fuzzing.surface import Input, Surface, require
 
 MAX_PIXELS = 1_000_000
 _WHOLE_RATE = 0.02
@@ -61,15 +61,22 @@ class Images(Surface):
         turned = {"exif": exif.tobytes()}
         several = {"save_all": True, "append_images": frames}
         ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
-            "JPEG": [("RGB", turned), ("L", {}), ("CMYK", {"progressive": True}), ("RGB", {"restart_marker_rows": 1}), ("RGB", {"format": "MPO", **several})],
-            "PNG": [("RGB", {}), ("RGBA", turned), ("P", {"transparency": 0}), ("I;16", {}), ("1", {}), ("RGB", several)],
+            "JPEG": [
+                ("RGB", turned), ("L", {}), ("CMYK", {"progressive": True}),
+                ("RGB", {"restart_marker_rows": 1}), ("RGB", {"format": "MPO", **several}),
+            ],
+            "PNG": [
+                ("RGB", {}), ("RGBA", turned), ("P", {"transparency": 0}), ("I;16", {}), ("1", {}),
+                ("RGB", several),
+            ],
             "WEBP": [("RGB", turned), ("RGBA", {"lossless": True}), ("RGB", several)],
             "AVIF": [("RGB", turned), ("RGBA", {}), ("RGB", several)],
             "HEIF": [("RGB", turned), ("RGBA", {}), ("RGB", several)],
             "GIF": [("P", {"transparency": 1}), ("RGB", several)],
             "BMP": [("RGB", {}), ("P", {}), ("1", {}), ("RGBA", {})],
             "TIFF": [
-                *((mode, {"compression": way}) for mode in ("RGB", "CMYK", "I;16") for way in (None, "tiff_lzw")),
+                *((mode, {"compression": way}) for mode in ("RGB", "CMYK", "I;16")
+                  for way in (None, "tiff_lzw")),
                 *(("RGB", {"compression": way}) for way in ("jpeg", "tiff_adobe_deflate", "packbits")),
                 ("1", {"compression": "group4"}), ("RGB", several), ("RGB", {"tiffinfo": _rotated()}),
             ],
@@ -118,18 +125,30 @@ def _rotated() -> Any:
 
 
 class Texts(Surface):
-    """Class lists, profiles, configurations and results: text files that a person names on the command line."""
+    """Class lists, profiles, configurations and results of `bench`: text files that people name."""
 
     name = "texts"
-    formats = ("txt", "csv", "tsv", "json", "index.json", "profile.toml", "purify.json", "finetuning.json", "bench.json")
-    _lists: dict[str, str] = {
+    formats = (
+        "txt",
+        "csv",
+        "tsv",
+        "json",
+        "index.json",
+        "profile.toml",
+        "purify.json",
+        "finetuning.json",
+        "bench.json",
+    )
+    _lists: ClassVar[dict[str, str]] = {
         "txt": "cat\nfire truck\nn01440764 tench, Tinca tinca\n",
         "csv": 'folder,name,template\nn01,cat,a photo of a {}.\nn02,"truck, red",a {} in the rain\n',
         "tsv": "n01\tcat\ta photo of a {}.\nn02\tfire truck\n",
         "profile.toml": 'provider = "cpu"\nprecision = "fp32"\nmax_batch = 8\ninstances = 1\n',
     }
-    _documents: dict[str, Any] = {
-        "json": ["cat", {"name": "fire truck", "folder": "n02", "templates": ["a photo of a {}."]}, {"name": "dog"}],
+    _documents: ClassVar[dict[str, Any]] = {
+        "json": [
+            "cat", {"name": "fire truck", "folder": "n02", "templates": ["a photo of a {}."]}, {"name": "dog"}
+        ],
         "index.json": {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]},
         "purify.json": {"seed": 1},
         "finetuning.json": {"epochs": 1, "learning_rate": 1e-4},
@@ -146,9 +165,19 @@ class Texts(Surface):
         """Write a result of `bench`, shortened."""
         latencies = [1.0 + 0.1 * number for number in range(8)]
         run = {"loop": "closed", "concurrency": 2, "batch_size": 1, "latencies_ms": latencies}
-        search = {"percentile": 99.0, "latency_bound_ms": 50.0, "held_per_s": 9.0, "failed_per_s": 10.0, "trials": [1]}
+        search = {
+            "percentile": 99.0,
+            "latency_bound_ms": 50.0,
+            "held_per_s": 9.0,
+            "failed_per_s": 10.0,
+            "trials": [1],
+        }
         passes = {"loop": "none", "batch_size": 8, "passes_per_s": latencies}
-        scenarios = {"closed": {"runs": [run]}, "offline": {"runs": [passes]}, "search": {"runs": [], "search": search}}
+        scenarios = {
+            "closed": {"runs": [run]},
+            "offline": {"runs": [passes]},
+            "search": {"runs": [], "search": search},
+        }
         result = {
             "kind": KIND,
             "schema_version": SCHEMA_VERSION,
@@ -164,10 +193,18 @@ class Texts(Surface):
         is_whole = rng.random() < _WHOLE_RATE
         if form in self._lists:
             data = self._lists[form].encode()
-            data = data if is_whole else mutations.spoil(rng, data, [text.encode() for text in self._lists.values()])
+            data = (
+                data
+                if is_whole
+                else mutations.spoil(rng, data, [text.encode() for text in self._lists.values()])
+            )
         else:
             value = self.documents[form]
-            data = json.dumps(value).encode() if is_whole else mutations.json_bytes(rng, mutations.spoil_json(rng, value))
+            data = (
+                json.dumps(value).encode()
+                if is_whole
+                else mutations.json_bytes(rng, mutations.spoil_json(rng, value))
+            )
         return Input(files={f"a.{form}" if "." not in form else form: data}, is_whole=is_whole)
 
     def run(self, made: Input, folder: Path) -> None:
@@ -203,12 +240,14 @@ class Requests(Surface):
     is_on_disk = False
     _max_body = 2**20
     _hosts = (
-        "localhost:8000", "127.0.0.1", "[::1]:8000", "127.1.2.3:1", "evil.example", "localhost.evil.example", "",
-        "10.0.0.1:8000", "triton", "a.svc", "a.svc.evil.example", "user@localhost", "localhost:8000/", "[::1", "a b",
+        "localhost:8000", "127.0.0.1", "[::1]:8000", "127.1.2.3:1", "evil.example", "localhost.evil.example",
+        "", "10.0.0.1:8000", "triton", "a.svc", "a.svc.evil.example", "user@localhost", "localhost:8000/",
+        "[::1", "a b",
     )  # fmt: skip
     _paths = (
-        "/v2", "/v2/health/live", "/v2/models/shapes", "/v2/models/shapes/infer", "/v2/repository/index", "/metrics",
-        "/v2/models/shapes/versions/1/infer", "/v2/models/shapes_alarm/infer", "/v2/models/shapes/load", "//v2",
+        "/v2", "/v2/health/live", "/v2/models/shapes", "/v2/models/shapes/infer", "/v2/repository/index",
+        "/metrics", "/v2/models/shapes/versions/1/infer", "/v2/models/shapes_alarm/infer",
+        "/v2/models/shapes/load", "//v2",
         "/v2/models/%73hapes_alarm/infer", "/v2/models/../repository", "/v2/systemsharedmemory/status",
     )  # fmt: skip
     _names = (
@@ -216,9 +255,9 @@ class Requests(Surface):
         admission.HEADER_LENGTH, "X-Other",
     )  # fmt: skip
     _values = (
-        "0", "12", "1048576", "1048577", "-1", "1e3", "९", "9" * 30, "", "gzip", "chunked", "application/json",
-        "application/octet-stream; a=b", "text/plain", "multipart/form-data", "null", "http://localhost:8000",
-        "http://evil.example", "same-origin", "cross-site", "none",
+        "0", "12", "1048576", "1048577", "-1", "1e3", "९", "9" * 30, "", "gzip", "chunked",
+        "application/json", "application/octet-stream; a=b", "text/plain", "multipart/form-data", "null",
+        "http://localhost:8000", "http://evil.example", "same-origin", "cross-site", "none",
     )  # fmt: skip
 
     def make(self, rng: Random, form: str) -> Input:
@@ -230,12 +269,14 @@ class Requests(Surface):
             headers[name] = mutations.spoil(rng, headers[name].encode()).decode("latin-1")
         path = rng.choice(self._paths)
         if rng.random() < 0.3:
-            path = mutations.spoil(rng, path.encode(), [other.encode() for other in self._paths]).decode("latin-1")
+            path = mutations.spoil(rng, path.encode(), [other.encode() for other in self._paths]).decode(
+                "latin-1"
+            )
         head = {"method": rng.choice(("GET", "POST", "POST", "PUT", "")), "path": path, "headers": headers}
         body, is_whole = b"", False
         if form in ("json", "binary"):
             shape = [1, 32, 32, 3] if rng.random() < 0.9 else [2 ** rng.randrange(70) - rng.randrange(2)]
-            tensor = {"name": "images", "shape": shape, "datatype": "UINT8", "data": [1, 255, "[{\\\"", 0]}
+            tensor = {"name": "images", "shape": shape, "datatype": "UINT8", "data": [1, 255, '[{\\"', 0]}
             value: Any = {"id": "a", "inputs": [tensor], "outputs": [{"name": "alarm"}]}
             is_whole = rng.random() < _WHOLE_RATE and len(shape) > 1
             if is_whole:
@@ -246,7 +287,9 @@ class Requests(Surface):
             else:
                 body = mutations.json_bytes(rng, mutations.spoil_json(rng, value))
             if form == "binary":
-                length = len(body) if is_whole else rng.choice((len(body), len(body) // 2, len(body) + 99, -1, ""))
+                length = (
+                    len(body) if is_whole else rng.choice((len(body), len(body) // 2, len(body) + 99, -1, ""))
+                )
                 headers[admission.HEADER_LENGTH] = str(length)
                 body += rng.randbytes(40)
         return Input(
@@ -261,13 +304,19 @@ class Requests(Surface):
         if made.how == "caller":
             refusal = admission.refuse_caller(headers, admission.Names())
             if refusal is None:
-                host = re.fullmatch(r"(?:[^@/]*@)?(\[[^]]*\]|[^:/?#]*)(?::.*|[/?#].*)?", headers["Host"], re.DOTALL)
+                host = re.fullmatch(
+                    r"(?:[^@/]*@)?(\[[^]]*\]|[^:/?#]*)(?::.*|[/?#].*)?", headers["Host"], re.DOTALL
+                )
                 name = host[1].strip("[]").lower().rstrip(".") if host else ""
                 require(name == "localhost" or name.startswith("127.") or ":" in name, f"no host {name!r}")
                 require(headers.get("Origin") in (None, f"http://{headers['Host']}"), "no other page")
         elif made.how == "head":
             refusal = admission.refuse_request(
-                head["method"], head["path"], headers, max_body_bytes=self._max_body, inner_models=("shapes_alarm",)
+                head["method"],
+                head["path"],
+                headers,
+                max_body_bytes=self._max_body,
+                inner_models=("shapes_alarm",),
             )
             if refusal is None:
                 require(head["path"].isascii() and ".." not in head["path"].split("/"), "a plain path")

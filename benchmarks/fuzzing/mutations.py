@@ -1,4 +1,4 @@
-"""How whole inputs are spoiled: byte by byte, and along the structure of JSON, pickles, archives and chunks."""
+"""How whole inputs are spoiled: byte by byte, and along the structure of JSON, pickles and archives."""
 
 from __future__ import annotations
 

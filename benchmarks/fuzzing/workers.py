@@ -1,4 +1,4 @@
-"""Readers run in processes of their own, watched from outside: what they raise, how long, how much, what else.
+"""Readers in processes of their own, watched from outside: what they raise, how long, how much, what else.
 
 A worker takes inputs one after the other and leaves their numbers in shared memory, so that the watcher knows
 which one it was when the worker hangs, grows or dies. The next worker goes on behind it.
@@ -22,9 +22,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzzing.surface import Input, Surface, write_files
-
 from cbpt_runtime.errors import CbptError
+from fuzzing.surface import Input, Surface, write_files
 
 INPUTS_PER_WORKER = 5_000
 LONGEST_MESSAGE = 10_000
@@ -36,7 +35,16 @@ _FORBIDDEN = (
     "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "pty.spawn",
     "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "socket.bind", "ctypes.dlopen",
 )  # fmt: skip
-_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
+_CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.truncate",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,9 +177,7 @@ def _wait(pid: int, surface: Surface, shared: memoryview) -> tuple[str, str] | N
     return None if code in (_GONE, _RECYCLED) else ("crash", f"exit code {code}")
 
 
-def _work(
-    surface: Surface, seed: int, numbers: range, scratch: Path, log: Path, shared: memoryview
-) -> None:
+def _work(surface: Surface, seed: int, numbers: range, scratch: Path, log: Path, shared: memoryview) -> None:
     """The life of a worker; does not return."""
     code = 1
     try:
@@ -278,7 +284,13 @@ def _listing(folder: Path) -> set[tuple[str, int, int]]:
             path = os.path.join(root, name)  # noqa: PTH118 (many thousand times a second)
             facts = os.lstat(path)
             is_folder = name in folders
-            found.add((path[len(str(folder)) :], 0 if is_folder else facts.st_size, 0 if is_folder else facts.st_mtime_ns))
+            found.add(
+                (
+                    path[len(str(folder)) :],
+                    0 if is_folder else facts.st_size,
+                    0 if is_folder else facts.st_mtime_ns,
+                )
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""A reader with every fault the fuzz program looks for, one per number, given to the program's own workers."""
+"""A reader with every fault the fuzz program looks for, run by the program's own workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from cbpt_runtime.errors import InputError
 
 FAULTS = (
     "right", "refusal", "whole refused", "traceback", "exit", "empty message", "promise", "hang", "memory",
-    "endless memory", "crash", "stray file", "stray home", "changed input", "program", "elsewhere", "right again",
+    "endless memory", "crash", "stray file", "stray home", "changed input", "program", "elsewhere",
+    "right again",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The fuzz program: a short run of every surface without a finding, and planted faults, each of which it finds."""
+"""The fuzz program: a short run of every surface finds nothing, and every planted fault is found."""
 
 from __future__ import annotations
 
@@ -103,6 +103,25 @@ def test_what_is_right_is_counted_and_no_finding(planted: dict[str, Any]) -> Non
     assert planted["counts"]["right again"] == {"accepted": 1, "refused": 0}
     assert planted["counts"]["refusal"] == {"accepted": 0, "refused": 1}
     assert len(planted["findings"]) == 14
+
+
+def test_a_surface_measured_again_keeps_the_others(
+    fuzz: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "fuzz.json"
+    for surface, inputs in (("requests", 100), ("texts", 200), ("texts", 100)):
+        done = fuzz(PROGRAM, "--surface", surface, "--inputs", inputs, "--output", output)
+        assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert {name: surface["inputs"] for name, surface in result["surfaces"].items()} == {
+        "requests": 17,
+        "texts": 17,
+    }
+    assert result["inputs"] == 34
+    assert (
+        "same seed"
+        in fuzz(PROGRAM, "--surface", "texts", "--seed", 9, "--inputs", 9, "--output", output).stderr
+    )
 
 
 def test_seed_surface_and_number_give_the_same_input_again(
