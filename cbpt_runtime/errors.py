@@ -22,9 +22,13 @@ The text of an error has three parts: what was expected, what came, what to do.
 
 from __future__ import annotations
 
+_LONGEST = 4_000  # characters
+
 
 class CbptError(Exception):
     """Base of all errors raised on purpose; the text says expected, got and what to do.
+
+    What a stranger's file calls itself may be blank or endless: blank text is quoted, long text cut.
 
     Args:
         expected: What would have been right.
@@ -35,13 +39,19 @@ class CbptError(Exception):
     exit_code = 1
 
     def __init__(self, *, expected: str, got: str, fix: str) -> None:
-        self.expected = expected
-        self.got = got
+        self.expected = _shown(expected)
+        self.got = _shown(got)
         self.fix = fix
-        super().__init__(f"expected {expected}; got {got}. {fix}")
+        super().__init__(f"expected {self.expected}; got {self.got}. {fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.expected, self.got, self.fix)
+
+
+def _shown(text: str) -> str:
+    if not text.strip():
+        return repr(text)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
 
 
 def _rebuild(kind: type[CbptError], expected: str, got: str, fix: str) -> CbptError:

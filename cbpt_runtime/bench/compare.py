@@ -30,8 +30,20 @@ def compare(
         across_hardware: Compare although the machines differ.
 
     Raises:
-        ConfigError: The machines differ and nobody said so, or the two have nothing in common.
+        ConfigError: The machines differ and nobody said so, the two have nothing in common, or one was
+            changed so that it says something else than `bench` does.
     """
+    try:
+        return _compared(first, second, across_hardware)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(
+            expected="two results as `cbpt-runtime bench --output` wrote them",
+            got=f"something else in one of them ({type(error).__name__}: {error})",
+            fix="Run it again, or take an unchanged copy.",
+        ) from error
+
+
+def _compared(first: dict[str, Any], second: dict[str, Any], across_hardware: bool) -> dict[str, Any]:
     differences = {
         key: [first["machine"].get(key), second["machine"].get(key)]
         for key in COMPARED

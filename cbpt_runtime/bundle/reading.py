@@ -76,9 +76,10 @@ class Bundle:
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, the suspected targets and what was measured."""
         rows = [("verdict", self.verdict)]
-        rows += [
-            (f"suspect: {suspect['name']}", f"p = {suspect['p_value']:.2g}") for suspect in self.suspects
-        ]
+        for suspect in self.suspects:
+            p_value = suspect.get("p_value")
+            shown = f"p = {p_value:.2g}" if isinstance(p_value, int | float) else ""
+            rows.append((f"suspect: {suspect['name']}", shown))
         rows += [("classes", str(len(self.class_names))), ("digest", self.digest)]
         rows += [(name, f"{value:.4g}") for name, value in self.metrics.items() if isinstance(value, float)]
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.classifier import Classifier, Pixels
 from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
 from cbpt_runtime.models.preprocess import Preprocess
 
@@ -50,7 +52,7 @@ class BundleClassifier(Classifier):
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle, verify=False)  # the files used are checked as they are read
         place = resolve_device(device)
-        state = load_tensors(bundle.read_file(ENCODER))
+        state = encoder_tensors(bundle)
         encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, str(place))
         return cls(bundle, encoder, place)
 
@@ -100,3 +102,20 @@ class BundleClassifier(Classifier):
             alarm=zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid),
             reference_logits=reference,
         )
+
+
+def encoder_tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """Read the weights of a bundle's image encoder.
+
+    Raises:
+        BundleError: The file is not the manifest's, or no safetensors.
+    """
+    content = bundle.read_file(ENCODER)
+    try:
+        return load_tensors(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(
+            expected=f"safetensors in {bundle.path / ENCODER}",
+            got=str(error),
+            fix="Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy.",
+        ) from error

@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from safetensors.torch import load as load_tensors
 
 from cbpt_runtime.artifacts import new_folder, reserved
-from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
-from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier, encoder_tensors
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
@@ -114,7 +113,7 @@ def export_bundle(
 
 def load_served(bundle: Bundle) -> tuple[ServedClassifier, BundleClassifier]:
     """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
-    state = load_tensors(bundle.read_file(ENCODER))
+    state = encoder_tensors(bundle)
     encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
     return ServedClassifier(bundle, encoder), BundleClassifier(bundle, encoder, torch.device("cpu"))
 

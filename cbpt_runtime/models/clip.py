@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from cbpt_runtime.errors import CheckpointError, ConfigError, ImageDataError
 from cbpt_runtime.models.architecture import load_image_tower, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint
-from cbpt_runtime.models.config import check_model_config
+from cbpt_runtime.models.config import check_model_config, config_error
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.text import TextTower
@@ -165,11 +165,18 @@ def load_image_encoder(
     """Builds the frozen image encoder from what `DualEncoder.image_tower_state` gave.
 
     Raises:
-        CheckpointError: The weights do not fit the architecture.
+        CheckpointError: The weights do not fit the architecture, or the preprocessing makes images of another
+            size.
         ConfigError: A device that is not there.
     """
     where = resolve_device(device)
     config = check_model_config(model_config)
+    height, width = Preprocess.from_open_clip({}, config["vision_cfg"].get("image_size", 224)).image_size
+    if (height, width) != preprocess.image_size:
+        raise config_error(
+            f"preprocessing for the {width}×{height} pixels of the model",
+            f"one for {preprocess.image_size[1]}×{preprocess.image_size[0]}",
+        )
     return ImageEncoder(load_image_tower(config, state_dict).to(where), config, preprocess)
 
 

@@ -170,10 +170,11 @@ def _check_type(value: object, kind: type, key: str) -> None:
 
 
 def _check_bound(value: object, key: str) -> None:
-    bound = _UPPER_BOUNDS[key.rpartition(".")[2]]
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= bound
-    if not fits:
-        raise config_error(f"{key} above 0 and at most {bound:,}", f"{value!r:.80}")
+    name = key.rpartition(".")[2]
+    bound, kind = _UPPER_BOUNDS[name], (int, float) if name == "mlp_ratio" else int
+    if not (isinstance(value, kind) and not isinstance(value, bool) and 0 < value <= bound):
+        number = "a number" if name == "mlp_ratio" else "a whole number"
+        raise config_error(f"{key} above 0 and at most {bound:,}, {number}", f"{value!r:.80}")
 
 
 def _check_timm_name(name: object) -> None:

@@ -27,6 +27,7 @@ _BODY_TYPES = ("application/json", "application/octet-stream")  # neither can be
 # Names nobody outside a network can own: one word, or what clusters and private networks use.
 _INTERNAL = re.compile(r"[a-z0-9_-]+|[a-z0-9_.-]+\.(svc|cluster\.local|internal)")
 _NAME = r"[A-Za-z0-9_.-]+"
+_HOST = re.compile(r"\[[^\[\]]*\](:[0-9]*)?|[^\[\]]*")  # nothing but a port behind an address in brackets
 _MODEL = rf"/v2/models/{_NAME}(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")
@@ -85,7 +86,7 @@ def refuse_caller(headers: Mapping[str, str], names: Names) -> Refusal | None:
     """Refuse what another web page sends, or what arrives under somebody else's name; None lets it in."""
     host = headers.get("Host", "")
     try:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = (urlsplit(f"//{host}").hostname or "") if _HOST.fullmatch(host) else ""
     except ValueError:
         name = ""
     if not names.include(name):

@@ -88,3 +88,15 @@ def test_several_targets_are_matched_by_name_and_nothing_in_common_is_an_error()
     strangers["targets"][0]["scenarios"] = {}
     with pytest.raises(ConfigError, match="in common"):
         compare(result(), strangers)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("batch_size", {}), ("target_rate_per_s", "x"), ("latencies_ms", [1.0, "x", [2.0], None])],
+)
+def test_results_that_somebody_changed_are_refused(key: str, value: object) -> None:
+    changed = result()
+    run = next(iter(changed["targets"][0]["scenarios"].values()))["runs"][0]
+    run[key] = value
+    with pytest.raises(ConfigError, match="something else in one of them"):
+        compare(changed, changed)

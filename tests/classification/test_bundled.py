@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cbpt_runtime.bundle import ENCODER, Bundle
+from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.errors import BundleError, ImageDataError
+from cbpt_runtime.errors import BundleError, CheckpointError, ImageDataError
+from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.models.clip import DualEncoder
 
@@ -89,6 +93,39 @@ def test_a_notebook_shows_a_bundle_as_a_table_without_markup_of_its_names(tiny_b
     assert "&lt;b&gt;cat&lt;/b&gt;" in shown
     assert "<b>" not in shown
     assert tiny_bundle.digest in shown
+
+
+@pytest.mark.parametrize("p_value", [None, {"a": 1}, "x"])
+def test_a_notebook_shows_a_bundle_whose_p_value_is_no_number(tiny_bundle: Bundle, p_value: object) -> None:
+    suspect = {**tiny_bundle.suspects[0], "p_value": p_value}
+    manifest = {**tiny_bundle.manifest, "suspects": [suspect]}
+    shown = dataclasses.replace(tiny_bundle, manifest=manifest)._repr_html_()
+    assert "suspect: Blue Stripes" in shown
+    assert "p = " not in shown
+
+
+def test_weights_that_are_no_safetensors_are_refused_though_the_manifest_fits(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    content = b"\xff" * 100
+    (folder / "encoder.safetensors").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    manifest["files"]["encoder.safetensors"] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"expected safetensors in .*encoder\.safetensors"):
+        BundleClassifier.from_bundle(folder)
+    with pytest.raises(BundleError, match=r"expected safetensors in .*encoder\.safetensors"):
+        load_served(read_bundle(folder))
+
+
+def test_preprocessing_for_another_size_than_the_models_is_refused(tiny_bundle: Bundle) -> None:
+    model = tiny_bundle.manifest["model"]
+    preprocess = {**model["preprocess"], "image_size": [16, 3]}
+    manifest = {**tiny_bundle.manifest, "model": {**model, "preprocess": preprocess}}
+    with pytest.raises(CheckpointError, match="for the 32×32 pixels of the model; got one for 3×16"):
+        BundleClassifier.from_bundle(dataclasses.replace(tiny_bundle, manifest=manifest))
 
 
 def test_no_images_give_an_empty_prediction(classifier: BundleClassifier) -> None:

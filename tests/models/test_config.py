@@ -93,6 +93,7 @@ def test_image_towers_from_outside_timm_are_refused(name: Any) -> None:
         ("embed_dim", "16", "embed_dim of type int"),
         ("embed_dim", True, "embed_dim of type int"),
         ("embed_dim", 10**9, "embed_dim above 0 and at most 16,384"),
+        ("vision_cfg.head_width", 16 / 3, "head_width above 0 and at most 1,024, a whole number; got 5.3"),
         ("embed_dim", 0, "embed_dim above 0"),
         ("embed_dim", None, "expected embed_dim in model_cfg"),
         ("quick_gelu", "yes", "quick_gelu of type bool"),
