@@ -27,7 +27,7 @@ from cbpt_runtime.models.preprocess import (
     missing_decoder,
     to_pixels,
 )
-from cbpt_runtime.pipeline import read_config, read_defense
+from cbpt_runtime.pipeline import read_method
 from cbpt_runtime.serving import admission
 from fuzzing import mutations
 from fuzzing.surface import Input, Surface, require
@@ -157,7 +157,7 @@ class Texts(Surface):
     def load(self, folder: Path) -> None:
         """Take the defaults of the configurations as whole ones."""
         self.documents = self._documents | {
-            "purify.json": json.loads(json.dumps(read_config().to_dict())),
+            "purify.json": json.loads(json.dumps(read_method("cbpt").to_dict())),
             "bench.json": json.loads((folder / "bench.json").read_text()),
         }
 
@@ -215,9 +215,9 @@ class Texts(Surface):
             case "profile.toml":
                 json.dumps(read_profile(path).to_dict(), allow_nan=False)
             case "purify.json":
-                read_config(path)
+                read_method("cbpt", path)
             case "finetuning.json":
-                read_defense("ft", path)
+                read_method("ft", path)
             case "bench.json":
                 result = read_results(path)
                 compare(result, result)
