@@ -197,9 +197,10 @@ class _Sealed(Surface):
                 extra = rng.choice(
                     ("x", "x/y", "\udcff", "a\nb", ".hidden", "lost+found/x", "claims.jsonl", name + "~")
                 )
-                if not any(
-                    f"{taken}/".startswith(f"{extra}/") or extra == taken.split("/")[0] for taken in files
-                ):
+                clashes = (
+                    f"{taken}/".startswith(f"{extra}/") or extra.startswith(f"{taken}/") for taken in files
+                )
+                if not any(clashes):
                     files[extra] = rng.choice((b"", b"{}", PIPE, FOLDER, LINK + "/dev/zero", LINK + ".."))
             case 5:
                 files[name] = b""
