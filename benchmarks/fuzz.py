@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from fuzzing.artefacts import Bundles, Checkpoints, Repositories
 from fuzzing.files import Images, Requests, Texts
+from fuzzing.messages import Messages
 from fuzzing.surface import Surface, write_files
 from fuzzing.workers import Outcome, fuzz, in_child, make_input
 from PIL import features
@@ -40,6 +41,7 @@ from PIL import features
 SURFACES: tuple[tuple[type[Surface], float], ...] = (
     (Images, 0.60),
     (Requests, 0.17),
+    (Messages, 0.05),
     (Texts, 0.17),
     (Checkpoints, 0.03),
     (Bundles, 0.02),
