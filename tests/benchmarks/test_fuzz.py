@@ -105,6 +105,7 @@ def test_what_is_right_is_counted_and_no_finding(planted: dict[str, Any]) -> Non
     assert len(planted["findings"]) == 14
 
 
+@pytest.mark.slow
 def test_a_surface_measured_again_keeps_the_others(
     fuzz: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_surface_measured_again_keeps_the_others(
     )
 
 
+@pytest.mark.slow
 def test_seed_surface_and_number_give_the_same_input_again(
     fuzz: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
