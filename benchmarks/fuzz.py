@@ -42,7 +42,7 @@ SURFACES: tuple[tuple[type[Surface], float], ...] = (
     (Images, 0.60),
     (Requests, 0.17),
     (Messages, 0.05),
-    (Texts, 0.17),
+    (Texts, 0.12),
     (Checkpoints, 0.03),
     (Bundles, 0.02),
     (Repositories, 0.01),

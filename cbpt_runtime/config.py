@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,14 +26,14 @@ class Between:
     """
 
     least: float
-    largest: float = math.inf
+    largest: float = sys.float_info.max
 
     def holds(self, value: float) -> bool:
         """Say whether a number lies in the range."""
-        return self.least <= value <= self.largest and math.isfinite(value)
+        return self.least <= value <= self.largest
 
     def __str__(self) -> str:
-        if math.isinf(self.largest):
+        if self.largest == sys.float_info.max:
             return f"of at least {self.least:g}"
         return f"from {self.least:,} to {self.largest:,}"
 
@@ -43,14 +43,16 @@ class Above:
     """What a number has to be above, and the largest value if there is one; finite numbers only."""
 
     bound: float
-    largest: float = math.inf
+    largest: float = sys.float_info.max
 
     def holds(self, value: float) -> bool:
         """Say whether a number lies in the range."""
-        return self.bound < value <= self.largest and math.isfinite(value)
+        return self.bound < value <= self.largest
 
     def __str__(self) -> str:
-        return f"above {self.bound:g}" + ("" if math.isinf(self.largest) else f", at most {self.largest:,}")
+        return f"above {self.bound:g}" + (
+            "" if self.largest == sys.float_info.max else f", at most {self.largest:,}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ class Some(Config):
         ("share", "0.5", "a number from 0 to 1"),
         ("step", 0, "a number above 0"),
         ("step", math.inf, "a number above 0"),
+        ("step", 10**400, "a number above 0"),
         ("step", math.nan, "a number above 0"),
         ("layer", -1, "a whole number of at least 0 or nothing"),
         ("sizes", (3, 0), "a whole number of at least 1"),

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "fuzz.py"
-SURFACES = ("images", "requests", "texts", "checkpoints", "bundles", "repositories")
+SURFACES = ("images", "requests", "messages", "texts", "checkpoints", "bundles", "repositories")
 
 
 @pytest.fixture
