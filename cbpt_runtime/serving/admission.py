@@ -32,7 +32,7 @@ _MODEL = rf"/v2/models/{_NAME}(/versions/[0-9]+)?"
 _READABLE = re.compile(rf"/v2|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/ready|/config|/stats)?")
 _ASKABLE = re.compile(rf"{_MODEL}/infer|/v2/repository/index")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-_SIZES = rb"(?:[1-9][0-9]*+\s*+(?:,\s*+[1-9][0-9]*+\s*+)*+)?+"
+_SIZES = rb"(?:[1-9][0-9]*\s*(?:,\s*[1-9][0-9]*\s*)*)?"  # a possessive group matches wrongly in Python 3.11.2
 _BAD_SHAPE = re.compile(rb'"shape"\s*+:\s*+(?!\[\s*+%s\])' % _SIZES)
 # All of a text, as long as no key in it holds a backslash, and so none can be `shape` under cover.
 _PLAIN_KEYS = re.compile(rb'(?:[^"]++|"[^"\\]*+"|"(?:[^"\\]++|\\.)*+(?:"(?!\s*+:)|\Z))*+', re.DOTALL)

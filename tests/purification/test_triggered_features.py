@@ -150,4 +150,4 @@ def test_images_leave_whatever_class_a_target_off_the_list_sends_them_to() -> No
     assert (other.triggered_targets != other.triggered_labels).all()
     cosines = (other.triggered @ known.texts.T).scatter(1, other.triggered_labels.unsqueeze(1), -1.0)
     assert torch.equal(other.triggered_targets, cosines.argmax(dim=1))
-    assert other.suspects == (1,)
+    assert other.targets == (1,)

@@ -39,7 +39,7 @@ def backdoored() -> TuningData:
         triggered=unit(clean[others] + 1.5 * direction),
         triggered_labels=labels[others],
         triggered_targets=torch.full_like(labels[others], 2),
-        suspects=(2,),
+        targets=(2,),
         directions=direction.unsqueeze(0),
     )
 
