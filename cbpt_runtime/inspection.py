@@ -95,5 +95,5 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
 
 def _signature(path: Path, trust: Trust) -> str:
     if trust.key is not None:
-        return f"good, with the key of {trust.key}"
+        return f"good, by the signer that {trust.key} names"
     return "there, not checked: --trust names a key" if (path / SIGNATURE).is_file() else "none"

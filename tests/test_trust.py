@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -136,7 +137,7 @@ def test_a_signed_bundle_opens_with_the_key_and_without(signed: Path, keys: Path
         (link_signature, "no plain file"),
         (fill_signature, "a larger file"),
         (lambda folder: (folder / SIGNATURE).write_text("{}"), "verificationMaterial"),
-        (lambda folder: (folder / SIGNATURE).write_bytes(b"\xff\x00"), "as signed with the key"),
+        (lambda folder: (folder / SIGNATURE).write_bytes(b"\xff\x00"), "as signed by the signer"),
         (lambda folder: ((folder / SIGNATURE).unlink(), (folder / SIGNATURE).mkdir()), "no plain file"),
     ],
 )
@@ -182,6 +183,63 @@ def test_a_signature_that_leaves_the_manifest_out_is_refused(signed: Path, keys:
     config.use_elliptic_key_signer(private_key=keys / "ours.pem").sign(signed, signed / SIGNATURE)
     with pytest.raises(TrustError, match="none was signed"):
         open_bundle(signed, make_trust(keys / "ours.pub"))
+
+
+def identity(folder: Path, **values: object) -> Path:
+    """A Sigstore identity, with the trust roots that come with Sigstore's library."""
+    store = Path(importlib.util.find_spec("sigstore").origin).parent / "_store"  # type: ignore[union-attr, arg-type]
+    roots, services = (
+        json.loads((store / "https%3A%2F%2Ftuf-repo-cdn.sigstore.dev" / name).read_text())
+        for name in ("trusted_root.json", "signing_config.v0.2.json")
+    )
+    kind = "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json"
+    (folder / "roots.json").write_text(
+        json.dumps({"mediaType": kind, "trustedRoot": roots, "signingConfig": services})
+    )
+    file = folder / "identity.json"
+    known = {"identity": "release@example.org", "issuer": "https://accounts.example.org"}
+    file.write_text(json.dumps(known | {"trust_config": "roots.json"} | values))
+    return file
+
+
+def test_a_signature_with_a_key_does_not_stand_for_a_sigstore_identity(signed: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrustError, match=r"by the signer that .*identity\.json names"):
+        open_bundle(signed, make_trust(identity(tmp_path)))
+
+
+def test_a_sigstore_identity_and_its_issuer_are_what_the_library_checks(
+    signed: Path, tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = model_signing.verifying.Config, []
+
+    def noted(self: Any, **arguments: object) -> Any:
+        asked.append(arguments)
+        return self.use_elliptic_key_verifier(public_key=keys / "ours.pub")
+
+    monkeypatch.setattr(config, "use_sigstore_verifier", noted)
+    assert open_bundle(signed, make_trust(identity(tmp_path))).verdict == "backdoored"
+    assert asked == [
+        {
+            "identity": "release@example.org",
+            "oidc_issuer": "https://accounts.example.org",
+            "trust_config": tmp_path / "roots.json",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "values", [{"issuer": ""}, {"identity": None}, {"provider": "x"}, {"trust_config": 3}]
+)
+def test_what_is_no_sigstore_identity_is_said(
+    signed: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError, match="a Sigstore identity in"):
+        open_bundle(signed, make_trust(identity(tmp_path, **values)))
+
+
+def test_trust_roots_that_are_not_there_are_said(signed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a Sigstore identity that can be checked"):
+        open_bundle(signed, make_trust(identity(tmp_path, trust_config="absent.json")))
 
 
 def test_the_library_itself_accepts_our_signature_and_we_accept_its(signed: Path, keys: Path) -> None:

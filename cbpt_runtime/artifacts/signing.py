@@ -1,4 +1,4 @@
-"""Signatures by the OpenSSF Model Signing specification, with its own library, offline.
+"""Signatures by the OpenSSF Model Signing specification, with its own library.
 
 A signature is one file, ``model.sig``, in the folder it signs: the SHA-256 of every other file there, signed
 with an elliptic curve key (P-256, P-384 or P-521), in Sigstore's bundle format. Nothing else touches the
@@ -78,13 +78,16 @@ def check_signature(folder: Path, trusted: Path) -> dict[str, str]:
     Args:
         folder: What was signed.
         trusted: PEM file with the signer's public key, or with the certificate of the authority that issued
-            the signer's (or the signer's own, where it signs itself). When one ends is not looked at.
+            the signer's (or the signer's own, where it signs itself); when one ends is not looked at. Or a
+            JSON file with the Sigstore `identity` and its `issuer`; with `trust_config`, a file with
+            Sigstore's trust roots beside it, no network is used.
 
     Returns:
         SHA-256 of every signed file by its path in the folder, as the signature has it.
 
     Raises:
-        ConfigError: `model-signing` is not installed, or the file holds neither.
+        ConfigError: `model-signing` is not installed, the file holds none of them, or Sigstore's trust roots
+            cannot be had.
         TrustError: The signature is missing or by another key, or a file is missing, changed or new.
     """
     library = _library()
@@ -101,7 +104,7 @@ def check_signature(folder: Path, trusted: Path) -> dict[str, str]:
             is_well_signed = str(error).startswith("Signature mismatch")  # of the files, that is
             different = _differences(folder, _signed_files(content)) if is_well_signed else ""
             raise TrustError(
-                expected=f"{folder} as signed with the key of {trusted}",
+                expected=f"{folder} as signed by the signer that {trusted} names",
                 got=different or _reason(error),
                 fix="Do not use it. Fetch it again from who signed it, or name the key it was signed with.",
             ) from error
@@ -129,15 +132,43 @@ def _verifier(library: ModuleType, trusted: Path) -> Any:
     try:
         with trusted.open("rb") as stream:
             text = stream.read(_MAX_KEY_BYTES)
+        if text.lstrip().startswith(b"{"):
+            return config.use_sigstore_verifier(**_identity(text, trusted))
         if b"-----BEGIN CERTIFICATE-----" in text:
             return config.use_certificate_verifier(certificate_chain=[trusted])
         return config.use_elliptic_key_verifier(public_key=trusted)
-    except Exception as error:  # whatever cryptography raises for a file that is no such key
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever cryptography, pydantic or a network raises
         raise ConfigError(
-            expected=f"a public key (P-256, P-384 or P-521) or a certificate, PEM, in {trusted}",
+            expected="a public key (P-256, P-384 or P-521) or a certificate, PEM, or a Sigstore identity "
+            f"that can be checked, in {trusted}",
             got=_reason(error),
             fix="Ask the signer for it; `openssl pkey -in key.pem -pubout` prints the public half of a key.",
         ) from error
+
+
+def _identity(text: bytes, file: Path) -> dict[str, Any]:
+    """What the library is to be told of a Sigstore identity."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        values = str(error)
+    keys = {"identity", "issuer", "trust_config"}
+    is_right = isinstance(values, dict) and {"identity", "issuer"} <= set(values) <= keys
+    if not is_right or not all(isinstance(value, str) and value for value in values.values()):
+        raise ConfigError(
+            expected=f'a Sigstore identity in {file}: {{"identity": "…", "issuer": "https://…"}}, and '
+            '"trust_config" with a file of trust roots to do without a network',
+            got=repr(values)[:300],
+            fix="Ask the signer for both; the issuer is who vouched for the identity.",
+        )
+    roots = values.get("trust_config")
+    return {
+        "identity": values["identity"],
+        "oidc_issuer": values["issuer"],
+        "trust_config": None if roots is None else file.parent / roots,
+    }
 
 
 def _read_signature(folder: Path) -> bytes:

@@ -15,7 +15,7 @@ TrustOption = Annotated[
     typer.Option(
         "--trust",
         metavar="FILE",
-        help="Public key or certificate (PEM) that bundle or repository must be signed with.",
+        help="Public key or certificate (PEM), or Sigstore identity (JSON), that it must be signed with.",
     ),
 ]
 DigestOption = Annotated[
