@@ -35,6 +35,7 @@ from cbpt_runtime.defenses.finetuning import (
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.method import SuspectModel
 from cbpt_runtime.training.trainable import TrainableClip
 
 _LATENT, _CHANNELS, _SEED_SIZE = 64, 32, 4
@@ -60,16 +61,16 @@ class Abd(Finetune):
     patch_area_rate: Annotated[float, Between(1e-4, 0.5)] = 0.03
     most_brightness: Annotated[float, Between(1, 10)] = 1.5
 
-    def batch_loss(
+    def tune(
         self,
-        encoder: DualEncoder,
+        suspect: SuspectModel,
         head: Float[Tensor, "classes dim"],
         split: CleanSplit,
         progress: Progress | None,
-    ) -> BatchLoss:
-        """Make the patch; return CLIP's loss on brightened images with it and on augmented captions."""
-        patch = adversarial_patch(encoder, head, split, self, progress=progress)
-        return adversarial_loss(patch, self)
+    ) -> tuple[DualEncoder, Float[Tensor, "classes dim"], int]:
+        """Make the patch, then tune both towers with it; return as FT does."""
+        patch = adversarial_patch(suspect.encoder, head, split, self, progress=progress)
+        return self.tune_towers(suspect, split, adversarial_loss(patch, self), progress)
 
 
 class PatchGenerator(nn.Module):

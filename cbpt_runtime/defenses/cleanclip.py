@@ -20,16 +20,12 @@ from cbpt_runtime.config import Between
 from cbpt_runtime.defenses.augmentation import auto_augmented, drawn_seed, easily_augmented
 from cbpt_runtime.defenses.finetuning import (
     Batch,
-    BatchLoss,
     Finetune,
     as_pixels,
     image_features,
     pair_loss,
     text_features,
 )
-from cbpt_runtime.models.clip import DualEncoder
-from cbpt_runtime.models.data import CleanSplit
-from cbpt_runtime.progress import Progress
 from cbpt_runtime.training.contrastive import labelled_contrastive_loss
 from cbpt_runtime.training.trainable import TrainableClip
 
@@ -46,17 +42,8 @@ class CleanClip(Finetune):
 
     self_supervision_weight: Annotated[float, Between(0, 1_000)] = 1.0
 
-    def batch_loss(
-        self,
-        encoder: DualEncoder,
-        head: Float[Tensor, "classes dim"],
-        split: CleanSplit,
-        progress: Progress | None,
-    ) -> BatchLoss:
+    def loss(self, clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         """Return CleanCLIP's loss of a batch."""
-        return self._loss
-
-    def _loss(self, clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         rng = np.random.default_rng(drawn_seed(generator))
         changed_images = auto_augmented(batch.images, generator)
         changed_captions = [easily_augmented(caption, rng) for caption in batch.captions]

@@ -89,24 +89,25 @@ class Finetune(Defense):
         progress: Progress | None,
     ) -> tuple[DualEncoder, Float[Tensor, "classes dim"], int]:
         """Return both towers tuned, the head of the new text tower, and how many parameters they have."""
+        return self.tune_towers(suspect, split, self.loss, progress)
+
+    def loss(self, clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Return CLIP's own loss between the images and captions of a batch."""
+        images = image_features(clip, as_pixels(batch.images), mixed=batch.mixed)
+        texts = text_features(clip, batch.captions, mixed=batch.mixed)
+        return pair_loss(clip, images, texts, batch.same)
+
+    def tune_towers(
+        self, suspect: SuspectModel, split: CleanSplit, loss: BatchLoss, progress: Progress | None
+    ) -> tuple[DualEncoder, Float[Tensor, "classes dim"], int]:
+        """Tune a copy of the suspect with a loss; return as `tune` does."""
         encoder = suspect.encoder
-        loss = self.batch_loss(encoder, head, split, progress)
         clip = trainable_from(suspect.checkpoint, device=str(encoder.device)).clone()
         tune_both_towers(clip, split, suspect.classes.texts(), self, loss, progress=progress)
         free = sum(parameter.numel() for parameter in clip.model.parameters())
         clip.model.to(memory_format=torch.contiguous_format)
         tuned = DualEncoder(clip.model, encoder.model_config, encoder.preprocess, encoder.tokenizer)
         return tuned, tuned.class_embeddings(suspect.classes), free
-
-    def batch_loss(
-        self,
-        encoder: DualEncoder,
-        head: Float[Tensor, "classes dim"],
-        split: CleanSplit,
-        progress: Progress | None,
-    ) -> BatchLoss:
-        """Return what is minimised."""
-        return caption_loss
 
 
 def tune_both_towers(
@@ -156,13 +157,6 @@ def tune_both_towers(
             if progress is not None:
                 progress("tune both towers", step, total, {"loss": float(value.detach())})
     clip.model.eval()
-
-
-def caption_loss(clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
-    """FT's loss: CLIP's own between images and captions."""
-    images = image_features(clip, as_pixels(batch.images), mixed=batch.mixed)
-    texts = text_features(clip, batch.captions, mixed=batch.mixed)
-    return pair_loss(clip, images, texts, batch.same)
 
 
 def pair_loss(

@@ -49,9 +49,10 @@ class GraphClassifier(Classifier):
 
     def __init__(self, path: Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.path, self.source = path, str(path)
-        self.metadata, self.class_names, self._suspects, self._preprocess = _described(path)
+        content, model = _read_graph(path)
+        self.metadata, self.class_names, self._suspects, self._preprocess = _described(model, path)
         self.verdict = self.metadata.get("cbpt.verdict")
-        self.graph_sha256 = self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.graph_sha256 = self.digest = hashlib.sha256(content).hexdigest()
         self.session: onnxruntime.InferenceSession = open_session(str(path), provider, threads=threads)
         self.place = str(self.session.get_providers()[0])
 
@@ -114,15 +115,22 @@ class RepositoryClassifier(GraphClassifier):
         self.notes = () if self.golden.note is None else (self.golden.note,)
 
 
-def _described(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...], Preprocess]:
-    """Metadata, class names, suspects and preprocessing of a graph that does nothing but classify."""
+def _read_graph(path: Path) -> tuple[bytes, onnx.ModelProto]:
+    """A file and the graph in it: what is hashed is what is looked at."""
     try:
-        model = onnx.load_model_from_string(read_regular_file(path, max_bytes=MAX_GRAPH_BYTES))
-        metadata = read_metadata(model)
+        content = read_regular_file(path, max_bytes=MAX_GRAPH_BYTES)
+        return content, onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's own classes
         raise ConfigError(
             expected="an ONNX file", got=f"{path}: {error}", fix="Export the bundle again."
         ) from error
+
+
+def _described(
+    model: onnx.ModelProto, path: Path
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...], Preprocess]:
+    """Metadata, class names, suspects and preprocessing of a graph that does nothing but classify."""
+    metadata = read_metadata(model)
     try:
         names = tuple(str(name) for name in json.loads(metadata["cbpt.class_names"]))
         suspects = _named(json.loads(metadata.get("cbpt.suspects", "[]")), names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -67,7 +67,6 @@ class Purified:
     trainable_parameters: int = 0
 
 
-@runtime_checkable
 class Method(Protocol):
     """A way to purify: its settings, and what is done with them."""
 

@@ -55,7 +55,16 @@ class TriggerFamily(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Additive(TriggerFamily):
+class _Picture(TriggerFamily):
+    """A pattern with a value of its own for every pixel and channel."""
+
+    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
+        """Random starting parameters, on the CPU."""
+        return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additive(_Picture):
     """One pattern added to every image, bounded per pixel: clip(x + epsilon * tanh(t)).
 
     Attributes:
@@ -65,10 +74,6 @@ class Additive(TriggerFamily):
     epsilon: float
     step_size: float = 0.1
 
-    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        """Random starting parameters, on the CPU."""
-        return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
-
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]
     ) -> Float[Tensor, "triggers batch 3 height width"]:
@@ -77,7 +82,7 @@ class Additive(TriggerFamily):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blend(TriggerFamily):
+class Blend(_Picture):
     """One image mixed into every image: (1 - alpha) * x + alpha * sigmoid(4 t).
 
     Attributes:
@@ -86,10 +91,6 @@ class Blend(TriggerFamily):
 
     alpha: float
     step_size: float = 0.1
-
-    def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        """Random starting parameters, on the CPU."""
-        return {"pattern": 0.1 * torch.randn(count, 3, *image_size, generator=generator)}
 
     def apply(
         self, parameters: Parameters, pixels: Float[Tensor, "triggers batch 3 height width"]

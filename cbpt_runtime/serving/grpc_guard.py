@@ -14,15 +14,13 @@ from cbpt_runtime.serving.admission import Refusal
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.grpc_admission import refuse_message, refuse_method
-from cbpt_runtime.serving.room import FULL, NOT_THERE, Room
+from cbpt_runtime.serving.room import ANSWER_TIMEOUT_S, FULL, NOT_THERE, REQUEST_TIMEOUT_S, Room
 
 if TYPE_CHECKING:
     import grpc
 
-MESSAGE_TIMEOUT_S = 120.0  # for all of a message
-PATIENCE_S = 5.0  # for it while others wait for their turn
+PATIENCE_S = 5.0  # for a message while others wait for their turn
 TURN_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 600.0
 MAX_READERS = 16  # of messages, each of unknown size until it is there
 _GRACE_S = 1.0
 _LARGEST = 2**31 - 1
@@ -173,7 +171,7 @@ class _Readers:
             return FULL
         start = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(PATIENCE_S if self._waiting else MESSAGE_TIMEOUT_S) as limit:
+            async with asyncio.timeout(PATIENCE_S if self._waiting else REQUEST_TIMEOUT_S) as limit:
                 if not self._waiting:
                     self._patient[limit] = start
                 message = await context.read()

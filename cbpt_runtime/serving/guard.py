@@ -22,15 +22,13 @@ from cbpt_runtime.serving.admission import refuse_request as refuse_head
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.endpoint import Endpoint
 from cbpt_runtime.serving.grpc_guard import GrpcGuard
-from cbpt_runtime.serving.room import FULL, NOT_THERE, Room
+from cbpt_runtime.serving.room import ANSWER_TIMEOUT_S, FULL, NOT_THERE, REQUEST_TIMEOUT_S, Room
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp import web
 
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
-REQUEST_TIMEOUT_S = 120.0  # for all of a body
-ANSWER_TIMEOUT_S = 600.0
 MAX_HELD_BODIES = 8  # of the largest size, of both protocols together
 _CONNECT_TIMEOUT_S = 10.0
 _IDLE_TIMEOUT_S = 1.0  # of a connection to Triton, which when told to stop waits for their end

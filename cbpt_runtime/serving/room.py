@@ -1,4 +1,4 @@
-"""What both guards share: how much of requests is held in memory at once, and when to try again."""
+"""What both guards share: how long a request may take, how much of them is held, and when to try again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from http import HTTPStatus
 
 from cbpt_runtime.serving.admission import Refusal
 
+REQUEST_TIMEOUT_S = 120.0  # for all of a body or message
+ANSWER_TIMEOUT_S = 600.0
 FULL = Refusal(status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again.")
 NOT_THERE = Refusal(
     status=HTTPStatus.SERVICE_UNAVAILABLE, text="Triton is not there: it starts, stops or broke. Try again."

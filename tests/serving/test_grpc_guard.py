@@ -263,12 +263,12 @@ def test_slow_senders_give_way_to_others_one_by_one(
 def test_a_message_that_does_not_come_has_a_deadline_and_so_has_a_turn(
     guard: Guard, ask: Callable[..., Reply], config: ServeConfig, triton: FakeTriton, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(module, "MESSAGE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.2)
     slow = Trickle(config)
     assert slow.call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "rest of the message" in slow.call.details()
     slow.close()
-    monkeypatch.setattr(module, "MESSAGE_TIMEOUT_S", 20)
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 20)
     monkeypatch.setattr(module, "TURN_TIMEOUT_S", 0.2)
     many = [Trickle(config) for _ in range(module.MAX_READERS)]
     wait_until(lambda: len(guard._grpc._readers._patient) == module.MAX_READERS)
