@@ -2,6 +2,9 @@
 
     python benchmarks/purification.py --victims VICTIMS --images TINY_IMAGENET_100 --seeds 0 1 2
 
+With `--list-sizes 12` a list of twelve class names is drawn for every seed, the target among them, and both
+images and triggered images are those of the list alone.
+
 VICTIMS holds one open_clip folder per victim, with `attack.json` and triggered test images (a folder or zip
 `test-triggered`) unless it is clean; TINY_IMAGENET_100 is a folder or zip with `train/<class>` and
 `val/<class>`. Only the measuring reads `attack.json` and the triggered images. The results file is written
@@ -14,12 +17,15 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
+import shutil
 import statistics
 import tempfile
 import time
 import zipfile
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shots", type=int, nargs="+", default=[16])
+    parser.add_argument("--list-sizes", type=int, nargs="+", default=[None], help="default: all classes")
+    parser.add_argument("--only", nargs="+", default=[], help="names of victims; default: all")
     parser.add_argument("--parameterization", choices=["embedding", "prompt"], default="embedding")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -58,51 +66,80 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         images = unpacked(options.images, Path(scratch) / "images")
-        names = sorted(folder.name for folder in (images / "train").iterdir())
-        classes = Path(scratch) / "classes.txt"
-        classes.write_text("\n".join(name.replace("_", " ") for name in names) + "\n")
         victims = sorted(path.parent for path in options.victims.glob("*/attack.json"))
-        for shots in options.shots:
-            for seed in options.seeds:
-                for victim in victims:
-                    setting = {
-                        "victim": victim.name,
-                        "seed": seed,
-                        "shots": shots,
-                        "parameterization": options.parameterization,
-                    }
-                    if any(setting.items() <= run.items() for run in runs):
-                        continue
-                    runs.append(setting | measured(victim, images, classes, setting, Path(scratch)))
-                    save(options.output, runs)
+        victims = [victim for victim in victims if not options.only or victim.name in options.only]
+        for shots, seed, size, victim in product(options.shots, options.seeds, options.list_sizes, victims):
+            setting = {
+                "victim": victim.name,
+                "seed": seed,
+                "shots": shots,
+                "parameterization": options.parameterization,
+            }
+            setting |= {} if size is None else {"list_size": size}
+            if any(setting.items() <= run.items() for run in runs):
+                continue
+            runs.append(setting | measured(victim, images, setting, Path(scratch)))
+            save(options.output, runs)
     print(table(runs))
 
 
-def measured(
-    victim: Path, images: Path, classes: Path, setting: dict[str, Any], scratch: Path
-) -> dict[str, Any]:
+def drawn(folders: list[str], target: str | None, size: int | None, seed: int) -> list[str]:
+    """Class folders of one list: all, or so many drawn at random with the target's among them."""
+    if size is None:
+        return folders
+    own = [] if target is None else [class_folder(target)]
+    others = [folder for folder in folders if folder not in own]
+    return sorted(own + random.Random(seed).sample(others, size - len(own)))
+
+
+def class_folder(name: str) -> str:
+    """The folder of a class in the images at hand."""
+    return name.replace(" ", "_")
+
+
+def linked(source: Path, folders: list[str], place: Path) -> Path:
+    """A folder with links to the class folders of one list."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for folder in folders:
+        (place / folder).symlink_to((source / folder).resolve(), target_is_directory=True)
+    return place
+
+
+def measured(victim: Path, images: Path, setting: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Purifies one victim, then measures it."""
     output = scratch / "bundle"
+    attack = json.loads((victim / "attack.json").read_text())
+    target = attack.get("target")
+    folders = drawn(
+        sorted(folder.name for folder in (images / "train").iterdir()),
+        target,
+        setting.get("list_size"),
+        setting["seed"],
+    )
+    classes = scratch / "classes.txt"
+    classes.write_text("\n".join(folder.replace("_", " ") for folder in folders) + "\n")
     start = time.process_time()
     bundle = purify_checkpoint(
         victim,
         classes,
-        images / "train",
+        linked(images / "train", folders, scratch / "train"),
         output,
         shots=setting["shots"],
         method=Cbpt(seed=setting["seed"], parameterization=setting["parameterization"]),
         force=True,
     )
     cpu_seconds = time.process_time() - start
-    attack = json.loads((victim / "attack.json").read_text())
-    target = attack.get("target")
     triggered = None
     if target is not None:
         packed = victim / "test-triggered.zip"
         triggered = unpacked(
             packed if packed.exists() else victim / "test-triggered", scratch / f"triggered-{victim.name}"
         )
-    result = evaluate(read_bundle(output), images / "val", triggered, target)
+        shown = [folder for folder in folders if (triggered / folder).is_dir()]
+        triggered = linked(triggered, shown, scratch / "triggered")
+    clean = linked(images / "val", folders, scratch / "val")
+    result = evaluate(read_bundle(output), clean, triggered, target)
     seconds = bundle.manifest["stage_seconds"]
     return {
         "target": target,
@@ -161,14 +198,26 @@ def save(path: Path, runs: list[dict[str, Any]]) -> None:
     )
 
 
+def _kind(run: dict[str, Any]) -> tuple[str, int, int, str]:
+    """What runs of one row have in common."""
+    return run["victim"], run.get("list_size", 0), run["shots"], run["parameterization"]
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean over the seeds and, in brackets, the worst seed, as Markdown."""
-    columns = "victim, shots, target found, CA, ASR, PA, floor after, target recall, alarm AUROC, seconds"
+    columns = (
+        "victim, classes, shots, target found, CA, ASR, PA, floor after, target recall, alarm AUROC, seconds"
+    )
     head = "| " + columns.replace(", ", " | ") + " |"
-    lines = [head, "|" + "---|" * 10]
-    for key in sorted({(run["victim"], run["shots"], run["parameterization"]) for run in runs}):
-        group = [run for run in runs if (run["victim"], run["shots"], run["parameterization"]) == key]
-        cells = [key[0], str(key[1]), f"{sum(run['target_right'] for run in group)} of {len(group)}"]
+    lines = [head, "|" + "---|" * 11]
+    for key in sorted({_kind(run) for run in runs}):
+        group = [run for run in runs if _kind(run) == key]
+        cells = [
+            key[0],
+            str(key[1] or "all"),
+            str(key[2]),
+            f"{sum(run['target_right'] for run in group)} of {len(group)}",
+        ]
         for name, worst in (
             ("clean_accuracy", min),
             ("attack_success_rate", max),
