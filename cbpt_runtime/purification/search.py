@@ -151,7 +151,7 @@ def search(
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins, dim=1)
-    taken = torch.stack([one.margins[0] for one in reached]) > 0
+    taken = torch.stack([one.margins[1] for one in reached]) > 0
     outliers = find_outliers(stacked, taken, config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
