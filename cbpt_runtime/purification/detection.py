@@ -20,7 +20,7 @@ _FEW_CONCEPTS = 24
 
 _FAR = 1e6
 _UNREACHED = 3.0
-"""Most that a concept scores which the trigger does not take the images to: not rare among so many."""
+"""Most that a concept scores whose trigger does not take the images to it: not rare among so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,8 @@ def find_outliers(
     Args:
         margins: What each concept's trigger reaches, in each family, measured in one way or several; minus
             infinity where it was given up for being among the lesser half.
-        reached: Whose trigger takes the images to the concept, the half on which it works less well on
-            average. A trigger that does not is no backdoor, however far it stands out.
+        reached: Whose trigger takes the images to the concept. One that does not is no backdoor, however far
+            it stands out.
         level: p-value below which a concept is suspected.
     """
     suspects: list[int] = []

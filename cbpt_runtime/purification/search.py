@@ -29,6 +29,7 @@ from cbpt_runtime.purification.vocabulary import Vocabulary
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
+_TAKEN = 0.7  # share of the images that a trigger has to take to its concept to be more than natural
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
 _FEW = 24  # concepts that are all followed to the end
@@ -151,7 +152,7 @@ def search(
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins, dim=1)
-    taken = torch.stack([one.margins[1] for one in reached]) > 0
+    taken = torch.stack([one.success for one in reached]) >= _TAKEN
     outliers = find_outliers(stacked, taken, config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
