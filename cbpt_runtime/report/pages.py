@@ -95,7 +95,7 @@ def render_report(
     Returns:
         One self-contained HTML page.
     """
-    return _page(
+    return render_page(
         "report.html.jinja",
         bundle=bundle,
         manifest=bundle.manifest,
@@ -119,7 +119,7 @@ def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
         One self-contained HTML page.
     """
     columns, rows = table_rows(evaluations)
-    return _page(
+    return render_page(
         "evaluation.html.jinja",
         evaluations=evaluations,
         details=[
@@ -138,7 +138,7 @@ def render_scan(scan: Scan) -> str:
     Returns:
         One self-contained HTML page.
     """
-    return _page(
+    return render_page(
         "scan.html.jinja",
         scan=scan,
         names=_listed([suspect.name for suspect in scan.suspects]),
@@ -193,7 +193,8 @@ def _changed(bundle: Bundle) -> str:
             return f"the image encoder, and then {classes}"
 
 
-def _page(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
+    """Fill in a template; every value is escaped."""
     environment = Environment(
         loader=PackageLoader("cbpt_runtime", "report"),
         autoescape=True,

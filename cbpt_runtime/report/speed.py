@@ -1,89 +1,100 @@
-"""The page of a bench run: how fast, how sure, and how good the answers are."""
+"""The folder of a bench run: its numbers, its plots, and a page of how fast, how sure and how good."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Final
 
-from cbpt_runtime.bench import tables
+from cbpt_runtime.artifacts import Kind, marked, new_folder
+from cbpt_runtime.artifacts.names import json_text, readable
+from cbpt_runtime.bench.records import COLUMNS, BenchResult, Run, SystemResult
+from cbpt_runtime.bench.results import RESULT
 from cbpt_runtime.report import speed_charts
 from cbpt_runtime.report.figures import data_uri
-from cbpt_runtime.report.pages import _page
+from cbpt_runtime.report.pages import render_page
 from cbpt_runtime.report.speed_charts import Plot, Series
 
+RESULTS: Final[Kind] = marked("folder of bench results")
 _STAGES = ("decode", "queue", "transfer", "compute")
 
 
-def render_bench(result: dict[str, Any]) -> str:
-    """The text of a run's ``report.html``: one self-contained page.
+def write_results(result: BenchResult, output: Path, *, force: bool) -> None:
+    """Write ``bench.json``, every plot as SVG and PNG, and ``report.html``: whole or not at all.
 
-    Args:
-        result: What `cbpt_runtime.bench.run.bench` found.
+    Raises:
+        OutputError: The folder cannot be written.
     """
-    plots = [(plot, data_uri("image/svg+xml", plot.svg)) for plot in draw_plots(result)]
-    return _page(
+    with new_folder(output, RESULTS, force=force) as staging:
+        text = json_text(result.to_dict(), indent=1)
+        (staging / RESULT).write_text(text + "\n", encoding="utf-8")
+        for plot in draw_plots(result):
+            (staging / f"{plot.name}.svg").write_bytes(plot.svg)
+            (staging / f"{plot.name}.png").write_bytes(plot.png)
+        (staging / "report.html").write_text(readable(render_bench(result)), encoding="utf-8")
+
+
+def render_bench(result: BenchResult) -> str:
+    """The text of a run's ``report.html``: one self-contained page."""
+    return render_page(
         "speed.html.jinja",
         result=result,
-        headline=_headline(result["targets"][0]),
-        cards=_cards(result["targets"][0]),
-        columns=tables.COLUMNS,
-        targets=[
+        headline=_headline(result.systems[0]),
+        cards=_cards(result.systems[0]),
+        columns=COLUMNS,
+        systems=[
             {
-                "name": target["name"],
-                "facts": {key: value for key, value in target["facts"].items() if value is not None},
-                "quality": tables.quality(target),
-                "where": target["quality"]["stated"].get("where"),
-                "rows": tables.rows(target),
-                "notes": list(tables.notes(target)),
-                "stages": stage_rows(target),
-                "peer": target.get("perf_analyzer", []),
+                "name": system.name,
+                "facts": {key: value for key, value in system.facts.items() if value is not None},
+                "quality": str(system.quality),
+                "where": system.quality.stated.where,
+                "rows": [run.row(scenario) for scenario, run in system.runs()],
+                "notes": list(system.notes()),
+                "stages": stage_rows(system),
+                "peer": system.perf_analyzer,
             }
-            for target in result["targets"]
+            for system in result.systems
         ],
         stage_columns=("run", *(f"{stage} ms" for stage in _STAGES), "mean batch"),
-        plots=plots,
+        plots=[(plot, data_uri("image/svg+xml", plot.svg)) for plot in draw_plots(result)],
     )
 
 
-def draw_plots(result: dict[str, Any]) -> list[Plot]:
+def draw_plots(result: BenchResult) -> list[Plot]:
     """Every plot the run has numbers for."""
-    targets = result["targets"]
-    many = len(targets) > 1
+    many = len(result.systems) > 1
 
-    def label(target: dict[str, Any], words: str) -> str:
-        return f"{target['name']}, {words}" if many else words
+    def label(system: SystemResult, words: str) -> str:
+        return f"{system.name}, {words}" if many else words
 
     distributions: list[Series] = []
     against: dict[str, tuple[list[float], list[float]]] = {}
     batches: list[Series] = []
     classes: list[Series] = []
-    for target in targets:
-        for scenario, measured in target["scenarios"].items():
-            runs = measured["runs"]
+    for system in result.systems:
+        for scenario, measured in system.scenarios.items():
+            runs = measured.runs
             for run in _shown(scenario, runs):
-                words = f"{scenario}, {tables.describe(run)}"
-                distributions.append((label(target, words), run["latencies_ms"], ()))
+                distributions.append((label(system, f"{scenario}, {run}"), run.latencies_ms or (), ()))
             if scenario in ("server", "sweep"):
                 loop = "open loop" if scenario == "server" else "closed loop"
                 for run in runs:
-                    middle = run["latency_ms"].get("p50")
+                    middle = run.ms("p50")
                     if middle is not None:
-                        xs, ys = against.setdefault(label(target, loop), ([], []))
-                        xs.append(run["throughput_per_s"])
+                        xs, ys = against.setdefault(label(system, loop), ([], []))
+                        xs.append(run.throughput_per_s)
                         ys.append(middle)
             if scenario == "offline":
-                sizes = [run["batch_size"] for run in runs]
-                batches.append(
-                    (label(target, "throughput"), sizes, [run["throughput_per_s"] for run in runs])
-                )
-                counted = measured.get("classes", [])
-                latencies = [entry["latency_ms"] for entry in counted]
-                classes.append((label(target, "latency"), [entry["classes"] for entry in counted], latencies))
+                sizes = [run.batch_size for run in runs]
+                batches.append((label(system, "throughput"), sizes, [run.throughput_per_s for run in runs]))
+                heads = measured.classes or ()
+                latencies = [head.latency_ms for head in heads]
+                classes.append((label(system, "latency"), [head.classes for head in heads], latencies))
     drawn = (
         speed_charts.latency_distribution(distributions),
         speed_charts.throughput_against_latency(
             [(name, xs, ys) for name, (xs, ys) in against.items()],
-            bound_ms=result["config"]["latency_bound_ms"],
+            bound_ms=result.config["latency_bound_ms"],
         ),
         speed_charts.batch_scaling(batches),
         speed_charts.class_scaling(classes),
@@ -91,31 +102,23 @@ def draw_plots(result: dict[str, Any]) -> list[Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def stage_rows(target: dict[str, Any]) -> list[tuple[str, ...]]:
+def stage_rows(system: SystemResult) -> list[tuple[str, ...]]:
     """Where the time of a request went, means in milliseconds, for every run that knows."""
     found = []
-    for scenario, measured in target["scenarios"].items():
-        for run in measured["runs"]:
-            stages = stages_ms(run)
-            if stages:
-                texts = ["–" if stages.get(stage) is None else f"{stages[stage]:.3g}" for stage in _STAGES]
-                size = stages.get("mean_batch_size")
-                found.append(
-                    (f"{scenario}, {tables.describe(run)}", *texts, "–" if size is None else f"{size:.2g}")
-                )
+    for scenario, run in system.runs():
+        stages = stages_ms(run)
+        if stages:
+            texts = ["–" if stages.get(stage) is None else f"{stages[stage]:.3g}" for stage in _STAGES]
+            size = run.mean_batch_size
+            found.append((f"{scenario}, {run}", *texts, "–" if size is None else f"{size:.2g}"))
     return found
 
 
-def stages_ms(run: dict[str, Any]) -> dict[str, float | None]:
-    """Decode, queue, transfer and compute of a run: Triton's account, or our engine's."""
-    here = run.get("stages")
-    if here:
-        return {
-            "decode": here["decode_ms_per_batch"],
-            "compute": here["compute_ms_per_batch"],
-            "mean_batch_size": here["mean_batch_size"],
-        }
-    served = run.get("triton", {})
+def stages_ms(run: Run) -> dict[str, float]:
+    """Decode, queue, transfer and compute of a run: Triton's account, or this process's."""
+    if run.stages is not None:
+        return {"decode": run.stages.decode_ms_per_batch, "compute": run.stages.compute_ms_per_batch}
+    served = run.triton or {}
     steps = {name.rpartition("_")[2]: entry for name, entry in served.items() if "total_ms" in entry}
     if not {"preprocess", "classifier"} <= set(steps):
         return {}
@@ -127,44 +130,41 @@ def stages_ms(run: dict[str, Any]) -> dict[str, float | None]:
             entry[f"compute_{part}_ms"] for entry in (decoder, classifier) for part in ("input", "output")
         ),
         "compute": classifier["compute_infer_ms"],
-        "mean_batch_size": classifier["mean_batch_size"],
     }
 
 
-def _shown(scenario: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown(scenario: str, runs: Sequence[Run]) -> Sequence[Run]:
     """Runs whose distribution is drawn: all of single-stream; of a search, the best rate that held."""
     if scenario == "single-stream":
-        return list(runs)
+        return runs
     if scenario != "server":
         return []
-    held = [run for run in runs if run.get("held")]
-    return [max(held, key=lambda run: float(run["target_rate_per_s"]))] if held else list(runs[:3])
+    held = [run for run in runs if run.held]
+    return [max(held, key=lambda run: run.target_rate_per_s or 0.0)] if held else runs[:3]
 
 
-def _headline(target: dict[str, Any]) -> str:
-    search = target["scenarios"].get("server", {}).get("search") or {}
-    if search.get("held_per_s"):
+def _headline(system: SystemResult) -> str:
+    server = system.scenarios.get("server")
+    search = None if server is None else server.search
+    if search is not None and search.held_per_s is not None:
         return (
-            f"{search['held_per_s']:.3g} answers per second, p{search['percentile']:g} within "
-            f"{search['latency_bound_ms']:g} ms"
+            f"{search.held_per_s:.3g} answers per second, p{search.percentile:g} within "
+            f"{search.latency_bound_ms:g} ms"
         )
-    for measured in target["scenarios"].values():
-        for run in measured["runs"]:
-            if "p50" in run.get("latency_ms", {}):
-                return f"Half of the answers within {run['latency_ms']['p50']:.3g} ms"
-    best = [run["throughput_per_s"] for measured in target["scenarios"].values() for run in measured["runs"]]
-    return f"{max(best):.3g} answers per second" if best else "Nothing was measured"
+    runs = [run for _, run in system.runs()]
+    for run in runs:
+        if (middle := run.ms("p50")) is not None:
+            return f"Half of the answers within {middle:.3g} ms"
+    best = max((run.throughput_per_s for run in runs), default=None)
+    return "Nothing was measured" if best is None else f"{best:.3g} answers per second"
 
 
-def _cards(target: dict[str, Any]) -> list[tuple[str, str]]:
-    cards = [("measured", target["name"]), ("how good its answers are", tables.quality(target))]
-    for scenario, measured in target["scenarios"].items():
-        runs = measured["runs"]
-        if scenario == "single-stream" and "p50" in runs[0]["latency_ms"]:
-            cards.append(("one at a time, median", f"{runs[0]['latency_ms']['p50']:.3g} ms"))
+def _cards(system: SystemResult) -> list[tuple[str, str]]:
+    cards = [("measured", system.name), ("how good its answers are", str(system.quality))]
+    for scenario, measured in system.scenarios.items():
+        if scenario == "single-stream" and (middle := measured.runs[0].ms("p50")) is not None:
+            cards.append(("one at a time, median", f"{middle:.3g} ms"))
         if scenario == "offline":
-            best = max(runs, key=lambda run: float(run["throughput_per_s"]))
-            cards.append(
-                (f"offline, batches of {best['batch_size']}", f"{best['throughput_per_s']:.3g} images/s")
-            )
+            best = max(measured.runs, key=lambda run: run.throughput_per_s)
+            cards.append((f"offline, batches of {best.batch_size}", f"{best.throughput_per_s:.3g} images/s"))
     return cards
