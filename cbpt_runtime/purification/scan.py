@@ -191,7 +191,7 @@ def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImag
 
 
 def _check_judged(found: SearchResult) -> None:
-    """A search that check_head nothing must not read as a clean verdict."""
+    """A search that judged nothing must not read as a clean verdict."""
     if not bool((found.outliers.scores > -torch.inf).any()):
         raise PurificationError(
             expected="triggers that take images to different places",
