@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
+from cbpt_runtime.cli.options import DigestOption, JsonOption, SkipUnreadableOption, TrustOption, given_trust
 from cbpt_runtime.cli.output import print_json, print_note, print_table
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.bench.records import BenchResult

@@ -20,10 +20,10 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
 from cbpt_runtime.evaluation.tables import short_names, table_rows
-from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
+from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, odd_words, prompt_rows
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
-from cbpt_runtime.report.figures import picture_uri
+from cbpt_runtime.report.charts import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
 from cbpt_runtime.report.study import Study, study_bundle
 from cbpt_runtime.trust import make_trust, open_bundle
