@@ -1,4 +1,4 @@
-"""How weights and an architecture differ: names, shapes, kinds of numbers, image size, and positions resized."""
+"""How weights and an architecture differ: names, shapes, kinds of numbers, image size; resized positions."""
 
 from __future__ import annotations
 
