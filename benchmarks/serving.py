@@ -200,7 +200,8 @@ def start(repository: Path, _pictures: Pictures, _seconds: float) -> dict[str, A
 def parts_in_process(work: Workload, batch: int, seconds: float) -> dict[str, float]:
     """Milliseconds per image: decoding by one thread, computing in batches by all; and processor time."""
     files = work.pictures.files[:batch]
-    decode, compute = [], []
+    decode: list[float] = []
+    compute: list[float] = []
     spent = time.process_time()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(compute) < 3:

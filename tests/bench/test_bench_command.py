@@ -52,15 +52,15 @@ def test_every_scenario_of_a_bundle_and_its_repository(
     for target in (bundle, repository):
         scenarios = target["scenarios"]
         assert set(scenarios) == {"single-stream", "offline", "sweep"}  # an open loop is for servers
-        for run in (*scenarios["single-stream"]["runs"], *scenarios["sweep"]["runs"]):
-            assert set(run["outcomes"]) == {"answered"}
-            assert run["generator"]["processes"] == 0
-            assert run["answers"]["checked"] > 0
-            assert run["stages"]["mean_batch_size"] == 1
-        assert {run["loop"] for run in scenarios["sweep"]["runs"]} == {"closed"}
-        sizes = [run["batch_size"] for run in scenarios["offline"]["runs"]]
+        for each in (*scenarios["single-stream"]["runs"], *scenarios["sweep"]["runs"]):
+            assert set(each["outcomes"]) == {"answered"}
+            assert each["generator"]["processes"] == 0
+            assert each["answers"]["checked"] > 0
+            assert each["stages"]["mean_batch_size"] == 1
+        assert {each["loop"] for each in scenarios["sweep"]["runs"]} == {"closed"}
+        sizes = [each["batch_size"] for each in scenarios["offline"]["runs"]]
         assert sizes == ([1, 4, 64] if target is bundle else [1, 4])  # no larger than it takes
-        assert all(run["answers"]["wrong"] == 0 for part in scenarios.values() for run in part["runs"])
+        assert all(each["answers"]["wrong"] == 0 for part in scenarios.values() for each in part["runs"])
     assert [entry["classes"] for entry in repository["scenarios"]["offline"]["classes"]] == [10, 200]
 
 
