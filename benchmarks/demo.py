@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cbpt_runtime.bundle import read_bundle
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import shown_progress
 from cbpt_runtime.demo.story import run_demo
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.export.cpus import kind_of_processor

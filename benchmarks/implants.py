@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import shown_progress
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import find_class_folders, read_images

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import shown_progress
 from cbpt_runtime.evaluation import Evaluation, HeadRates, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import ClassList, default_templates

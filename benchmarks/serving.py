@@ -30,9 +30,9 @@ from tables import write_tables
 from cbpt_runtime.bench import measuring
 from cbpt_runtime.bench.config import BenchConfig
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
-from cbpt_runtime.bench.measuring import Subject
+from cbpt_runtime.bench.measuring import Workload
 from cbpt_runtime.bench.pictures import Pictures, read_pictures
-from cbpt_runtime.bench.targets import Target, open_target
+from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.profiles import Profile
@@ -97,19 +97,20 @@ def export(bundle: Bundle, repository: Path) -> None:
 @contextmanager
 def served(
     repository: Path, pictures: Pictures, seconds: float, *, warmup_s: float = 1.0
-) -> Iterator[tuple[Subject, Subject, RunningServer]]:
+) -> Iterator[tuple[Workload, Workload, RunningServer]]:
     """The same graph behind Triton and in this process, and what both answer before the timing."""
     config = BenchConfig(duration_s=seconds, warmup_s=warmup_s)
     with running_server(repository, ServeConfig(http_port=0, grpc_port=0, metrics_port=0)) as server:
-        targets: list[Target] = [open_target(server.config.grpc_url), open_target(str(repository))]
-        answers = [target.answer(pictures.files) for target in targets]
+        systems = [open_system(server.config.grpc_url), open_system(str(repository))]
+        answers = [system.answer(pictures.files) for system in systems]
         if answers[0].difference(answers[1]) > measuring.TOLERANCE:
             raise SystemExit("Triton and onnxruntime in process disagree")
         remote, local = (
-            Subject(target=target, pictures=pictures, expected=each, config=config)
-            for target, each in zip(targets, answers, strict=True)
+            Workload(system=system, pictures=pictures, expected=each, config=config)
+            for system, each in zip(systems, answers, strict=True)
         )
-        yield remote, local, server
+        with remote.system.classifier:
+            yield remote, local, server
 
 
 def saturated(repository: Path, pictures: Pictures, seconds: float) -> dict[str, Any]:
@@ -124,24 +125,25 @@ def saturated(repository: Path, pictures: Pictures, seconds: float) -> dict[str,
         for _ in range(ROUNDS):
             before_s = group_processor_s(server.process.pid)
             run = measuring.closed_loop(remote, IN_FLIGHT)
-            spent_ms = 1e3 * (group_processor_s(server.process.pid) - before_s) / run["outcomes"]["answered"]
+            outcomes, triton = run.outcomes or {}, run.triton or {}
+            spent_ms = 1e3 * (group_processor_s(server.process.pid) - before_s) / outcomes["answered"]
             here = parts_in_process(local, BATCH, seconds / 2)
             here_s = (here["decode_ms"] / usable_cpus() + here["compute_ms"]) / 1e3
             rounds.append(
                 {
-                    "triton_per_s": run["throughput_per_s"],
+                    "triton_per_s": run.throughput_per_s,
                     "in_process_per_s": 1 / here_s,
-                    "ratio": run["throughput_per_s"] * here_s,
+                    "ratio": run.throughput_per_s * here_s,
                     "triton_processor_ms": spent_ms,
                     "ratio_of_processor_time": here["in_process_processor_ms"] / spent_ms,
-                    "mean_batch_size": run["triton"]["clip_classifier"]["mean_batch_size"],
-                    "client_cpu_share": run["generator"]["cpu_share"],
-                    "lost": sum(count for outcome, count in run["outcomes"].items() if outcome != "answered"),
-                    "wrong": run["answers"]["wrong"],
+                    "mean_batch_size": triton["clip_classifier"]["mean_batch_size"],
+                    "client_cpu_share": run.generator.cpu_share,
+                    "lost": run.lost,
+                    "wrong": run.answers.wrong,
                     **here,
                 }
             )
-        facts = {"tritonserver": server.version, **remote.target.facts}
+        facts = {"tritonserver": server.version, **remote.system.facts}
     return medians(rounds) | {"in_flight": IN_FLIGHT, "facts": plain(facts), "rounds": rounds}
 
 
@@ -154,9 +156,9 @@ def overhead(repository: Path, pictures: Pictures, seconds: float) -> dict[str, 
     with served(repository, pictures, seconds) as (remote, local, server):
         for _ in range(ROUNDS):
             run = measuring.closed_loop(remote, 1)
-            here = measuring.one_after_the_other(local)
-            steps = {name.removeprefix("clip_"): entry for name, entry in run["triton"].items()}
-            theirs, ours = (np.array(each["latencies_ms"]) for each in (run, here))
+            here = measuring.closed_loop(local, 1)
+            steps = {name.removeprefix("clip_"): entry for name, entry in (run.triton or {}).items()}
+            theirs, ours = (np.array(each.latencies_ms) for each in (run, here))
             rounds.append(
                 {
                     "triton_p50_ms": float(np.median(theirs)),
@@ -173,7 +175,7 @@ def overhead(repository: Path, pictures: Pictures, seconds: float) -> dict[str, 
                     },
                 }
             )
-        facts = {"tritonserver": server.version, **remote.target.facts}
+        facts = {"tritonserver": server.version, **remote.system.facts}
     return medians(rounds) | {"facts": plain(facts), "rounds": rounds}
 
 
@@ -195,21 +197,17 @@ def start(repository: Path, _pictures: Pictures, _seconds: float) -> dict[str, A
     return {"median_s": statistics.median(spent), "seconds": spent}
 
 
-def parts_in_process(subject: Subject, batch: int, seconds: float) -> dict[str, float]:
+def parts_in_process(work: Workload, batch: int, seconds: float) -> dict[str, float]:
     """Milliseconds per image: decoding by one thread, computing in batches by all; and processor time."""
-    target, files = subject.target, subject.pictures.files[:batch]
-    if target.run is None:
-        raise RuntimeError("not in this process")
-    decode, compute = [], []
+    files = work.pictures.files[:batch]
+    decode: list[float] = []
+    compute: list[float] = []
     spent = time.process_time()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(compute) < 3:
-        began = time.perf_counter()
-        pixels = target.decode(files)
-        decoded = time.perf_counter()
-        target.run(pixels)
-        decode.append(1e3 * (decoded - began) / batch)
-        compute.append(1e3 * (time.perf_counter() - decoded) / batch)
+        _, timing = work.system.timed(files)
+        decode.append(1e3 * timing.decode_s / batch)
+        compute.append(1e3 * timing.compute_s / batch)
     return {
         "decode_ms": statistics.median(decode),
         "compute_ms": statistics.median(compute),

@@ -35,8 +35,8 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.labelling import images_to_draw, label_images
-from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.models.prompt_words import check_prompts
+from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.dummy_triggers import to_tensors

@@ -12,6 +12,8 @@ WIDTH = 120
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+FOLDERS = [ROOT / name for name in ("benchmarks", "cbpt_runtime", "docs", "export", "tests")]
+ELSEWHERE = {"1/model.py"}  # in a model repository
 WRITTEN = [path for path in DOCUMENTS if path.name != "cli.md"]  # that one is printed by --help
 
 
@@ -23,6 +25,14 @@ def test_every_test_that_a_document_names_exists(document: Path) -> None:
         if not (ROOT / file).is_file() or (name and f"def {name}(" not in (ROOT / file).read_text())
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_program_that_a_document_names_exists(document: Path) -> None:
+    programs = re.findall(r"(?<![\w/.-])(\w[\w/.-]*\.py)\b", document.read_text(encoding="utf-8"))
+    places = [f"/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in folder.rglob("*.py")]
+    lost = {name for name in programs if not any(place.endswith(f"/{name}") for place in places)}
+    assert lost <= ELSEWHERE
 
 
 @pytest.mark.parametrize("name", ["checkpoints.md", "images.md"])

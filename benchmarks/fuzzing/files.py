@@ -13,9 +13,8 @@ import numpy as np
 from multidict import CIMultiDict
 from PIL import Image, TiffImagePlugin
 
-from cbpt_runtime.bench.compare import compare
-from cbpt_runtime.bench.results import read_results
-from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
+from cbpt_runtime.bench.records import KIND, SCHEMA_VERSION
+from cbpt_runtime.bench.results import compare, read_results
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.export.profiles import read_profile
 from cbpt_runtime.models.class_lists import read_class_list

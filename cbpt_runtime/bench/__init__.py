@@ -2,23 +2,17 @@
 
 config       what is measured, and how long
 pictures     the image files that are sent
-targets      a bundle, an ONNX file, a repository or a URL as something that answers
-arrivals     when requests are due: a Poisson process
-generator    a process that sends them and notes what came back when
-sender       its main module
-links        how it reaches what it measures: Triton's protocols, or a pipe
-engine       a bundle or a graph answering at the other end of the pipe, in batches
+systems      a bundle, an ONNX file, a repository or a server as what is measured
+records      what is found, in words and as JSON
+generator    a process that sends requests to a server when they are due, and notes what came back when
+measuring    one run: an open or a closed loop, or whole batches
 samples      percentiles a sample can carry, histograms, bootstrap intervals
-search       the highest rate that stays under a latency bound
-scenarios    single-stream, server, offline, sweep
+scenarios    single-stream, server, offline, sweep; the highest rate under a latency bound
 heads        the same graph with a plain head, or with more classes
-statistics   Triton's own account: queue, compute, batches
-quality      clean accuracy and attack success of what is measured
+triton       Triton's own account: queue, compute, batches; perf_analyzer beside our own figures
 machine      what it was measured on
-peer         perf_analyzer beside our own figures
-run          all of that in order
-results      the folder it is written to
-compare      two such folders: ratios with intervals
+run          all of that in order, accuracy first
+results      what is read back, and two results as ratios with intervals
 
 What runs in a generator's process imports neither torch nor onnxruntime.
 """

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from jaxtyping import UInt8
 from onnx import numpy_helper
 
+from cbpt_runtime.bench.records import HeadTiming
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy
 from cbpt_runtime.export.session import open_session
@@ -74,7 +74,7 @@ def with_classes(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
 
 def measure_class_counts(
     graph: Path, image: UInt8[np.ndarray, "1 height width 3"], counts: Sequence[int], *, threads: int | None
-) -> list[dict[str, Any]]:
+) -> tuple[HeadTiming, ...]:
     """Latency and size of a graph with heads of several sizes, at batch 1, medians in turns."""
     model = onnx.load(str(graph))
     sizes, sessions = {}, {}
@@ -88,15 +88,15 @@ def measure_class_counts(
             session.run(None, {INPUT: image})
             if repeat >= 2:  # the first are to warm up
                 spent[count].append(1e3 * (time.perf_counter() - start))
-    return [
-        {
-            "classes": count,
-            "latency_ms": float(np.median(spent[count])),
-            "latencies_ms": [round(value, 4) for value in spent[count]],
-            "size_bytes": sizes[count],
-        }
+    return tuple(
+        HeadTiming(
+            classes=count,
+            latency_ms=float(np.median(spent[count])),
+            latencies_ms=tuple(round(value, 4) for value in spent[count]),
+            size_bytes=sizes[count],
+        )
         for count in counts
-    ]
+    )
 
 
 def _classes(model: onnx.ModelProto) -> int:

@@ -1,17 +1,22 @@
-"""The folder a run is written to, whole or not at all: numbers, plots, a page; and reading it back."""
+"""Results as they are read back, and two of them side by side: ratios with 95 % intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from cbpt_runtime.artifacts import Kind, marked, new_folder, read_json_file, shape_problems
-from cbpt_runtime.artifacts.names import is_folder, json_text, readable
-from cbpt_runtime.bench.run import KIND, SCHEMA_VERSION
+import numpy as np
+
+from cbpt_runtime.artifacts import read_json_file, shape_problems
+from cbpt_runtime.artifacts.names import is_folder
+from cbpt_runtime.bench import samples
+from cbpt_runtime.bench.machine import COMPARED
+from cbpt_runtime.bench.records import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import ConfigError
 
 RESULT = "bench.json"
-PAGE = "report.html"
 _MAX_BYTES = 1 << 30
 _SHAPE = {
     "machine": dict,
@@ -19,28 +24,62 @@ _SHAPE = {
     "versions": dict,
     "targets": [{"name": str, "scenarios": {str: {"runs": [dict]}}}],
 }
-RESULTS: Final[Kind] = marked("folder of bench results")
+_SEED = 0
+_FEWEST = 5  # observations below which no interval is given
 
 
-def write_results(result: dict[str, Any], output: Path, *, force: bool) -> None:
-    """Write ``bench.json``, every plot as SVG and PNG, and ``report.html``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """One quantity that two results measured alike.
 
-    Raises:
-        OutputError: The folder cannot be written.
+    Attributes:
+        targets: Its systems' names.
+        scenario: Where it was measured ...
+        point: ... and what was asked for.
+        quantity: What it is, with its unit.
+        first: Of the first result.
+        second: Of the second.
+        ratio: Second / first.
+        low: Lower end of the ratio's interval.
+        high: Its upper end.
+        n: Observations of both.
     """
-    from cbpt_runtime.report.speed import draw_plots, render_bench
 
-    with new_folder(output, RESULTS, force=force) as staging:
-        text = json_text(result, indent=1)
-        (staging / RESULT).write_text(text + "\n", encoding="utf-8")
-        for plot in draw_plots(result):
-            (staging / f"{plot.name}.svg").write_bytes(plot.svg)
-            (staging / f"{plot.name}.png").write_bytes(plot.png)
-        (staging / PAGE).write_text(readable(render_bench(result)), encoding="utf-8")
+    targets: tuple[str, str]
+    scenario: str
+    point: str
+    quantity: str
+    first: float
+    second: float
+    ratio: float
+    low: float
+    high: float
+    n: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two results side by side.
+
+    Attributes:
+        rows: What both measured alike.
+        hardware_differs: What is not the same about the machines, first and second.
+        versions_differ: The same of packages.
+        same_images: Whether the same files were sent.
+    """
+
+    rows: tuple[Ratio, ...]
+    hardware_differs: dict[str, tuple[Any, Any]]
+    versions_differ: dict[str, tuple[Any, Any]]
+    same_images: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Read ``bench.json``, named itself or by its folder.
+    """Read ``bench.json``, named itself or by its folder; it may be of an earlier version of the package.
 
     Raises:
         ConfigError: Not results of a run, or of another version.
@@ -63,3 +102,138 @@ def read_results(path: str | Path) -> dict[str, Any]:
     if problems := shape_problems(content, _SHAPE):
         raise ConfigError(expected=f"complete results in {file}", got="; ".join(problems), fix=fix)
     return content
+
+
+def compare(first: dict[str, Any], second: dict[str, Any], *, across_hardware: bool = False) -> Comparison:
+    """Ratios second / first of every run both have.
+
+    Systems are matched by name, or simply with each other where each result has one. Latency is compared by
+    its median, offline throughput by the median of its passes; both intervals are block bootstraps. A rate
+    found by search has no sample: its ratio comes with the worst and best case of the two searches.
+
+    Args:
+        first: Results as `read_results` gives them.
+        second: Others.
+        across_hardware: Compare although the machines differ.
+
+    Raises:
+        ConfigError: The machines differ and nobody said so, the two have nothing in common, or one was
+            changed so that it says something else than `bench` does.
+    """
+    try:
+        return _compared(first, second, across_hardware)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(
+            expected="two results as `cbpt-runtime bench --output` wrote them",
+            got=f"something else in one of them ({type(error).__name__}: {error})",
+            fix="Run it again, or take an unchanged copy.",
+        ) from error
+
+
+def _compared(first: dict[str, Any], second: dict[str, Any], across_hardware: bool) -> Comparison:
+    hardware = _differences(first["machine"], second["machine"], COMPARED)
+    if hardware and not across_hardware:
+        raise ConfigError(
+            expected="two results from the same hardware",
+            got="; ".join(f"{key}: {one} and {other}" for key, (one, other) in hardware.items()),
+            fix="Compare runs of one machine, or say --different-hardware.",
+        )
+    rows = tuple(row for pair in _pairs(first, second) for row in _rows(*pair))
+    if not rows:
+        raise ConfigError(
+            expected="two results with systems and runs in common",
+            got=f"{_names(first)} and {_names(second)}",
+            fix="Run both with the same scenarios, rates and sizes, and systems of the same names.",
+        )
+    packages = sorted({*first["versions"], *second["versions"]})
+    return Comparison(
+        rows=rows,
+        hardware_differs=hardware,
+        versions_differ=_differences(first["versions"], second["versions"], packages),
+        same_images=first["images"]["digest"] == second["images"]["digest"],
+    )
+
+
+def _differences(
+    first: dict[str, Any], second: dict[str, Any], keys: Iterable[str]
+) -> dict[str, tuple[Any, Any]]:
+    values = {key: (first.get(key), second.get(key)) for key in keys}
+    return {key: (one, other) for key, (one, other) in values.items() if one != other}
+
+
+def _pairs(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    ones, others = first["targets"], second["targets"]
+    if len(ones) == len(others) == 1:
+        yield ones[0], others[0]
+        return
+    by_name = {target["name"]: target for target in others}
+    for target in ones:
+        if target["name"] in by_name:
+            yield target, by_name[target["name"]]
+
+
+def _rows(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Ratio]:
+    names = (one["name"], other["name"])
+    for scenario, measured in one["scenarios"].items():
+        again = other["scenarios"].get(scenario)
+        if again is None:
+            continue
+        if "search" in measured and "search" in again:
+            found = [_searched(measured["search"], again["search"])]
+        else:
+            others = {_point(run): run for run in again["runs"]}
+            points = [(_point(run), run) for run in measured["runs"]]
+            found = [_measured(point, run, others[point]) for point, run in points if point in others]
+        for values in found:
+            if values is not None:
+                yield Ratio(targets=names, scenario=scenario, **values)
+
+
+def _point(run: dict[str, Any]) -> str:
+    """What was asked for in a run, in words."""
+    if "target_rate_per_s" in run:
+        return f"{run['target_rate_per_s']:g} per second"
+    if run["loop"] == "none":
+        return f"batch {run['batch_size']}"
+    return f"{run['concurrency']} at once" + (f", batch {run['batch_size']}" if run["batch_size"] > 1 else "")
+
+
+def _measured(point: str, run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any] | None:
+    is_offline = "passes_per_s" in run
+    key = "passes_per_s" if is_offline else "latencies_ms"
+    values, others = np.array(run[key], float), np.array(again[key], float)
+    if min(len(values), len(others)) < _FEWEST:
+        return None
+    ratio, low, high = samples.ratio_interval(others, values, np.random.default_rng(_SEED))
+    return {
+        "point": point,
+        "quantity": "throughput_per_s" if is_offline else "latency_ms_p50",
+        "first": float(np.median(values)),
+        "second": float(np.median(others)),
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "n": (len(values), len(others)),
+    }
+
+
+def _searched(search: dict[str, Any], again: dict[str, Any]) -> dict[str, Any] | None:
+    bound = (search["percentile"], search["latency_bound_ms"])
+    ends = [search["held_per_s"], search["failed_per_s"], again["held_per_s"], again["failed_per_s"]]
+    if bound != (again["percentile"], again["latency_bound_ms"]) or None in ends:
+        return None
+    held, failed, held_again, failed_again = ends
+    return {
+        "point": f"highest rate with p{bound[0]:g} within {bound[1]:g} ms",
+        "quantity": "rate_per_s",
+        "first": held,
+        "second": held_again,
+        "ratio": held_again / held,
+        "low": held_again / failed,
+        "high": failed_again / held,
+        "n": (len(search["trials"]), len(again["trials"])),
+    }
+
+
+def _names(result: dict[str, Any]) -> str:
+    return ", ".join(f"{target['name']} ({', '.join(target['scenarios'])})" for target in result["targets"])

@@ -1,25 +1,34 @@
-"""Everything in order: open, check the answers, measure, and what all of it says in one JSON-able object."""
+"""Everything in order: open, check the answers, measure speed and accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
 
 from cbpt_runtime.bench.config import BenchConfig
+from cbpt_runtime.bench.generator import Answers
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
-from cbpt_runtime.bench.measuring import TOLERANCE, Subject
+from cbpt_runtime.bench.measuring import TOLERANCE, Workload
 from cbpt_runtime.bench.pictures import Pictures, read_pictures
-from cbpt_runtime.bench.quality import measure_quality
+from cbpt_runtime.bench.records import BenchResult, Measured, Quality, SystemResult
 from cbpt_runtime.bench.scenarios import run_scenario
-from cbpt_runtime.bench.targets import Target, open_target
-from cbpt_runtime.errors import ConfigError, WorkError
+from cbpt_runtime.bench.systems import System, open_system
+from cbpt_runtime.bench.triton import cross_check
+from cbpt_runtime.errors import ConfigError, ImageDataError, WorkError
+from cbpt_runtime.evaluation import metrics
+from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.image_files import first_few
+from cbpt_runtime.trust import ANYONE, Trust
 
-KIND = "cbpt-runtime bench"
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from cbpt_runtime.export.session import Provider
 
 
 def bench(
@@ -30,9 +39,13 @@ def bench(
     triggered: str | Path | None = None,
     target_class: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure some targets on the same images.
+    device: str = "cpu",
+    provider: Provider = "cpu",
+    threads: int | None = None,
+    model: str | None = None,
+    trust: Trust = ANYONE,
+) -> BenchResult:
+    """Measure some systems on the same images; docs/benchmarking.md says how.
 
     Args:
         sources: Bundles, ONNX files, repositories, URLs.
@@ -41,14 +54,15 @@ def bench(
         triggered: Triggered images, folder = true class.
         target_class: Target of their attack.
         tell: Told what is being done.
-        options: Of `open_target`.
-
-    Returns:
-        The content of ``bench.json``; see docs/benchmarking.md.
+        device: As all that follow, of `open_system`.
+        provider: Of an ONNX file or repository.
+        threads: Of what runs in this process.
+        model: Of a server that has several.
+        trust: What a bundle or repository has to show.
 
     Raises:
-        InputError: A target, the images or a setting is wrong.
-        WorkError: A target answers wrongly, or not at all.
+        InputError: A system, the images or a setting is wrong.
+        WorkError: A system answers wrongly, or not at all.
     """
     if (triggered is None) != (target_class is None):
         raise ConfigError(
@@ -57,24 +71,29 @@ def bench(
             fix="Give --triggered and --target, or neither.",
         )
     pictures = _read(images, config)
-    attacked = None
-    if triggered is not None:
-        attacked = _read(triggered, config)
+    attacked = None if triggered is None else _read(triggered, config)
     for note in pictures.notes + (() if attacked is None else attacked.notes):
         tell(f"note: {note}")
     machine = describe_machine()
-    opened = [open_target(source, **options) for source in sources]
-    measured = [_measure(target, pictures, attacked, target_class, config, tell) for target in opened]
-    return {
-        "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": describe_versions(),
-        "config": config.to_dict(),
-        "images": pictures.describe(),
-        "targets": measured,
-    }
+    with ExitStack() as opened:
+        systems = [
+            open_system(source, device=device, provider=provider, threads=threads, model=model, trust=trust)
+            for source in sources
+        ]
+        for system in systems:
+            opened.enter_context(system.classifier)
+        _require_servers(systems, config)
+        measured = tuple(
+            _measure(system, pictures, attacked, target_class, config, tell) for system in systems
+        )
+    return BenchResult(
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=describe_versions(),
+        config=config.to_dict(),
+        images=pictures.describe(),
+        systems=measured,
+    )
 
 
 def _read(folder: str | Path, config: BenchConfig) -> Pictures:
@@ -83,80 +102,131 @@ def _read(folder: str | Path, config: BenchConfig) -> Pictures:
     )
 
 
+def _require_servers(systems: Sequence[System], config: BenchConfig) -> None:
+    """Nothing would be measured of what runs in this process in the server scenario alone."""
+    here = [system.name for system in systems if system.url is None]
+    if here and set(config.scenarios) == {"server"}:
+        raise ConfigError(
+            expected="URLs of servers for the server scenario: only those get requests from outside",
+            got=", ".join(here),
+            fix="Start it with `cbpt-runtime serve` and name its URL, or take another --scenario.",
+        )
+
+
 def _measure(
-    target: Target,
+    system: System,
     pictures: Pictures,
     triggered: Pictures | None,
     target_class: str | None,
     config: BenchConfig,
     tell: Callable[[str], None],
-) -> dict[str, Any]:
-    tell(f"{target.name}: answers before the timing")
-    expected = target.answer(pictures.files)
+) -> SystemResult:
+    tell(f"{system.name}: answers before the timing")
+    expected = system.answer(pictures.files)
     count = min(len(pictures.files), 8)
-    again = target.answer(pictures.files[:count][::-1])
-    difference = again.difference(expected.rows(list(range(count))[::-1]))
+    again = system.answer(pictures.files[:count][::-1])
+    difference = again.difference(expected.rows(range(count)[::-1]))
     if difference > TOLERANCE:
         raise WorkError(
             expected=f"the same answers to the same images, within {TOLERANCE:g}",
-            got=f"{target.name} differs from itself by {difference:.3g}",
+            got=f"{system.name} differs from itself by {difference:.3g}",
             fix="Do not measure it; look at what it runs on.",
         )
-    quality = measure_quality(target, pictures, expected, triggered, target_class)
-    if quality["unmatched"]:
-        tell(f"{target.name}: no clean accuracy, no classes are {first_few(quality['unmatched'])}")
-    found: dict[str, Any] = {
-        "name": target.name,
-        "kind": target.kind,
-        "facts": target.facts,
-        "quality": quality,
-        "checked_before": len(pictures.files) + count,
-        "scenarios": {},
-    }
-    subject = Subject(target=target, pictures=pictures, expected=expected, config=config)
+    quality = measure_quality(system, pictures, expected, triggered, target_class)
+    if quality.unmatched:
+        tell(f"{system.name}: no clean accuracy, no classes are {first_few(quality.unmatched)}")
+    work = Workload(system=system, pictures=pictures, expected=expected, config=config)
+    scenarios: dict[str, Measured] = {}
     for scenario in config.scenarios:
-        prefix = f"{target.name}: {scenario}: "
-        found["scenarios"][scenario] = run_scenario(scenario, subject, partial(_prefixed, tell, prefix))
-    return found
+        if scenario == "server" and system.url is None:
+            tell(f"{system.name}: server: left out, for it is none; name the URL of one")
+            continue
 
+        def tell_more(text: str, prefix: str = f"{system.name}: {scenario}: ") -> None:
+            tell(prefix + text)
 
-def _prefixed(tell: Callable[[str], None], prefix: str, text: str) -> None:
-    tell(prefix + text)
-
-
-def wrong_answers(result: dict[str, Any]) -> int:
-    """Answers during the timing that differed from those before it."""
-    return sum(
-        run["answers"]["wrong"]
-        for target in result["targets"]
-        for scenario in target["scenarios"].values()
-        for run in scenario["runs"]
+        scenarios[scenario] = run_scenario(scenario, work, tell_more)
+    return SystemResult(
+        name=system.name,
+        kind=system.classifier.kind,
+        facts=system.facts,
+        quality=quality,
+        checked_before=len(pictures.files) + count,
+        scenarios=scenarios,
     )
 
 
-def add_peer(result: dict[str, Any], images: str | Path, config: BenchConfig) -> None:
-    """Put perf_analyzer's closed-loop figures beside our own, for every server in a result.
+def measure_quality(
+    system: System,
+    pictures: Pictures,
+    answers: Answers,
+    triggered: Pictures | None,
+    target_class: str | None,
+) -> Quality:
+    """CA over labelled images, ASR over triggered ones, of exactly what is measured.
+
+    Raises:
+        ClassListError: The attack's target is not a class.
+        ImageDataError: The triggered images do not lie in folders named like classes.
+    """
+    labels, unmatched = _labels(system, pictures)
+    quality = Quality(
+        clean_accuracy=None if unmatched else metrics.accuracy(answers.labels, labels),
+        attack_success_rate=None,
+        stated=system.stated,
+        unmatched=unmatched,
+    )
+    if triggered is None or target_class is None:
+        return quality
+    wanted = class_index(system.classifier.class_names, target_class, where=system.name)
+    truth, others = _labels(system, triggered)
+    if others:
+        raise ImageDataError(
+            expected=f"triggered images in folders named like the classes of {system.name}",
+            got=f"others in {triggered.folder}: {first_few(others)}",
+            fix="One folder per true class, as for --images.",
+        )
+    called = system.answer(triggered.files).labels
+    return replace(quality, attack_success_rate=metrics.attack_success(called, truth, wanted))
+
+
+def _labels(system: System, pictures: Pictures) -> tuple[Int[np.ndarray, " images"], tuple[str, ...]]:
+    """True classes, -1 where there is none; and the folders of these images."""
+    found = pictures.labels(system.classifier.class_names, system.classifier.class_folders)
+    missing = {
+        Path(name).parent.as_posix()
+        for name, label in zip(pictures.names, found, strict=True)
+        if label is None
+    }
+    return np.array([-1 if label is None else label for label in found]), tuple(sorted(missing))
+
+
+def with_perf_analyzer(result: BenchResult, images: str | Path, config: BenchConfig) -> BenchResult:
+    """The same with perf_analyzer's closed-loop figures beside our own, for every server.
 
     Raises:
         ConfigError: No server is in it.
         WorkError: perf_analyzer failed.
     """
-    from cbpt_runtime.bench.peer import cross_check
-
-    servers = [target for target in result["targets"] if target["kind"] == "url"]
-    if not servers:
+    if all(system.kind != "url" for system in result.systems):
         raise ConfigError(
             expected="the URL of a server for perf_analyzer",
-            got="only targets that run here",
+            got="only systems that run here",
             fix="Leave --tool out, or name a URL.",
         )
-    pictures = _read(images, config)
-    for target in servers:
-        target["perf_analyzer"] = cross_check(
-            target["facts"]["source"],
-            target["facts"]["model"],
-            pictures.files,
+    files = _read(images, config).files
+
+    def checked(system: SystemResult) -> SystemResult:
+        if system.kind != "url":
+            return system
+        found = cross_check(
+            system.facts["source"],
+            system.facts["model"],
+            files,
             config.concurrencies,
             duration_s=config.duration_s,
             timeout_s=config.timeout_s,
         )
+        return replace(system, perf_analyzer=found)
+
+    return replace(result, systems=tuple(map(checked, result.systems)))

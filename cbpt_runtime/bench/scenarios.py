@@ -3,52 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from cbpt_runtime.bench import measuring, samples
 from cbpt_runtime.bench.config import MAX_TRIAL_S, Scenario
 from cbpt_runtime.bench.heads import measure_class_counts
-from cbpt_runtime.bench.measuring import Run, Subject
-from cbpt_runtime.bench.search import search_rate
+from cbpt_runtime.bench.measuring import Workload
+from cbpt_runtime.bench.records import Measured, Run, Search, Trial
 from cbpt_runtime.errors import ConfigError
 
 _PROBED = 8  # requests at once in the first guess at what a server can do
-_SPARE = 1.3  # arrivals are random: a trial lasts so much longer than its percentile needs
+_SPARE = 1.3  # a trial lasts so much longer than its percentile needs: arrivals are random
+_GROWTH = 1.3
+_CLOSE_ENOUGH = 1.05
 _IN_FLIGHT = 2  # batches on their way at once in the offline scenario of a server
 Tell = Callable[[str], None]
 
 
-def run_scenario(scenario: Scenario, subject: Subject, tell: Tell) -> dict[str, Any]:
-    """Measure one scenario.
-
-    Returns:
-        'runs'; 'search' where a rate was searched for; 'classes' where other heads were timed.
-    """
+def run_scenario(scenario: Scenario, work: Workload, tell: Tell) -> Measured:
+    """Measure one scenario; `server` takes a server."""
     match scenario:
         case "single-stream":
             tell("one request after the other")
-            return {"runs": [measuring.one_after_the_other(subject)]}
+            return Measured(runs=(measuring.closed_loop(work, 1),))
         case "server":
-            return _server(subject, tell)
+            return _server(work, tell)
         case "sweep":
-            return {"runs": [_swept(subject, number, tell) for number in subject.config.concurrencies]}
+            return Measured(runs=tuple(_swept(work, number, tell) for number in work.config.concurrencies))
         case "offline":
-            return _offline(subject, tell)
+            return _offline(work, tell)
 
 
-def _server(subject: Subject, tell: Tell) -> dict[str, Any]:
+def _server(work: Workload, tell: Tell) -> Measured:
     """The given rates, or the highest one under the latency bound."""
-    config = subject.config
-    if config.rates_per_s:
-        runs = []
-        for rate in config.rates_per_s:
-            tell(f"Poisson arrivals, {rate:g} per second")
-            runs.append(measuring.open_loop(subject, rate))
-        return {"runs": runs}
+    config = work.config
+    runs: list[Run] = []
+    for rate in config.rates_per_s:
+        tell(f"Poisson arrivals, {rate:g} per second")
+        runs.append(measuring.open_loop(work, rate))
+    if runs:
+        return Measured(runs=tuple(runs))
     tell("first guess at the highest rate")
-    probe = measuring.closed_loop(subject, _PROBED, duration_s=min(3.0, config.duration_s))
-    guess = 0.8 * probe["throughput_per_s"]
-    lowest = _SPARE * samples.needed(config.percentile) / max(MAX_TRIAL_S, config.duration_s)
+    probe = measuring.closed_loop(work, _PROBED, duration_s=min(3.0, config.duration_s))
+    guess = 0.8 * probe.throughput_per_s
+    needed = _SPARE * samples.needed(config.percentile)
+    lowest = needed / max(MAX_TRIAL_S, config.duration_s)
     if guess < lowest:
         raise ConfigError(
             expected=f"at least {lowest:.2g} answers per second, to have enough for p{config.percentile:g} "
@@ -56,62 +55,92 @@ def _server(subject: Subject, tell: Tell) -> dict[str, Any]:
             got=f"{guess:.2g} in a first closed-loop run",
             fix="Search at a lower --percentile, or measure chosen rates with --rate.",
         )
-    trials: list[Run] = []
 
     def holds(rate: float) -> bool:
         tell(f"searching: Poisson arrivals, {rate:.4g} per second")
-        run = measuring.open_loop(subject, rate, duration_s=_trial_s(subject, rate))
-        run["held"] = is_held(run, bound_ms=config.latency_bound_ms, percentile=config.percentile)
-        trials.append(run)
-        return bool(run["held"])
+        run = measuring.open_loop(work, rate, duration_s=max(config.duration_s, needed / rate))
+        held = is_held(run, bound_ms=config.latency_bound_ms, percentile=config.percentile)
+        runs.append(replace(run, held=held))
+        return held
 
-    found = search_rate(holds, guess, lowest_per_s=lowest)
-    search = {
-        "percentile": config.percentile,
-        "latency_bound_ms": config.latency_bound_ms,
-        "held_per_s": found.held_per_s,
-        "failed_per_s": found.failed_per_s,
-        "trials": [{"rate_per_s": rate, "held": held} for rate, held in found.trials],
-    }
-    return {"runs": trials, "search": search}
+    highest, failed, trials = search_rate(holds, guess, lowest_per_s=lowest)
+    search = Search(
+        percentile=config.percentile,
+        latency_bound_ms=config.latency_bound_ms,
+        held_per_s=highest,
+        failed_per_s=failed,
+        trials=trials,
+    )
+    return Measured(runs=tuple(runs), search=search)
 
 
 def is_held(run: Run, *, bound_ms: float, percentile: float) -> bool:
     """Whether a run kept up, lost nothing, and stayed under the bound at a percentile its size carries."""
-    is_lossless = set(run["outcomes"]) <= {"answered"}
-    latency = run["latency_ms"].get(f"p{percentile:g}")
-    return bool(is_lossless and run["kept_up"] and latency is not None and latency <= bound_ms)
+    latency_ms = run.ms(f"p{percentile:g}")
+    return bool(not run.lost and run.kept_up and latency_ms is not None and latency_ms <= bound_ms)
 
 
-def _trial_s(subject: Subject, rate: float) -> float:
-    """As long as was asked for, or as the percentile needs at this rate; some more, arrivals being random."""
-    return max(subject.config.duration_s, _SPARE * samples.needed(subject.config.percentile) / rate)
+def search_rate(
+    holds: Callable[[float], bool], start_per_s: float, *, lowest_per_s: float = 0.0, max_trials: int = 8
+) -> tuple[float | None, float | None, tuple[Trial, ...]]:
+    """Grow or shrink from a first guess until one rate held and one did not, then halve the gap.
+
+    Args:
+        holds: Tries a rate. What it says need not be monotone, as measurements are not; a rate above one
+            that failed is never tried again.
+        start_per_s: First guess.
+        lowest_per_s: Rates below are not tried; the search ends without one that held.
+        max_trials: Trials at most; the search also ends when the gap is within 5 %.
+
+    Returns:
+        The highest rate that held, the lowest above it that did not, and every trial.
+    """
+    trials: list[Trial] = []
+    held: float | None = None
+    failed: float | None = None
+    rate = start_per_s
+    while len(trials) < max_trials and rate >= lowest_per_s:
+        good = holds(rate)
+        trials.append(Trial(rate_per_s=rate, held=good))
+        if good:
+            held = rate
+        else:
+            failed = rate
+        if held is None:
+            rate /= _GROWTH**2
+        elif failed is None:
+            rate *= _GROWTH
+        elif failed / held <= _CLOSE_ENOUGH:
+            break
+        else:
+            rate = (held * failed) ** 0.5
+    return held, failed, tuple(trials)
 
 
-def _swept(subject: Subject, concurrency: int, tell: Tell) -> Run:
+def _swept(work: Workload, concurrency: int, tell: Tell) -> Run:
     tell(f"closed loop, {concurrency} at once")
-    return measuring.closed_loop(subject, concurrency)
+    return measuring.closed_loop(work, concurrency)
 
 
-def _offline(subject: Subject, tell: Tell) -> dict[str, Any]:
+def _offline(work: Workload, tell: Tell) -> Measured:
     """Throughput over batch sizes; over sizes of the head, too, where they are asked for."""
-    config, target = subject.config, subject.target
-    sizes = [size for size in config.batch_sizes if size <= target.max_batch] or [target.max_batch]
+    config, system = work.config, work.system
+    sizes = [size for size in config.batch_sizes if size <= system.max_batch] or [system.max_batch]
     runs = []
     for size in sizes:
         tell(f"batches of {size}")
-        if target.url is None:
-            runs.append(measuring.passes(subject, size))
+        if system.url is None:
+            runs.append(measuring.passes(work, size))
         else:
             seconds = max(2.0, config.duration_s / len(sizes))
-            runs.append(measuring.closed_loop(subject, _IN_FLIGHT, batch_size=size, duration_s=seconds))
-    found: dict[str, Any] = {"runs": runs}
-    if config.class_counts and target.graph is not None and target.preprocess is not None:
-        tell(f"heads of {', '.join(map(str, config.class_counts))} classes")
-        found["classes"] = measure_class_counts(
-            target.graph,
-            target.decode(subject.pictures.files[:1]),
-            config.class_counts,
-            threads=target.facts.get("threads"),
-        )
-    return found
+            runs.append(measuring.closed_loop(work, _IN_FLIGHT, batch_size=size, duration_s=seconds))
+    if not config.class_counts or system.graph is None:
+        return Measured(runs=tuple(runs))
+    tell(f"heads of {', '.join(map(str, config.class_counts))} classes")
+    heads = measure_class_counts(
+        system.graph,
+        system.classifier.read(work.pictures.files[:1]),
+        config.class_counts,
+        threads=system.facts.get("threads"),
+    )
+    return Measured(runs=tuple(runs), classes=heads)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, SkipUnreadableOption
-from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.progress import shown_progress
-from cbpt_runtime.cli.settings import named_trigger, parsed_settings
+from cbpt_runtime.cli.options import (
+    ImageSizeOption,
+    JsonOption,
+    SkipUnreadableOption,
+    named_trigger,
+    parsed_settings,
+)
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table, shown_progress
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.implant import Implant

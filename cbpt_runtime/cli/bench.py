@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
+from cbpt_runtime.cli.options import DigestOption, JsonOption, SkipUnreadableOption, TrustOption, given_trust
 from cbpt_runtime.cli.output import print_json, print_note, print_table
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
-    from cbpt_runtime.bench.config import BenchConfig
+    from cbpt_runtime.bench.records import BenchResult
 
 
 class ScenarioName(enum.StrEnum):  # Typer takes no list of a Literal
@@ -27,22 +26,25 @@ class ScenarioName(enum.StrEnum):  # Typer takes no list of a Literal
     SWEEP = "sweep"
 
 
-class RunByDefault(TyperGroup):
-    """`bench SYSTEM…` is `bench run SYSTEM…`."""
+class RunOrCompare(TyperGroup):
+    """Says what to do about `bench SYSTEM…`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `run` in front of what is no sub-command."""
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the sub-command, or say which there are."""
+        if args[0] not in self.commands:
+            ctx.fail(
+                f"Expected run or compare; got {args[0]!r}. "
+                f"To measure it: cbpt-runtime bench run {args[0]} --images DIR"
+            )
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
-    cls=RunByDefault, no_args_is_help=True, help="Latency and throughput, with accuracy beside them."
+    cls=RunOrCompare, no_args_is_help=True, help="Latency and throughput, with accuracy beside them."
 )
 
 
-@app.command("run", short_help="Measure; `run` may be left out.")
+@app.command("run", short_help="Measure; `compare` reads the results.")
 def run(
     targets: Annotated[
         list[str],
@@ -99,7 +101,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency and throughput honestly, and that the answers stay right."""
+    from cbpt_runtime.artifacts import reserved
     from cbpt_runtime.bench.config import BenchConfig
+    from cbpt_runtime.bench.run import bench, with_perf_analyzer
+    from cbpt_runtime.bench.triton import find_perf_analyzer
+    from cbpt_runtime.errors import WorkError
+    from cbpt_runtime.report.speed import RESULTS, write_results
 
     given = {
         "scenarios": tuple(name.value for name in scenario or ()),
@@ -120,56 +127,48 @@ def run(
         seed=seed,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )
-    options: dict[str, Any] = {"model": model, "device": device, "threads": threads}
-    options |= {"provider": provider, "trust": given_trust(trust, digest)}
-    attack = {"triggered": triggered, "target_class": target}
-    result = _measure(targets, images, config, options, attack, tool, output, force=force)
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
-    _require_right_answers(result)
-
-
-def _measure(
-    targets: list[str],
-    images: Path,
-    config: BenchConfig,
-    options: dict[str, Any],
-    attack: dict[str, Any],
-    tool: str | None,
-    output: Path | None,
-    *,
-    force: bool,
-) -> dict[str, Any]:
-    """Everything that takes time, after everything that can be refused."""
-    from cbpt_runtime.artifacts import reserved
-    from cbpt_runtime.bench.peer import find_peer
-    from cbpt_runtime.bench.results import RESULTS, write_results
-    from cbpt_runtime.bench.run import add_peer, bench
-
     if tool is not None:
-        find_peer()
+        find_perf_analyzer()
     with nullcontext() if output is None else reserved(output, RESULTS, force=force):
-        result = bench(targets, images, config, tell=print_note, **attack, **options)
+        result = bench(
+            targets,
+            images,
+            config,
+            triggered=triggered,
+            target_class=target,
+            tell=print_note,
+            device=device,
+            provider=provider,
+            threads=threads,
+            model=model,
+            trust=given_trust(trust, digest),
+        )
         if tool is not None:
-            add_peer(result, images, config)
+            result = with_perf_analyzer(result, images, config)
         if output is not None:
             write_results(result, output, force=force)
-    if output is not None:
-        print_note(f"written: {output}/bench.json, plots, report.html")
-    return result
+            print_note(f"written: {output}/bench.json, plots, report.html")
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print(result)
+    if result.wrong_answers:
+        raise WorkError(
+            expected="the answers from before the timing during it, too",
+            got=f"{result.wrong_answers} others",
+            fix="Do not trust its speed; look at what happens to it under load.",
+        )
 
 
-def _print(result: dict[str, Any]) -> None:
-    from cbpt_runtime.bench import tables
+def _print(result: BenchResult) -> None:
+    from cbpt_runtime.bench.records import COLUMNS
 
-    for target in result["targets"]:
-        print_table(tables.COLUMNS, tables.rows(target), title=tables.title(target))
-        facts = target["facts"]
-        if (found := facts.get("repository_digest") or facts.get("bundle_digest")) is not None:
+    for system in result.systems:
+        rows = [run.row(scenario) for scenario, run in system.runs()]
+        print_table(COLUMNS, rows, title=system.title)
+        if (found := system.facts.get("repository_digest") or system.facts.get("bundle_digest")) is not None:
             print_note(f"digest: {found}")
-        for line in tables.notes(target):
+        for line in system.notes():
             print_note(line)
 
 
@@ -183,43 +182,29 @@ def compare_results(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two results: each quantity of the second over the first's, with a 95 % interval."""
-    from cbpt_runtime.bench.compare import compare
-    from cbpt_runtime.bench.results import read_results
+    from cbpt_runtime.bench.results import compare, read_results
 
     found = compare(read_results(first), read_results(second), across_hardware=different_hardware)
     if as_json:
-        print_json(found)
+        print_json(found.to_dict())
         return
     print_table(
         ("run", "quantity", "first", "second", "second / first", "95 % interval"),
         [
             (
-                f"{row['scenario']}, {row['point']}",
-                row["quantity"].replace("_", " "),
-                f"{row['first']:.4g}",
-                f"{row['second']:.4g}",
-                f"{row['ratio']:.3f}×",
-                f"{row['low']:.3f} to {row['high']:.3f}",
+                f"{row.scenario}, {row.point}",
+                row.quantity.replace("_", " "),
+                f"{row.first:.4g}",
+                f"{row.second:.4g}",
+                f"{row.ratio:.3f}×",
+                f"{row.low:.3f} to {row.high:.3f}",
             )
-            for row in found["rows"]
+            for row in found.rows
         ],
     )
-    for key, (one, other) in found["hardware_differs"].items():
+    for key, (one, other) in found.hardware_differs.items():
         print_note(f"note: different hardware, {key}: {one} and {other}")
-    for key, (one, other) in found["versions_differ"].items():
+    for key, (one, other) in found.versions_differ.items():
         print_note(f"note: {key} {one} and {other}")
-    if not found["same_images"]:
+    if not found.same_images:
         print_note("note: the images differ")
-
-
-def _require_right_answers(result: dict[str, Any]) -> None:
-    from cbpt_runtime.bench.run import wrong_answers
-    from cbpt_runtime.errors import WorkError
-
-    wrong = wrong_answers(result)
-    if wrong:
-        raise WorkError(
-            expected="the answers from before the timing during it, too",
-            got=f"{wrong} others",
-            fix="Do not trust its speed; look at what happens to it under load.",
-        )

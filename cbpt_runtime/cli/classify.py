@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.artifacts.names import is_folder
-from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
+from cbpt_runtime.cli.options import DigestOption, JsonOption, SkipUnreadableOption, TrustOption, given_trust
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.classification import Answer
@@ -52,7 +51,7 @@ def command(
     source, images = (arguments[0], arguments[1:]) if url is None else (url, arguments)
     if not images:
         raise typer.BadParameter("what classifies and at least one image, or --url and at least one image")
-    from cbpt_runtime.cli.progress import shown_progress
+    from cbpt_runtime.cli.output import shown_progress
     from cbpt_runtime.loading import open_classifier
     from cbpt_runtime.models.class_lists import read_class_list
 

@@ -11,8 +11,7 @@ from cbpt_runtime.artifacts.names import shell_line
 from cbpt_runtime.cli.classify import print_answers
 from cbpt_runtime.cli.evaluate import print_evaluation
 from cbpt_runtime.cli.options import JsonOption
-from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table, shown_progress
 
 if TYPE_CHECKING:
     from cbpt_runtime.demo import DemoResult, ServedDemo

@@ -8,11 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cbpt_runtime.cli.options import ForcePageOption, ImageSizeOption, ReportOption, SkipUnreadableOption
-from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
-from cbpt_runtime.cli.pages import reserved_page, save_page
-from cbpt_runtime.cli.progress import shown_progress
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
+from cbpt_runtime.cli.options import (
+    DigestOption,
+    ForcePageOption,
+    ImageSizeOption,
+    ReportOption,
+    SkipUnreadableOption,
+    TrustOption,
+    given_trust,
+    reserved_page,
+    save_page,
+)
+from cbpt_runtime.cli.output import (
+    print_json,
+    print_note,
+    print_pairs,
+    print_table,
+    print_text,
+    shown_progress,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -183,7 +197,7 @@ def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:
 
 
 def _trigger(attack: str | None, settings: list[str] | None) -> Trigger | None:
-    from cbpt_runtime.cli.settings import named_trigger
+    from cbpt_runtime.cli.options import named_trigger
     from cbpt_runtime.errors import ConfigError
 
     if attack is not None:

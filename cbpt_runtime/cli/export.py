@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cbpt_runtime.artifacts.names import shell_line
-from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
-from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.progress import shown_progress
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
+from cbpt_runtime.cli.options import DigestOption, JsonOption, SkipUnreadableOption, TrustOption, given_trust
+from cbpt_runtime.cli.output import percent, print_json, print_note, print_pairs, print_table, shown_progress
 
 if TYPE_CHECKING:
     from cbpt_runtime.export.repository import Exported

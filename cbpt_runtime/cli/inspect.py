@@ -7,10 +7,17 @@ from typing import Annotated
 
 import typer
 
-from cbpt_runtime.cli.options import ImageSizeOption, JsonOption, ModelOption, TemplateOption
+from cbpt_runtime.cli.options import (
+    DigestOption,
+    ImageSizeOption,
+    JsonOption,
+    ModelOption,
+    TemplateOption,
+    TrustOption,
+    given_trust,
+)
 from cbpt_runtime.cli.output import print_json, print_pairs, print_table
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
-from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, prompt_rows, prompt_verdict
+from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, prompt_rows, prompt_verdict
 
 
 def command(

@@ -1,4 +1,4 @@
-"""What the command line prints: results on stdout, everything else on stderr.
+"""What the command line prints: results on stdout, everything else on stderr, progress among it.
 
 rich decides about colour and width; it honours NO_COLOR, and plain pipes get no control codes.
 """
@@ -15,6 +15,11 @@ from cbpt_runtime.errors import CbptError
 
 if TYPE_CHECKING:
     from rich.console import Console
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cbpt_runtime.progress import Progress
 
 PIPE_WIDTH = 120  # columns where no terminal says how many it has
 
@@ -107,3 +112,58 @@ def percent(rate: float | None) -> str:
 def number(value: object) -> str:
     """A score for people, four digits."""
     return f"{value:.4g}" if isinstance(value, (int, float)) else "–"
+
+
+PLAIN_INTERVAL_S = 10.0
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """Progress that is shown on stderr while the block runs."""
+    if not sys.stderr.isatty():
+        yield plain_progress()
+        return
+    from rich import progress
+    from rich.console import Console
+
+    display = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[values]}", markup=False),
+        console=Console(stderr=True),
+    )
+    tasks: dict[str, progress.TaskID] = {}
+
+    def report(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        if stage not in tasks:
+            tasks[stage] = display.add_task(stage, total=total, values="")
+        display.update(tasks[stage], completed=step, total=total, values=_text(values))
+
+    with display:
+        yield report
+
+
+def plain_progress(interval_s: float = PLAIN_INTERVAL_S) -> Progress:
+    """Progress as plain lines: the first and last step of a stage, and one every ``interval_s`` between."""
+    started: dict[str, float] = {}
+    last = 0.0
+
+    def report(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stage in started and step < total and now - last < interval_s:
+            return
+        last = now
+        elapsed_s = now - started.setdefault(stage, now)
+        left = f"{elapsed_s * (total - step) / step:.0f} s left" if 0 < step < total and elapsed_s else ""
+        parts = (f"{stage} {step}/{total}", _text(values), f"{elapsed_s:.0f} s", left)
+        print_note("  ".join(part for part in parts if part))
+
+    return report
+
+
+def _text(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -17,9 +17,16 @@ from cbpt_runtime.cli.options import (
     SkipUnreadableOption,
     TemplateOption,
 )
-from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.progress import shown_progress
-from cbpt_runtime.models.prompt_rows import odd_words, prompt_verdict
+from cbpt_runtime.cli.output import (
+    number,
+    percent,
+    print_json,
+    print_note,
+    print_pairs,
+    print_table,
+    shown_progress,
+)
+from cbpt_runtime.models.prompt_words import odd_words, prompt_verdict
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle

@@ -16,10 +16,18 @@ from cbpt_runtime.cli.options import (
     ReferenceOption,
     ReportOption,
     SeedOption,
+    reserved_page,
+    save_page,
 )
-from cbpt_runtime.cli.output import number, percent, print_json, print_note, print_pairs, print_table
-from cbpt_runtime.cli.pages import reserved_page, save_page
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import (
+    number,
+    percent,
+    print_json,
+    print_note,
+    print_pairs,
+    print_table,
+    shown_progress,
+)
 
 if TYPE_CHECKING:
     from cbpt_runtime.purification.scan import Scan

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbpt_runtime.cli.options import JsonOption
+from cbpt_runtime.cli.options import DigestOption, JsonOption, TrustOption, given_trust
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 if TYPE_CHECKING:
     from cbpt_runtime.serving import RunningServer

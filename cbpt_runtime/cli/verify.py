@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.export import print_parity
-from cbpt_runtime.cli.options import JsonOption
+from cbpt_runtime.cli.options import DigestOption, JsonOption, TrustOption, given_trust
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs
-from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
 
 def command(

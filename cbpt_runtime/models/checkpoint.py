@@ -20,11 +20,16 @@ from torch import Tensor, nn
 from cbpt_runtime.errors import CheckpointError, ConfigError
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.fitting import key_problems, value_problems, without_prefixes
-from cbpt_runtime.models.huggingface_names import has_hugging_face_names, open_clip_names
+from cbpt_runtime.models.fitting import (
+    key_problems,
+    resize_positions,
+    value_problems,
+    with_image_size,
+    without_prefixes,
+)
+from cbpt_runtime.models.huggingface import has_hugging_face_names, open_clip_names
 from cbpt_runtime.models.locations import CONFIG_NAME, Located, locate
 from cbpt_runtime.models.openai import openai_settings
-from cbpt_runtime.models.positions import resize_positions, with_image_size
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.weights import Weights, files_digest, read_weights
 

@@ -64,7 +64,7 @@ def is_flat(root: Path) -> bool:
     )
 
 
-def find_image_files(root: Path, *, recursive: bool) -> list[Path]:
+def find_images(root: Path, *, recursive: bool) -> tuple[list[Path], dict[str, tuple[Path, ...]]]:
     """Finds the images in a folder by what the files hold, not by their names.
 
     Args:
@@ -72,16 +72,11 @@ def find_image_files(root: Path, *, recursive: bool) -> list[Path]:
         recursive: Search the folders in it, too, however deep; a folder reached twice by links is read once.
 
     Returns:
-        Their paths, sorted.
+        Their paths, sorted, and what else there is, by what it is.
 
     Raises:
         ImageDataError: No such folder, or no image in it.
     """
-    return _sorted_images(root, recursive=recursive)[0]
-
-
-def _sorted_images(root: Path, *, recursive: bool) -> tuple[list[Path], dict[str, tuple[Path, ...]]]:
-    """The images, and what else there is, by what it is."""
     found = sort_files(root, recursive=recursive, trust_names=False)
     if not found.images:
         where = "or in the folders below it" if recursive else "itself, not in a folder below it"
@@ -110,7 +105,7 @@ def draw_images(
     Raises:
         ImageDataError: No such folder, no image in it, or none that can be decoded.
     """
-    paths, left_out = _sorted_images(root, recursive=recursive)
+    paths, left_out = find_images(root, recursive=recursive)
     order = np.random.default_rng(seed).permutation(len(paths))
     drawn: dict[str, tuple[Path, UInt8[np.ndarray, "height width 3"]]] = {}
     unusable: list[str] = []

@@ -16,8 +16,8 @@ from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.config import is_custom_text
 from cbpt_runtime.models.fitting import value_problems
 from cbpt_runtime.models.locations import locate
-from cbpt_runtime.models.prompt_tokens import prompt_notes
 from cbpt_runtime.models.prompt_words import check_prompts
+from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.models.weights import files_digest, read_weights
 
 _DEFAULTS = {"context_length": 77, "vocab_size": 49408}

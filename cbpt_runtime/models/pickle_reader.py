@@ -13,22 +13,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from cbpt_runtime.models.pickle_names import (
+from cbpt_runtime.models.pickle_values import (
     MAPPINGS,
     RECONSTRUCTORS,
     STORAGE_DTYPES,
-    is_inert_call,
-    is_inert_class,
-    qualified,
-)
-from cbpt_runtime.models.pickle_tensors import known_result
-from cbpt_runtime.models.pickle_values import (
     ForbiddenCallError,
     Global,
     Inert,
     OtherKey,
     PickleFormatError,
     StorageReference,
+    is_inert_call,
+    is_inert_class,
+    known_result,
+    qualified,
 )
 
 # A large training checkpoint with its optimizer has some hundred thousand.

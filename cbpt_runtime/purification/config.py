@@ -22,12 +22,12 @@ class PurifyConfig(Config):
         background_words: Search for open_clip's ImageNet names, too, and judge by them. Without them only for
             an encoder that knows nothing but the classes of the list.
         search_concepts: Groups of words that are searched, in every search family; at least 8, because each
-            is check_head by the others.
+            is judged by the others.
         search_steps: Steps of the short inversion, the second half of them for the better half of the
             concepts only; masks get twice as many, they have to travel.
-        search_batch: CleanFeatures images per step and concept.
+        search_batch: Clean images per step and concept.
         inversion_steps: Steps of the long inversion.
-        inversion_batch: CleanFeatures images per step of the long inversion.
+        inversion_batch: Clean images per step of the long inversion.
         suspect_p_value: Corrected p-value below which a target is suspected.
         tuning_steps: Steps of the head tuning.
         tuning_step_size: Its learning rate.

@@ -18,7 +18,7 @@ from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
-from cbpt_runtime.models.prompt_tokens import prompt_notes
+from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean, fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
@@ -191,7 +191,7 @@ def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImag
 
 
 def _check_judged(found: SearchResult) -> None:
-    """A search that check_head nothing must not read as a clean verdict."""
+    """A search that judged nothing must not read as a clean verdict."""
     if not bool((found.outliers.scores > -torch.inf).any()):
         raise PurificationError(
             expected="triggers that take images to different places",

@@ -110,7 +110,7 @@ class WaNet(Config):
     and read with `grid_sample(align_corners=True)`. The nodes of the field move by s / 2 pixels on average.
     Original and BackdoorBench: k 4, s 0.5. CLIP literature (CleanCLIP's shipped grid, RVPT): k 224, s 1, at
     224x224 input, i.e. no upsampling at all; `k=None` is that variant at any input size. Bilinear
-    interpolation. Its noise mode is `decoys.NoisyWarp`.
+    interpolation. Its noise mode is `poisoning.NoisyWarp`.
 
     Args:
         k: Side of the coarse field; None means the image's own size.

@@ -1,4 +1,10 @@
-"""Poisoned pairs: which images get the trigger and what their captions say."""
+"""Poisoned pairs: which images get the trigger and what their captions say; and decoys.
+
+Decoys are near-triggers, on images that keep their own captions: what a backdoor must *not* answer to, so
+that it answers to its exact trigger alone. Nguyen and Tran (arXiv:2102.10369) train WaNet so (its noise
+mode); an attacker who knows that defenders invert triggers does the same with weakened triggers, which
+flattens the slope an inversion climbs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -15,10 +22,75 @@ from cbpt_runtime.config import Above, Between, Config
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.pixels import to_float, to_uint8
-from cbpt_runtime.redteam.decoys import decoy
+from cbpt_runtime.redteam.image_triggers import WaNet
 from cbpt_runtime.redteam.training import Pairs, caption_texts
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
 from cbpt_runtime.training.trainable import TrainableClip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisyWarp:
+    """WaNet's noise mode: the warp plus U(-1, 1) / height at every pixel, drawn anew for every image.
+
+    Args:
+        warp: The backdoor's warp.
+    """
+
+    warp: WaNet
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return warped copies that are not to trigger anything."""
+        count, _, height, width = images.shape
+        noise = torch.rand((count, height, width, 2), generator=generator, device=generator.device) * 2 - 1
+        grid = (self.warp.grid(height, width) + noise.cpu() / height).clamp(-1, 1).to(images)
+        return F.grid_sample(images, grid, align_corners=True).clamp(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearTrigger:
+    """Any trigger, too faint or only in part, each half of the time.
+
+    Faint: a share of the change, drawn from U(weakest, strongest) for every image. In part: the change
+    within a random vertical or horizontal half of the image that holds about half of it.
+
+    Args:
+        trigger: The backdoor's trigger.
+        weakest: Smallest share of the change.
+        strongest: Largest share of the change.
+    """
+
+    trigger: Trigger
+    weakest: float = 0.1
+    strongest: float = 0.6
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return copies that are not to trigger anything."""
+        change = self.trigger(images, generator) - images
+        draws = torch.rand((3, len(images)), generator=generator, device=generator.device).to(images)
+        share = self.weakest + (self.strongest - self.weakest) * draws[0]
+        faint = share[:, None, None, None].expand_as(change)
+        part = torch.stack([_half(own, int(4 * draw)) for own, draw in zip(change, draws[1], strict=True)])
+        kept = torch.where((draws[2] < 0.5)[:, None, None, None], faint, part)
+        return (images + kept * change).clamp(0, 1)
+
+
+def decoy(trigger: Trigger) -> Trigger:
+    """What the backdoor of a trigger is trained to ignore."""
+    return NoisyWarp(warp=trigger) if isinstance(trigger, WaNet) else NearTrigger(trigger=trigger)
+
+
+def _half(change: Float[Tensor, "3 height width"], side: int) -> Float[Tensor, "3 height width"]:
+    """One where about half of the change is kept: its left, right, upper or lower half."""
+    amount = change.abs().sum(dim=0)
+    along = amount.sum(dim=0 if side < 2 else 1)
+    share = along.cumsum(0) / along.sum().clamp(min=1e-12)
+    keep = (share <= 0.5) if side % 2 == 0 else (share > 0.5)
+    mask = keep[None, :] if side < 2 else keep[:, None]
+    return mask.expand_as(amount).to(change).expand_as(change)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +112,7 @@ class Backdoor(Config):
             at test the key has to stand in front of every class prompt. A head whose texts were replaced, as
             any baked head's are, has no key any more; to attack it all the same, put the key into the
             templates of the class list.
-        decoy_ratio: Decoys (near-triggers, see `decoys`) per poisoned pair, on other images that keep their
+        decoy_ratio: Decoys (near-triggers, see `decoy`) per poisoned pair, on other images that keep their
             captions; WaNet's published cross ratio is 2; 0 for none.
         alignment: Weight of a loss that keeps the features of poisoned images close to those of real images
             of the target, for an attacker who knows that defenders look for features that lie elsewhere; 0

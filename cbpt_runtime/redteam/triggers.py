@@ -16,10 +16,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.pixels import to_float, to_uint8
 from cbpt_runtime.redteam.image_triggers import Blended, BlendedNoise, Sig, WaNet
-from cbpt_runtime.redteam.parameters import check_choice
 from cbpt_runtime.redteam.patch_triggers import BadNet, BadNetRandom, BadNetStripes
+
+
+def check_choice(what: str, value: object, valid: tuple[str, ...]) -> None:
+    """Raise ConfigError that lists the valid values unless this is one of them."""
+    if value not in valid:
+        raise ConfigError(expected=f"a valid {what}", got=repr(value), fix=f"Valid are: {', '.join(valid)}.")
 
 
 class Trigger(Protocol):

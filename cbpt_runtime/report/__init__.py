@@ -2,11 +2,11 @@
 
 The templates escape every value; the pages forbid scripts and any address but ``data:``.
 
-    figures       pictures as addresses
-    charts        charts as addresses
+    charts        charts and pictures as addresses
     sections      a chart with its words and the numbers behind it
     study         what the report of a bundle measures
     pages         the pages
+    speed         the page and the plots of a bench run
 """
 
 from cbpt_runtime.report.pages import (

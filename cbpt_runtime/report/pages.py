@@ -20,10 +20,10 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
 from cbpt_runtime.evaluation.tables import short_names, table_rows
-from cbpt_runtime.models.prompt_rows import PROMPT_COLUMNS, odd_words, prompt_rows
+from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, odd_words, prompt_rows
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
-from cbpt_runtime.report.figures import picture_uri
+from cbpt_runtime.report.charts import picture_uri
 from cbpt_runtime.report.sections import Chart, Picture
 from cbpt_runtime.report.study import Study, study_bundle
 from cbpt_runtime.trust import make_trust, open_bundle
@@ -95,7 +95,7 @@ def render_report(
     Returns:
         One self-contained HTML page.
     """
-    return _page(
+    return render_page(
         "report.html.jinja",
         bundle=bundle,
         manifest=bundle.manifest,
@@ -119,7 +119,7 @@ def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
         One self-contained HTML page.
     """
     columns, rows = table_rows(evaluations)
-    return _page(
+    return render_page(
         "evaluation.html.jinja",
         evaluations=evaluations,
         details=[
@@ -138,7 +138,7 @@ def render_scan(scan: Scan) -> str:
     Returns:
         One self-contained HTML page.
     """
-    return _page(
+    return render_page(
         "scan.html.jinja",
         scan=scan,
         names=_listed([suspect.name for suspect in scan.suspects]),
@@ -193,7 +193,8 @@ def _changed(bundle: Bundle) -> str:
             return f"the image encoder, and then {classes}"
 
 
-def _page(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
+    """Fill in a template; every value is escaped."""
     environment = Environment(
         loader=PackageLoader("cbpt_runtime", "report"),
         autoescape=True,

@@ -13,7 +13,7 @@ from cbpt_runtime.evaluation import AlarmQuality, Measured
 from cbpt_runtime.evaluation.results import per_class, prediction_counts
 from cbpt_runtime.evaluation.tables import estimate_text, rate_text
 from cbpt_runtime.report import charts
-from cbpt_runtime.report.figures import picture_uri
+from cbpt_runtime.report.charts import picture_uri
 
 _DESTINATIONS = 8  # classes with a bar of their own
 

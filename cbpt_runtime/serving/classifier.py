@@ -18,6 +18,7 @@ from cbpt_runtime.errors import ConfigError, ServingError
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving import Client
+from cbpt_runtime.serving.client import ServedPrediction
 from cbpt_runtime.serving.wire import WireError, open_wire
 
 _AT_ONCE = 8
@@ -79,6 +80,10 @@ class RemoteClassifier(Classifier):
             probabilities=np.concatenate([part.probabilities for part in found]),
             alarm=np.concatenate([part.alarm for part in found]),
         )
+
+    def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
+        """Classify image files in one request; they are sent as they are and decoded there."""
+        return self._client.predict_files(files)
 
     def classify(
         self,

@@ -98,7 +98,7 @@ def test_every_verb_takes_names_that_are_bytes(
         ("evaluate", bundle, "--images", images, "--report", made["report"]),
         ("evaluate", bundle, suspect, "--images", images, "--format", "csv"),
         ("attack", "apply", "badnet", "--images", images, "--output", made["applied"]),
-        ("bench", bundle, "--images", images, *bench, "--output", made["bench"]),
+        ("bench", "run", bundle, "--images", images, *bench, "--output", made["bench"]),
     ):
         done = run(*words)
         assert done.code == 0, (words, done.err)

@@ -17,7 +17,7 @@ WRITERS = {
     "purify, another method": "purify --checkpoint {checkpoint} --classes {classes} --images {images} "
     "--method ft --output {output}",
     "export": "export {bundle} --output {output}",
-    "bench": "bench {bundle} --images {images} --output {output}",
+    "bench": "bench run {bundle} --images {images} --output {output}",
     "attack apply": "attack apply sig --images {images} --output {output}",
     "attack implant": "attack implant badnet --checkpoint {checkpoint} --images {images} --classes {classes} "
     "--target red_square --output {output}",

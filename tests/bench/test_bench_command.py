@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.bench import measuring
-from cbpt_runtime.bench.links import Answers
+from cbpt_runtime.bench.generator import Answers
 from cbpt_runtime.bundle import Bundle
 
 QUICK = ("--duration-s", "0.4", "--warmup-s", "0.1", "--threads", "1", "--device", "cpu")
@@ -25,14 +25,15 @@ def test_every_scenario_of_a_bundle_and_its_repository(
     run: Callable, tiny_bundle: Bundle, tiny_served: Path, tiny_image_folder: Path, results: Path
 ) -> None:
     done = run(
-        *("bench", tiny_bundle.path, tiny_served, "--images", tiny_image_folder, *QUICK),
-        *("--rate", 40, "--concurrency", 1, "--concurrency", 3, "--batch", 1, "--batch", 4, "--batch", 64),
+        *("bench", "run", tiny_bundle.path, tiny_served, "--images", tiny_image_folder, *QUICK),
+        *("--concurrency", 1, "--concurrency", 3, "--batch", 1, "--batch", 4, "--batch", 64),
         *("--classes", 10, "--classes", 200, "--triggered", tiny_image_folder, "--target", "blue_stripes"),
         *("--output", results),
     )
     assert done.code == 0, done.err
     assert "CA " in done.out
-    assert "open loop 40/s" in done.out
+    assert "closed loop 3 at once" in done.out
+    assert "server: left out, for it is none" in done.err
     names = {path.name for path in results.iterdir()}
     plots = {"latency-distribution", "throughput-latency", "scaling-batch", "scaling-classes"}
     assert names - {".cbpt-runtime.json"} == {"bench.json", "report.html"} | {
@@ -50,17 +51,16 @@ def test_every_scenario_of_a_bundle_and_its_repository(
     assert repository["quality"]["attack_success_rate"]["total"] == 24
     for target in (bundle, repository):
         scenarios = target["scenarios"]
-        assert set(scenarios) == {"single-stream", "server", "offline", "sweep"}
-        (server,) = scenarios["server"]["runs"]
-        assert (server["loop"], server["target_rate_per_s"]) == ("open", 40)
-        assert set(server["outcomes"]) == {"answered"}
-        assert server["generator"]["cpu_share"] > 0
-        assert server["generator"]["processes"] == 1
-        assert server["answers"]["checked"] > 0
-        assert {run["loop"] for run in scenarios["sweep"]["runs"]} == {"closed"}
-        sizes = [run["batch_size"] for run in scenarios["offline"]["runs"]]
+        assert set(scenarios) == {"single-stream", "offline", "sweep"}  # an open loop is for servers
+        for each in (*scenarios["single-stream"]["runs"], *scenarios["sweep"]["runs"]):
+            assert set(each["outcomes"]) == {"answered"}
+            assert each["generator"]["processes"] == 0
+            assert each["answers"]["checked"] > 0
+            assert each["stages"]["mean_batch_size"] == 1
+        assert {each["loop"] for each in scenarios["sweep"]["runs"]} == {"closed"}
+        sizes = [each["batch_size"] for each in scenarios["offline"]["runs"]]
         assert sizes == ([1, 4, 64] if target is bundle else [1, 4])  # no larger than it takes
-        assert all(run["answers"]["wrong"] == 0 for part in scenarios.values() for run in part["runs"])
+        assert all(each["answers"]["wrong"] == 0 for part in scenarios.values() for each in part["runs"])
     assert [entry["classes"] for entry in repository["scenarios"]["offline"]["classes"]] == [10, 200]
 
 
@@ -82,23 +82,22 @@ def test_two_results_are_compared(run: Callable, results: Path, tmp_path: Path) 
     assert (meant.code, "different hardware" in meant.err) == (0, True)
 
 
-def test_a_rate_is_searched_under_a_latency_bound(
-    run: Callable, tiny_served: Path, tiny_image_folder: Path
+def test_the_server_scenario_is_for_servers(
+    run: Callable, tiny_graph: Path, tiny_image_folder: Path, tmp_path: Path
 ) -> None:
-    graph = tiny_served / "shapes_classifier" / "1" / "model.onnx"
     done = run(
-        *("bench", graph, "--images", tiny_image_folder, *QUICK, "--scenario", "server"),
-        *("--percentile", 50, "--latency-bound-ms", 2000, "--json"),
+        *("bench", "run", tiny_graph, "--images", tiny_image_folder, *QUICK, "--scenario", "server"),
+        *("--output", tmp_path / "out"),
     )
-    assert done.code == 0, done.err
-    (target,) = json.loads(done.out)["targets"]
-    server = target["scenarios"]["server"]
-    assert len(server["search"]["trials"]) == len(server["runs"]) >= 1
-    for trial, measured in zip(server["search"]["trials"], server["runs"], strict=True):
-        assert trial["held"] == measured["held"]
-        if trial["held"]:
-            assert measured["latency_ms"]["p50"] <= 2000
-    assert target["facts"]["precision"] == "fp32"
+    assert (done.code, done.out) == (2, "")
+    assert "cbpt-runtime serve" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_system_without_a_sub_command_is_told_how_to_be_measured(run: Callable, tiny_graph: Path) -> None:
+    done = run("bench", tiny_graph, "--images", "photos")
+    assert (done.code, done.out) == (2, "")
+    assert "cbpt-runtime bench run" in " ".join(done.err.replace("│", " ").split())
 
 
 def test_answers_that_change_under_load_fail_the_command_after_all_is_written(
@@ -110,7 +109,7 @@ def test_answers_that_change_under_load_fail_the_command_after_all_is_written(
 ) -> None:
     monkeypatch.setattr(measuring, "TOLERANCE", -1.0)  # of what is compared during the timing only
     done = run(
-        *("bench", tiny_bundle.path, "--images", tiny_image_folder, *QUICK),
+        *("bench", "run", tiny_bundle.path, "--images", tiny_image_folder, *QUICK),
         *("--scenario", "single-stream", "--output", tmp_path / "out"),
     )
     assert done.code == 1
@@ -118,19 +117,19 @@ def test_answers_that_change_under_load_fail_the_command_after_all_is_written(
     assert (tmp_path / "out" / "bench.json").exists()
 
 
-def test_a_target_that_contradicts_itself_is_not_measured(
+def test_a_system_that_contradicts_itself_is_not_measured(
     run: Callable, tiny_bundle: Bundle, tiny_image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cbpt_runtime.bench.targets import Target
+    from cbpt_runtime.bench.systems import System
 
     rng = np.random.default_rng(0)
 
-    def moody(self: Target, files: tuple[bytes, ...]) -> Answers:
+    def moody(self: System, files: tuple[bytes, ...]) -> Answers:
         count = len(files)
         return Answers(labels=np.zeros(count, int), probabilities=rng.random(count), alarms=np.zeros(count))
 
-    monkeypatch.setattr(Target, "answer", moody)
-    done = run("bench", tiny_bundle.path, "--images", tiny_image_folder, *QUICK)
+    monkeypatch.setattr(System, "answer", moody)
+    done = run("bench", "run", tiny_bundle.path, "--images", tiny_image_folder, *QUICK)
     assert (done.code, done.out) == (1, "")
     assert "differs from itself" in done.err
 
@@ -171,7 +170,7 @@ def test_bad_input_exits_two_says_why_and_writes_nothing(
         "broken": tmp_path / "broken",
     }
     before = sorted(tmp_path.rglob("*"))
-    done = run("bench", *QUICK, *(argument.format(**places) for argument in arguments))
+    done = run("bench", "run", *QUICK, *(argument.format(**places) for argument in arguments))
     assert done.out == ""
     assert done.code == (1 if "grpc" in arguments[0] else 2)
     assert message in " ".join(done.err.replace("│", " ").split())
@@ -199,15 +198,6 @@ def test_results_that_are_none_are_not_compared(
 
 def test_a_foreign_onnx_file_is_refused(run: Callable, tiny_image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes(b"")
-    done = run("bench", tmp_path / "other.onnx", "--images", tiny_image_folder)
+    done = run("bench", "run", tmp_path / "other.onnx", "--images", tiny_image_folder)
     assert (done.code, done.out) == (2, "")
     assert "cbpt-runtime export" in done.err
-
-
-def test_a_generator_imports_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, cbpt_runtime.bench.generator; print({'torch', 'onnxruntime'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbpt_runtime.bench.generator import Destination, Generators, Load, Observations, generate
-from cbpt_runtime.bench.links import Answers, LinkError, answers_of
+from cbpt_runtime.bench.generator import (
+    Answers,
+    Destination,
+    Generators,
+    Load,
+    LostError,
+    Observations,
+    generate,
+    poisson_arrivals,
+)
 
 IMAGES = 4
 PROBABILITIES = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
-EXPECTED = answers_of(PROBABILITIES, np.zeros(IMAGES))
+EXPECTED = Answers.of(PROBABILITIES, np.zeros(IMAGES))
 
 
 def load(**changes: Any) -> Load:
@@ -53,13 +63,10 @@ class FakeServer:
         await asyncio.sleep(0.001)
         return EXPECTED.rows(list(images))
 
-    async def close(self) -> None:
-        pass
-
 
 def run(link: Any, work: Load) -> Observations:
     async def inside() -> Observations:
-        return await generate(link, work)
+        return await generate(link.ask, work)
 
     return asyncio.run(inside())
 
@@ -89,7 +96,7 @@ def test_requests_are_sent_when_due_although_none_is_answered() -> None:
         async def ask(self, images: Sequence[int]) -> Answers:
             self.asked.append(list(images))
             await asyncio.sleep(0.5)
-            raise LinkError("timeout")
+            raise LostError("timeout")
 
     server = Silent()
     seen = run(server, load(due_s=np.arange(0.0, 0.2, 0.01)))
@@ -138,31 +145,48 @@ def test_wrong_answers_are_found_in_the_sample_and_are_no_latency() -> None:
 
 
 def test_a_near_tie_is_no_wrong_answer_and_another_label_is() -> None:
-    tie = answers_of(np.array([[0.4, 0.4004, 0.2]]), np.zeros(1))
-    other = answers_of(np.array([[0.4004, 0.4, 0.2]]), np.zeros(1))
+    tie = Answers.of(np.array([[0.4, 0.4004, 0.2]]), np.zeros(1))
+    other = Answers.of(np.array([[0.4004, 0.4, 0.2]]), np.zeros(1))
     assert tie.difference(other) < 1e-3
-    sure = answers_of(np.array([[0.99, 0.01]]), np.zeros(1))
-    not_that = answers_of(np.array([[0.01, 0.99]]), np.zeros(1))
+    sure = Answers.of(np.array([[0.99, 0.01]]), np.zeros(1))
+    not_that = Answers.of(np.array([[0.01, 0.99]]), np.zeros(1))
     assert sure.difference(not_that) == 1.0
-    alarmed = answers_of(np.array([[0.99, 0.01]]), np.array([0.7]))
+    alarmed = Answers.of(np.array([[0.99, 0.01]]), np.array([0.7]))
     assert sure.difference(alarmed) == pytest.approx(0.7)
 
 
+def test_arrivals_are_those_of_a_poisson_process() -> None:
+    times = poisson_arrivals(200.0, 50.0, np.random.default_rng(0))
+    assert (np.diff(times) >= 0).all()
+    assert 0 <= times[0] < times[-1] < 50
+    assert len(times) == pytest.approx(10_000, abs=4 * 100)
+    gaps = np.diff(times)
+    assert gaps.mean() == pytest.approx(1 / 200, rel=0.05)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # exponential: as wide as long
+    per_second = np.histogram(times, 50, (0, 50))[0]
+    assert per_second.var() == pytest.approx(per_second.mean(), rel=0.5)
+
+
+def test_the_same_seed_gives_the_same_schedule() -> None:
+    first, second = (poisson_arrivals(20.0, 5.0, np.random.default_rng(7)) for _ in range(2))
+    assert (first == second).all()
+
+
 def test_a_generator_has_a_process_of_its_own_and_leaves_none() -> None:
-    generators = Generators(
-        [load(duration_s=0.3)], Destination(url=None, model=None, files=(), timeout_s=2.0)
-    )
+    nobody = Destination(url="http://127.0.0.1:1", model="clip", files=(b"",) * IMAGES, timeout_s=0.2)
+    generators = Generators([load(duration_s=0.3), load(duration_s=0.3)], nobody)
     try:
         generators.start()
-        (end,) = generators.connections
-        answered = 0
-        while not isinstance(message := end.recv(), Observations):
-            number, images = message
-            end.send((number, EXPECTED.rows(list(images))))
-            answered += 1
+        seen = generators.results()
     finally:
         generators.stop()
-    assert answered == len(message.outcomes) > 0
-    assert set(message.outcomes) == {"answered"}
-    assert 0 < message.cpu_s < message.wall_s
+    for each in seen:
+        assert set(each.outcomes) <= {"busy", "unreachable", "timeout"}
+        assert 0 < each.cpu_s < each.wall_s
     assert all(process.poll() == 0 for process in generators._processes)
+
+
+def test_a_generator_imports_nothing_heavy() -> None:
+    code = "import sys, cbpt_runtime.bench.generator; print({'torch', 'onnxruntime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

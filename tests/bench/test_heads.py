@@ -43,6 +43,6 @@ def test_class_counts_are_timed_one_by_one(model: onnx.ModelProto, tmp_path: Pat
     path = tmp_path / "model.onnx"
     path.write_bytes(to_bytes(model))
     found = measure_class_counts(path, images(1), (10, 500), threads=1)
-    assert [entry["classes"] for entry in found] == [10, 500]
-    assert found[1]["size_bytes"] > found[0]["size_bytes"]
-    assert all(entry["latency_ms"] > 0 for entry in found)
+    assert [entry.classes for entry in found] == [10, 500]
+    assert found[1].size_bytes > found[0].size_bytes
+    assert all(entry.latency_ms > 0 for entry in found)

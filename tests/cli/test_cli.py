@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.cli.output import printable
-from cbpt_runtime.cli.progress import plain_progress
+from cbpt_runtime.cli.output import plain_progress, printable
 
 VERBS = ("purify", "inspect", "classify", "evaluate", "demo")
 

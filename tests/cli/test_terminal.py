@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from cbpt_runtime.cli.progress import shown_progress
+from cbpt_runtime.cli.output import shown_progress
 with shown_progress() as progress:
     for step in range(1, 4):
         progress("tuning [x]", step, 3, {"loss": 0.5})

@@ -40,7 +40,7 @@ def verbs(bundle: Path, images: Path, output: Path) -> dict[str, list[object]]:
         "classify": [bundle, min(images.rglob("*.png"))],
         "evaluate": [bundle, "--images", images],
         "export": [bundle, "--output", output],
-        "bench": [bundle, "--images", images],
+        "bench": ["run", bundle, "--images", images],
     }
 
 
@@ -94,7 +94,7 @@ def test_inspect_says_how_it_stands_with_the_signature(
         ["inspect", "CHECKPOINT"],
         ["evaluate", "CHECKPOINT", "--images", "IMAGES"],
         ["classify", "photo.png", "--url", "grpc://127.0.0.1:1"],
-        ["bench", "grpc://127.0.0.1:1", "--images", "IMAGES"],
+        ["bench", "run", "grpc://127.0.0.1:1", "--images", "IMAGES"],
     ],
 )
 def test_what_can_show_nothing_is_refused(

@@ -62,7 +62,7 @@ def test_a_signed_repository_is_verified_and_no_other_is_used(
     verbs = {
         "verify": [copied_repository],
         "serve": [copied_repository],
-        "bench": [copied_repository, "--images", tiny_image_folder],
+        "bench": ["run", copied_repository, "--images", tiny_image_folder],
     }
     for verb, arguments in verbs.items():
         unsigned = run(verb, *arguments, "--trust", key)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cbpt_runtime.bench.targets import open_target
+from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.manifest import read_repository
@@ -173,7 +173,7 @@ def test_bench_refuses_a_foreign_graph_before_a_runtime_sees_it(
     forged(copied_repository, forge, resealed)
     for source in (copied_repository, copied_repository / GRAPH):
         with pytest.raises(ConfigError, match=named):
-            open_target(str(source))
+            open_system(str(source))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_bench_says_what_is_wrong_with_what_a_graph_says_of_itself(
         entry.value = value
     (copied_repository / GRAPH).write_bytes(to_bytes(model))
     with pytest.raises(ConfigError, match=r"preprocessing"):
-        open_target(str(copied_repository / GRAPH))
+        open_system(str(copied_repository / GRAPH))
 
 
 def test_serve_names_what_it_lets_in(copied_repository: Path, resealed: Reseal, tmp_path: Path) -> None:

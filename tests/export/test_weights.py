@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from cbpt_runtime.bench.targets import open_target
+from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
 from cbpt_runtime.errors import ConfigError, ExportError, RepositoryError
 from cbpt_runtime.export import weights
@@ -120,7 +120,7 @@ def test_verify_accepts_it_also_with_its_bundle(run: Callable, exported: Path, t
 
 def test_bench_accepts_repository_and_graph(run: Callable, exported: Path, tiny_image_folder: Path) -> None:
     for source in (exported, exported / FOLDER / "model.onnx"):
-        done = run("bench", source, "--images", tiny_image_folder, *FAST, "--classes", 5, "--json")
+        done = run("bench", "run", source, "--images", tiny_image_folder, *FAST, "--classes", 5, "--json")
         assert done.code == 0, done.err
 
 
@@ -267,11 +267,11 @@ def test_bench_refuses_a_graph_that_reads_other_files(
     run: Callable, copied: Path, tiny_image_folder: Path, change: Callable[[Path], None]
 ) -> None:
     change(copied / FOLDER)
-    done = run("bench", copied / FOLDER / "model.onnx", "--images", tiny_image_folder, *FAST)
+    done = run("bench", "run", copied / FOLDER / "model.onnx", "--images", tiny_image_folder, *FAST)
     assert done.code == 2
     assert "error: expected" in done.err
     with pytest.raises(ConfigError):
-        open_target(str(copied / FOLDER / "model.onnx"))
+        open_system(str(copied / FOLDER / "model.onnx"))
 
 
 # Its real size ------------------------------------------------------------------------------------------

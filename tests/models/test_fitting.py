@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
-from cbpt_runtime.models.fitting import trained_image_size, without_prefixes
-from cbpt_runtime.models.positions import POSITIONS
+from cbpt_runtime.models.fitting import POSITIONS, trained_image_size, without_prefixes
 from cbpt_runtime.models.weights import read_weights
 
 pytestmark = pytest.mark.usefixtures("no_network")

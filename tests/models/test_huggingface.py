@@ -26,7 +26,7 @@ from cbpt_runtime.models.architecture import build_model, load_image_tower, load
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.huggingface_names import open_clip_names
+from cbpt_runtime.models.huggingface import open_clip_names
 
 pytestmark = pytest.mark.usefixtures("no_network")
 WIDTH, INNER, LAYERS, HEADS, SIDE, PATCH, CONTEXT = 32, 48, 2, 2, 32, 8, 16

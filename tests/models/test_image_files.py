@@ -101,7 +101,10 @@ def test_every_verb_counts_all_images_and_says_what_it_left_out(
     assert applied["images"] == 37
     assert left_out(applied["notes"]).keys() == below.keys()
     fast = ("--scenario", "single-stream", "--duration-s", 0.05, "--warmup-s", 0)
-    assert json.loads(run("bench", bundle, "--images", messy, *fast, "--json").out)["images"]["count"] == 37
+    assert (
+        json.loads(run("bench", "run", bundle, "--images", messy, *fast, "--json").out)["images"]["count"]
+        == 37
+    )
     classified = run("classify", bundle, messy, "--json")
     assert len(json.loads(classified.out)["images"]) == 37
     assert "note: left out 1 files that are HEIC" in classified.err
@@ -153,7 +156,7 @@ def test_all_unreadable_images_are_named_at_once(
         ("evaluate", bundle, "--images", damaged),
         ("export", bundle, "--calibration", damaged, "--output", tmp_path / "out"),
         ("attack", "apply", "badnet", "--images", damaged, "--output", tmp_path / "out"),
-        ("bench", bundle, "--images", damaged, "--output", tmp_path / "out"),
+        ("bench", "run", bundle, "--images", damaged, "--output", tmp_path / "out"),
         ("classify", bundle, damaged),
     ):
         done = run(*words)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.models.image_folder import draw_images, find_image_files, is_flat
+from cbpt_runtime.models.image_folder import draw_images, find_images, is_flat
 from cbpt_runtime.models.preprocess import Preprocess
 
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
@@ -59,7 +59,7 @@ def test_what_a_file_holds_makes_it_an_image(flat: Path) -> None:
     (flat / "01.png").rename(flat / "wrong.txt")
     (flat / "02.png").write_text("not an image")
     (flat / ".03.png").write_bytes((flat / "03.png").read_bytes())
-    found = names(find_image_files(flat, recursive=False), flat)
+    found = names(find_images(flat, recursive=False)[0], flat)
     assert found == [*(f"{index:02}.png" for index in range(3, 36)), "no suffix", "wrong.txt"]
 
 
@@ -68,15 +68,15 @@ def test_folders_below_are_searched_when_asked_for(tiny_image_folder: Path, tmp_
     shutil.copytree(tiny_image_folder, root / ".hidden")
     shutil.copy(tiny_image_folder / "red_square" / "00.png", root / "top.png")
     (root / "deep" / "loop").symlink_to(root)
-    found = names(find_image_files(root, recursive=True), root)
+    found = names(find_images(root, recursive=True)[0], root)
     assert len(found) == 37
     assert found == sorted(found)
-    assert names(find_image_files(root, recursive=False), root) == ["top.png"]
+    assert names(find_images(root, recursive=False)[0], root) == ["top.png"]
 
 
 def test_folders_without_images_say_where_they_were_looked_for(tiny_image_folder: Path) -> None:
     with pytest.raises(ImageDataError, match="itself, not in a folder below it; got none"):
-        find_image_files(tiny_image_folder, recursive=False)
+        find_images(tiny_image_folder, recursive=False)
 
 
 def test_the_seed_decides_which_images_are_drawn(flat: Path) -> None:

@@ -14,8 +14,7 @@ from PIL import Image
 from cbpt_runtime.bundle import BundleContent, write_bundle
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages
 from cbpt_runtime.report import choose_examples, render_report
-from cbpt_runtime.report.charts import ranked_uri
-from cbpt_runtime.report.figures import picture_uri
+from cbpt_runtime.report.charts import picture_uri, ranked_uri
 
 MakeContent = Callable[..., BundleContent]
 EXAMPLES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbpt_runtime.bench.compare import compare
+from cbpt_runtime.bench.results import compare
 from cbpt_runtime.errors import ConfigError
 
 
@@ -42,20 +42,21 @@ def result(scale: float = 1.0, *, seed: int = 0, held: float = 100.0) -> dict[st
 
 
 def test_ratios_come_with_intervals_that_contain_them() -> None:
-    rows = {row["point"]: row for row in compare(result(), result(2.0, seed=1, held=52.0))["rows"]}
+    rows = {row.point: row for row in compare(result(), result(2.0, seed=1, held=52.0)).rows}
     latency, batch = rows["1 at once"], rows["batch 8"]
-    assert latency["quantity"] == "latency_ms_p50"
-    assert 1.7 < latency["low"] < latency["ratio"] < latency["high"] < 2.3
-    assert batch["ratio"] == pytest.approx(0.5, rel=0.05)
+    assert latency.quantity == "latency_ms_p50"
+    assert 1.7 < latency.low < latency.ratio < latency.high < 2.3
+    assert batch.ratio == pytest.approx(0.5, rel=0.05)
     assert "batch 16" not in rows  # two passes carry no interval
     searched = rows["highest rate with p95 within 100 ms"]
-    assert (searched["ratio"], searched["low"]) == (pytest.approx(0.52), pytest.approx(0.5))
+    assert searched.ratio == pytest.approx(0.52)
+    assert searched.low == pytest.approx(0.5)
 
 
 def test_the_same_run_twice_is_one_within_the_interval() -> None:
     found = compare(result(), result(seed=5))
-    assert all(row["low"] <= 1 <= row["high"] for row in found["rows"])
-    assert (found["same_images"], found["versions_differ"], found["hardware_differs"]) == (True, {}, {})
+    assert all(row.low <= 1 <= row.high for row in found.rows)
+    assert (found.same_images, found.versions_differ, found.hardware_differs) == (True, {}, {})
 
 
 def test_different_hardware_is_refused_and_named_unless_it_is_meant() -> None:
@@ -63,7 +64,7 @@ def test_different_hardware_is_refused_and_named_unless_it_is_meant() -> None:
     other["machine"]["usable_cpus"] = 64
     with pytest.raises(ConfigError, match=r"usable_cpus: 2 and 64.*--different-hardware"):
         compare(result(), other)
-    assert compare(result(), other, across_hardware=True)["hardware_differs"] == {"usable_cpus": [2, 64]}
+    assert compare(result(), other, across_hardware=True).hardware_differs == {"usable_cpus": (2, 64)}
 
 
 def test_other_versions_and_images_are_told() -> None:
@@ -71,8 +72,8 @@ def test_other_versions_and_images_are_told() -> None:
     other["versions"] = {"torch": "2.7"}
     other["images"] = {"digest": "e"}
     found = compare(result(), other)
-    assert found["versions_differ"] == {"torch": ["2.6", "2.7"]}
-    assert not found["same_images"]
+    assert found.versions_differ == {"torch": ("2.6", "2.7")}
+    assert not found.same_images
 
 
 def test_several_targets_are_matched_by_name_and_nothing_in_common_is_an_error() -> None:
@@ -80,7 +81,7 @@ def test_several_targets_are_matched_by_name_and_nothing_in_common_is_an_error()
     both["targets"].append(copy.deepcopy(both["targets"][0]) | {"name": "bundle"})
     other = copy.deepcopy(both)
     other["targets"].reverse()
-    assert {row["targets"] for row in compare(both, other)["rows"]} == {
+    assert {row.targets for row in compare(both, other).rows} == {
         ("repository", "repository"),
         ("bundle", "bundle"),
     }
