@@ -13,7 +13,7 @@ from safetensors.torch import load as load_tensors
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.classifier import Classifier, Pixels
-from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
 from cbpt_runtime.models.preprocess import Preprocess
@@ -62,6 +62,11 @@ class BundleClassifier(Classifier):
         return self.bundle.preprocess
 
     @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious."""
+        return self.bundle.alarm_threshold
+
+    @property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets, most suspicious first."""
         return tuple(str(suspect["name"]) for suspect in self.bundle.suspects)
@@ -96,11 +101,13 @@ class BundleClassifier(Classifier):
         scale, bias = bundle.logit_scale, bundle.logit_bias
         purified = zero_shot.logits(features, bundle.class_embeddings, scale, bias)
         reference = zero_shot.logits(features, bundle.reference_embeddings, scale, bias)
+        alarm = zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid)
         return Prediction(
             logits=purified,
             probabilities=zero_shot.probabilities(purified, sigmoid=sigmoid),
-            alarm=zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid),
+            alarm=alarm,
             reference_logits=reference,
+            suspicious=above(alarm, bundle.alarm_threshold),
         )
 
 

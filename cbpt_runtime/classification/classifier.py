@@ -60,6 +60,11 @@ class Classifier(ABC):
         return ()
 
     @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; None where no level was chosen at purification."""
+        return None
+
+    @property
     def detector(self) -> str | None:
         """What the alarm of a prediction is: 'alarm', the name of a detector, or None: it says nothing."""
         return "alarm" if self.suspects else None
@@ -139,7 +144,14 @@ class Classifier(ABC):
             batch = sources[start : start + batch_size]
             found = self.predict(self._read_batch(sources, batch))
             names = (name for name, _ in batch)
-            answers += make_answers(names, found.probabilities, found.alarm, names=self.class_names, top=top)
+            answers += make_answers(
+                names,
+                found.probabilities,
+                found.alarm,
+                names=self.class_names,
+                top=top,
+                suspicious=found.suspicious,
+            )
             if progress is not None:
                 progress("classify", len(answers), len(sources), {})
         return answers

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +20,14 @@ class Prediction:
         alarm: In [0, 1]: how strongly only the original head calls a suspected target. What a detector says
             of a checkpoint, in its own units; None without one.
         reference_logits: Of the head before purification; None where the classifier does not hold it.
+        suspicious: Whether the alarm lies above the level chosen at purification; None where none was chosen.
     """
 
     logits: Float[np.ndarray, "batch classes"]
     probabilities: Float[np.ndarray, "batch classes"]
     alarm: Float[np.ndarray, " batch"] | None = None
     reference_logits: Float[np.ndarray, "batch classes"] | None = None
+    suspicious: Bool[np.ndarray, " batch"] | None = None
 
     @property
     def labels(self) -> Int[np.ndarray, " batch"]:
@@ -56,21 +58,34 @@ class Answer:
         labels: Most likely first.
         alarm: In [0, 1]: how strongly only the original head calls a suspected target; None of a checkpoint,
             which has one head.
+        suspicious: Whether the alarm lies above the level chosen at purification; None where none was chosen.
     """
 
     image: str
     labels: tuple[Label, ...]
     alarm: float | None
+    suspicious: bool | None = None
 
     def __str__(self) -> str:
         """The first label and the alarm, on one line."""
         first = self.labels[0] if self.labels else Label(name="no label", probability=0.0)
         alarm = "" if self.alarm is None else f", alarm {self.alarm:.3f}"
-        return f"{self.image}: {first.name} {first.probability:.1%}{alarm}"
+        suspicion = ", suspicious" if self.suspicious else ""
+        return f"{self.image}: {first.name} {first.probability:.1%}{alarm}{suspicion}"
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as a JSON-able dict."""
         return asdict(self)
+
+
+def above(
+    alarm: Float[np.ndarray, " batch"] | None, threshold: float | None
+) -> Bool[np.ndarray, " batch"] | None:
+    """Which images are suspicious; None where there is no alarm, or no level was chosen for it."""
+    if alarm is None or threshold is None:
+        return None
+    suspicious: np.ndarray = alarm > np.float32(threshold)
+    return suspicious
 
 
 def make_answers(
@@ -80,6 +95,7 @@ def make_answers(
     *,
     names: Sequence[str],
     top: int,
+    suspicious: Bool[np.ndarray, " batch"] | None = None,
 ) -> list[Answer]:
     """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
     answers = []
@@ -87,5 +103,6 @@ def make_answers(
         best = (-row).argsort(kind="stable")[:top]
         labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
         alarm = None if alarms is None else float(alarms[place])
-        answers.append(Answer(image=image, labels=labels, alarm=alarm))
+        doubt = None if suspicious is None else bool(suspicious[place])
+        answers.append(Answer(image=image, labels=labels, alarm=alarm, suspicious=doubt))
     return answers

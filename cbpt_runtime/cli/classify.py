@@ -87,12 +87,18 @@ def print_answers(answers: Sequence[Answer]) -> None:
                 "" if rank else answer.image,
                 label.name,
                 percent(label.probability),
-                "" if rank else "–" if answer.alarm is None else f"{answer.alarm:.3f}",
+                "" if rank else _alarm(answer),
             )
             for answer in answers
             for rank, label in enumerate(answer.labels)
         ],
     )
+
+
+def _alarm(answer: Answer) -> str:
+    if answer.alarm is None:
+        return "–"
+    return f"{answer.alarm:.3f}" + (" suspicious" if answer.suspicious else "")
 
 
 def _sources(images: Sequence[str], skip_unreadable: bool) -> list[tuple[str, bytes | Path]]:

@@ -17,7 +17,7 @@ from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cbpt_runtime.evaluation import Evaluation
+    from cbpt_runtime.evaluation import Decision, Evaluation
     from cbpt_runtime.redteam.triggers import Trigger
 
 _ALONE = "not measured: what was exported has the purified head alone"
@@ -151,8 +151,20 @@ def print_evaluation(evaluation: Evaluation) -> None:
         detector = "the alarm" if evaluation.detector == "alarm" else evaluation.detector
         facts |= {f"AUROC of {detector}, triggered against clean": auroc}
         facts |= {f"false alarms where {detector} detects 95 %": false_alarms}
+    if evaluation.decision is not None:
+        facts |= _decided(evaluation.decision)
     if facts:
         print_pairs(facts)
+
+
+def _decided(decision: Decision) -> dict[str, object]:
+    from cbpt_runtime.evaluation.tables import rate_text
+
+    facts: dict[str, object] = {"suspicious: alarm above": f"{decision.threshold:.4g}"}
+    facts["    clean images called suspicious"] = rate_text(decision.false_alarm_rate)
+    if decision.detection_rate is not None:
+        facts["    triggered images called suspicious"] = rate_text(decision.detection_rate)
+    return facts
 
 
 def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:

@@ -19,7 +19,14 @@ from cbpt_runtime.classification import Classifier
 from cbpt_runtime.classification.detectors import Detector
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.evaluation.opening import open_classifiers
-from cbpt_runtime.evaluation.results import Evaluation, Measured, join, measure_batch, summarise
+from cbpt_runtime.evaluation.results import (
+    Evaluation,
+    Measured,
+    decision_quality,
+    join,
+    measure_batch,
+    summarise,
+)
 from cbpt_runtime.loading import Source
 from cbpt_runtime.models.data import ClassList, class_index, find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
@@ -254,6 +261,7 @@ def _evaluate(classifier: Classifier, work: _Work, progress: Progress | None) ->
         before=rates.get("before"),
         after=rates.get("after"),
         alarm=alarm,
+        decision=decision_quality(clean, triggered, target, classifier.alarm_threshold),
         notes=notes,
         clean=clean,
         triggered=triggered,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from cbpt_runtime.classification import Prediction
+from cbpt_runtime.classification.prediction import above
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.evaluation.metrics import Estimate, Rate
 
@@ -52,6 +53,21 @@ class AlarmQuality:
     auroc: Estimate
     threshold: float
     false_alarm_rate: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the level chosen at purification is worth on these images.
+
+    Attributes:
+        threshold: Above it an image is suspicious.
+        false_alarm_rate: Clean images that are.
+        detection_rate: Triggered images whose true class is not the target that are; None without any.
+    """
+
+    threshold: float
+    false_alarm_rate: Rate
+    detection_rate: Rate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +129,7 @@ class Evaluation:
         after: Rates of the purified head; None for a checkpoint.
         alarm: None without triggered images, or without suspects (the alarm is then always zero) or another
             detector.
+        decision: What the level of the alarm that was chosen at purification is worth; None without one.
         encoder: 'untouched', or what a method made of the image tower: 'tuned' or 'prompted'. What was before
             is then not in the bundle: `before` is the zero-shot head of the *new* tower. None for what was
             exported, which does not say.
@@ -135,6 +152,7 @@ class Evaluation:
     before: HeadRates | None
     after: HeadRates | None
     alarm: AlarmQuality | None
+    decision: Decision | None = None
     encoder: str | None = "untouched"
     detector: str | None = None
     notes: tuple[str, ...] = ()
@@ -155,7 +173,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as a JSON-able dict, with what the images add up to class by class."""
         plain = {name: getattr(self, name) for name in _PLAIN}
-        for name in ("before", "after", "alarm"):
+        for name in ("before", "after", "alarm", "decision"):
             plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
         plain |= {"suspects": list(self.suspects), "notes": list(self.notes)}
         plain["per_class"] = [] if self.clean is None else per_class(self.clean, self.class_names)
@@ -234,6 +252,23 @@ def alarm_quality(clean: Measured, triggered: Measured, target: int) -> AlarmQua
         auroc=auroc,
         threshold=metrics.threshold_for_detection(attacks, DETECTION_RATE),
         false_alarm_rate=metrics.false_alarms(attacks, clean.alarm, DETECTION_RATE),
+    )
+
+
+def decision_quality(
+    clean: Measured, triggered: Measured | None, target: int | None, threshold: float | None
+) -> Decision | None:
+    """How often the alarm lies above a level on clean and on triggered images; None without a level."""
+    suspicious = above(clean.alarm, threshold)
+    if suspicious is None or threshold is None:
+        return None
+    detected = None if triggered is None else above(triggered.alarm, threshold)
+    if triggered is not None and detected is not None and target is not None:
+        detected = detected[triggered.labels != target]
+    return Decision(
+        threshold=threshold,
+        false_alarm_rate=metrics.share(suspicious),
+        detection_rate=None if detected is None else metrics.share(detected),
     )
 
 

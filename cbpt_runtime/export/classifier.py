@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnxruntime
 
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.classification.classifier import Classifier, Kind, Pixels
-from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
 from cbpt_runtime.export.golden import read_golden
@@ -51,6 +52,7 @@ class GraphClassifier(Classifier):
         self.path, self.source = path, str(path)
         content, model = _read_graph(path)
         self.metadata, self.class_names, self._suspects, self._preprocess = _described(model, path)
+        self._alarm_threshold = _level(self.metadata, path)
         self.verdict = self.metadata.get("cbpt.verdict")
         self.graph_sha256 = self.digest = hashlib.sha256(content).hexdigest()
         self.session: onnxruntime.InferenceSession = open_session(str(path), provider, threads=threads)
@@ -62,6 +64,11 @@ class GraphClassifier(Classifier):
         return self._preprocess
 
     @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; older graphs do not say."""
+        return self._alarm_threshold
+
+    @property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets."""
         return self._suspects
@@ -70,8 +77,12 @@ class GraphClassifier(Classifier):
         """Classify images with the purified head."""
         self.check_pixels(images)
         found = run_session(self.session, images, batch_size=_BATCH, outputs=_OUTPUTS)
+        alarm = found["alarm"].ravel()
         return Prediction(
-            logits=found["logits"], probabilities=found["probabilities"], alarm=found["alarm"].ravel()
+            logits=found["logits"],
+            probabilities=found["probabilities"],
+            alarm=alarm,
+            suspicious=above(alarm, self.alarm_threshold),
         )
 
 
@@ -144,6 +155,24 @@ def _described(
         ) from error
     require_own_graph(model, path, image_size=preprocess.image_size, classes=len(names))
     return metadata, names, suspects, preprocess
+
+
+def _level(metadata: dict[str, str], path: Path) -> float | None:
+    """The level of the alarm that a graph names, checked."""
+    said = metadata.get("cbpt.alarm_threshold")
+    if said is None:
+        return None
+    try:
+        level = float(said)
+    except ValueError:
+        level = math.nan
+    if not 0 <= level <= 1:
+        raise ConfigError(
+            expected="a level of the alarm in [0, 1], as `cbpt-runtime export` writes it",
+            got=f"{path} with {said!r:.80}",
+            fix="Export the bundle again.",
+        )
+    return level
 
 
 def _named(indices: Any, names: tuple[str, ...]) -> tuple[str, ...]:
