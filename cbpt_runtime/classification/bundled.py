@@ -35,6 +35,7 @@ class BundleClassifier(Classifier):
         self.source, self.digest, self.place = str(bundle.path), bundle.digest, str(device)
         self.class_names, self.class_folders = bundle.class_names, bundle.class_folders
         self.verdict, self.encoder = bundle.verdict, bundle.encoder
+        self.sigmoid = bundle.logit_bias is not None
         self._encoder = encoder
 
     @classmethod
@@ -60,6 +61,11 @@ class BundleClassifier(Classifier):
     def preprocess(self) -> Preprocess:
         """How an image becomes the model's pixels."""
         return self.bundle.preprocess
+
+    @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return self.bundle.suspect_indices
 
     @property
     def alarm_threshold(self) -> float | None:
@@ -97,7 +103,7 @@ class BundleClassifier(Classifier):
     def predict_features(self, features: Float[np.ndarray, "batch dim"]) -> Prediction:
         """As `predict`, from features that are already there."""
         bundle = self.bundle
-        sigmoid = bundle.logit_bias is not None
+        sigmoid = self.sigmoid
         scale, bias = bundle.logit_scale, bundle.logit_bias
         purified = zero_shot.logits(features, bundle.class_embeddings, scale, bias)
         reference = zero_shot.logits(features, bundle.reference_embeddings, scale, bias)

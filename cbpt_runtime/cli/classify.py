@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.artifacts.names import is_folder
-from cbpt_runtime.cli.options import JsonOption, SkipUnreadableOption
+from cbpt_runtime.cli.options import JsonOption, SecondLookOption, SkipUnreadableOption
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 from cbpt_runtime.cli.trust import DigestOption, TrustOption, given_trust
 
@@ -44,6 +44,7 @@ def command(
     timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
     skip_unreadable: SkipUnreadableOption = False,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    second_look: SecondLookOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
     as_json: JsonOption = False,
@@ -62,6 +63,7 @@ def command(
         model=model,
         timeout_s=timeout_s,
         trust=given_trust(trust, digest),
+        second_look=second_look,
     ) as classifier:
         sources = _sources(images, skip_unreadable)
         with shown_progress() if len(sources) >= _MANY else nullcontext() as progress:
@@ -98,7 +100,11 @@ def print_answers(answers: Sequence[Answer]) -> None:
 def _alarm(answer: Answer) -> str:
     if answer.alarm is None:
         return "–"
-    return f"{answer.alarm:.3f}" + (" suspicious" if answer.suspicious else "")
+    if not answer.suspicious:
+        return f"{answer.alarm:.3f}"
+    if answer.box is not None:
+        return "{:.3f} suspicious; {}, {} to {}, {} covered".format(answer.alarm, *answer.box)
+    return f"{answer.alarm:.3f} suspicious" + ("; looked twice" if answer.looked_twice else "")
 
 
 def _sources(images: Sequence[str], skip_unreadable: bool) -> list[tuple[str, bytes | Path]]:

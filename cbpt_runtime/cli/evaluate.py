@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cbpt_runtime.cli.options import ForcePageOption, ImageSizeOption, ReportOption, SkipUnreadableOption
+from cbpt_runtime.cli.options import (
+    ForcePageOption,
+    ImageSizeOption,
+    ReportOption,
+    SecondLookOption,
+    SkipUnreadableOption,
+)
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, print_text
 from cbpt_runtime.cli.pages import reserved_page, save_page
 from cbpt_runtime.cli.progress import shown_progress
@@ -83,6 +89,7 @@ def command(
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
     skip_unreadable: SkipUnreadableOption = False,
+    second_look: SecondLookOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
     report: ReportOption = None,
@@ -113,6 +120,7 @@ def command(
                 detector=detector,
                 skip_unreadable=skip_unreadable,
                 trust=given_trust(trust, digest),
+                second_look=second_look,
                 progress=progress,
             )
         for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):

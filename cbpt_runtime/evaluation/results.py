@@ -78,7 +78,8 @@ class Measured:
         labels: True classes.
         before: Classes the only head of a checkpoint, or the reference head of a bundle, gives; None for what
             was exported, which has the purified head alone.
-        after: Classes the purified head gives; None for a checkpoint.
+        after: Classes the purified head gives, after a second look where there is one; None for a checkpoint.
+        after_head_alone: Classes it gives at the first look; None where nobody looks twice.
         alarm: In [0, 1]; what a detector says of a checkpoint, in its own units; None without one.
         shown: Rows of a few images kept to look at.
         pictures: These images at the model's size.
@@ -88,6 +89,7 @@ class Measured:
     before: Int[np.ndarray, " batch"] | None
     after: Int[np.ndarray, " batch"] | None
     alarm: Float[np.ndarray, " batch"] | None
+    after_head_alone: Int[np.ndarray, " batch"] | None = None
     shown: Int[np.ndarray, " examples"] = field(default_factory=lambda: np.zeros(0, int))
     pictures: UInt8[np.ndarray, "examples height width 3"] = field(
         default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8)
@@ -95,8 +97,8 @@ class Measured:
 
     @property
     def heads(self) -> dict[str, Int[np.ndarray, " batch"]]:
-        """The classes each head gives: 'before', 'after', or both."""
-        given = {"before": self.before, "after": self.after}
+        """The classes each head gives: 'before', 'after_head_alone' and 'after', as far as there are any."""
+        given = {"before": self.before, "after_head_alone": self.after_head_alone, "after": self.after}
         return {name: called for name, called in given.items() if called is not None}
 
     def rows(self, chosen: Bool[np.ndarray, " batch"]) -> Measured:
@@ -106,6 +108,7 @@ class Measured:
             before=None if self.before is None else self.before[chosen],
             after=None if self.after is None else self.after[chosen],
             alarm=None if self.alarm is None else self.alarm[chosen],
+            after_head_alone=None if self.after_head_alone is None else self.after_head_alone[chosen],
         )
 
 
@@ -126,7 +129,8 @@ class Evaluation:
         triggered_images: Number of triggered images.
         before: Rates of the reference head, or of a checkpoint's zero-shot head; None for what was exported,
             which has the purified head alone.
-        after: Rates of the purified head; None for a checkpoint.
+        after: Rates of the purified head, after a second look where there is one; None for a checkpoint.
+        after_head_alone: Rates of the purified head at the first look; None where nobody looks twice.
         alarm: None without triggered images, or without suspects (the alarm is then always zero) or another
             detector.
         decision: What the level of the alarm that was chosen at purification is worth; None without one.
@@ -152,6 +156,7 @@ class Evaluation:
     before: HeadRates | None
     after: HeadRates | None
     alarm: AlarmQuality | None
+    after_head_alone: HeadRates | None = None
     decision: Decision | None = None
     encoder: str | None = "untouched"
     detector: str | None = None
@@ -161,8 +166,8 @@ class Evaluation:
 
     @property
     def heads(self) -> dict[str, HeadRates]:
-        """The rates of each head: 'before', 'after', or both."""
-        given = {"before": self.before, "after": self.after}
+        """The rates of each head: 'before', 'after_head_alone' and 'after', as far as there are any."""
+        given = {"before": self.before, "after_head_alone": self.after_head_alone, "after": self.after}
         return {name: rates for name, rates in given.items() if rates is not None}
 
     @property
@@ -173,7 +178,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as a JSON-able dict, with what the images add up to class by class."""
         plain = {name: getattr(self, name) for name in _PLAIN}
-        for name in ("before", "after", "alarm", "decision"):
+        for name in ("before", "after_head_alone", "after", "alarm", "decision"):
             plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
         plain |= {"suspects": list(self.suspects), "notes": list(self.notes)}
         plain["per_class"] = [] if self.clean is None else per_class(self.clean, self.class_names)
@@ -207,7 +212,8 @@ def measure_batch(labels: Int[np.ndarray, " batch"], said: Prediction, *, is_pur
         is_purified: Whether the head is the one after purification; a checkpoint's only one is that before.
     """
     before, after = (said.reference_labels, said.labels) if is_purified else (said.labels, None)
-    return Measured(labels=labels, before=before, after=after, alarm=said.alarm)
+    alone = None if said.looked_twice is None else said.head_labels
+    return Measured(labels=labels, before=before, after=after, alarm=said.alarm, after_head_alone=alone)
 
 
 def join(
@@ -222,7 +228,7 @@ def join(
 
     whole: dict[str, Any] = {
         name: joined([getattr(part, name) for part in parts])
-        for name in ("labels", "before", "after", "alarm")
+        for name in ("labels", "before", "after", "after_head_alone", "alarm")
     }
     if shown is not None and pictures is not None:
         whole |= {"shown": shown, "pictures": pictures}

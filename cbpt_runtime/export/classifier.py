@@ -51,8 +51,9 @@ class GraphClassifier(Classifier):
     def __init__(self, path: Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.path, self.source = path, str(path)
         content, model = _read_graph(path)
-        self.metadata, self.class_names, self._suspects, self._preprocess = _described(model, path)
+        self.metadata, self.class_names, self._suspect_indices, self._preprocess = _described(model, path)
         self._alarm_threshold = _level(self.metadata, path)
+        self.sigmoid = self.metadata.get("cbpt.probabilities") == "sigmoid"
         self.verdict = self.metadata.get("cbpt.verdict")
         self.graph_sha256 = self.digest = hashlib.sha256(content).hexdigest()
         self.session: onnxruntime.InferenceSession = open_session(str(path), provider, threads=threads)
@@ -64,6 +65,11 @@ class GraphClassifier(Classifier):
         return self._preprocess
 
     @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return self._suspect_indices
+
+    @property
     def alarm_threshold(self) -> float | None:
         """Above which alarm an image is suspicious; older graphs do not say."""
         return self._alarm_threshold
@@ -71,7 +77,7 @@ class GraphClassifier(Classifier):
     @property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets."""
-        return self._suspects
+        return tuple(self.class_names[index] for index in self._suspect_indices)
 
     def predict(self, images: Pixels) -> Prediction:
         """Classify images with the purified head."""
@@ -139,12 +145,12 @@ def _read_graph(path: Path) -> tuple[bytes, onnx.ModelProto]:
 
 def _described(
     model: onnx.ModelProto, path: Path
-) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...], Preprocess]:
-    """Metadata, class names, suspects and preprocessing of a graph that does nothing but classify."""
+) -> tuple[dict[str, str], tuple[str, ...], tuple[int, ...], Preprocess]:
+    """Metadata, class names, suspects' indices and preprocessing of a graph that only classifies."""
     metadata = read_metadata(model)
     try:
         names = tuple(str(name) for name in json.loads(metadata["cbpt.class_names"]))
-        suspects = _named(json.loads(metadata.get("cbpt.suspects", "[]")), names)
+        suspects = _indices(json.loads(metadata.get("cbpt.suspects", "[]")), names)
         preprocess = Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         said = f"without {error.args[0]}" if isinstance(error, KeyError) else f"with unreadable ones: {error}"
@@ -175,7 +181,7 @@ def _level(metadata: dict[str, str], path: Path) -> float | None:
     return level
 
 
-def _named(indices: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def _indices(indices: Any, names: tuple[str, ...]) -> tuple[int, ...]:
     if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < len(names) for i in indices):
         raise ValueError(f"suspects {indices!r:.80}, which are no classes")
-    return tuple(names[index] for index in indices)
+    return tuple(indices)
