@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.prediction import above
+from cbpt_runtime.classification.second_look import SecondLook, look_again
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.manifest import write_manifest
@@ -48,8 +55,6 @@ def test_suspects_that_are_no_classes_are_refused(suspects: str, tiny_graph: Pat
 def test_a_repository_that_answers_its_golden_images_otherwise_is_refused(
     tiny_served: Path, tmp_path: Path
 ) -> None:
-    import json
-
     copy = Path(shutil.copytree(tiny_served, tmp_path / "repository"))
     answers = copy / "shapes" / "1" / "golden" / "answers.json"
     content = json.loads(answers.read_text())
@@ -61,3 +66,54 @@ def test_a_repository_that_answers_its_golden_images_otherwise_is_refused(
     write_manifest(copy, {key: value for key, value in manifest.items() if key not in known})
     with pytest.raises(ExportError, match="golden answers"):
         RepositoryClassifier(copy, threads=1)
+
+
+@pytest.fixture
+def with_level(tiny_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Returns a function that writes the tiny graph with a level of the alarm in its metadata."""
+
+    def write(level: str) -> Path:
+        model = onnx.load(tiny_graph)
+        write_metadata(model, read_metadata(model) | {"cbpt.alarm_threshold": level})
+        (tmp_path / "levelled.onnx").write_bytes(to_bytes(model))
+        return tmp_path / "levelled.onnx"
+
+    return write
+
+
+@pytest.mark.parametrize("level", ["1.5", "-0.1", "nan", "high"])
+def test_a_level_of_the_alarm_that_is_none_is_refused(level: str, with_level: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="level of the alarm"):
+        GraphClassifier(with_level(level))
+
+
+def test_a_graph_without_a_level_calls_nothing_suspicious_and_cannot_look_twice(tiny_graph: Path) -> None:
+    graph = GraphClassifier(tiny_graph, threads=1)
+    assert graph.alarm_threshold is None
+    assert graph.predict(np.zeros((1, 32, 32, 3), np.uint8)).suspicious is None
+    with pytest.raises(ConfigError, match="calls no image suspicious"):
+        SecondLook(graph)
+
+
+def test_the_second_look_of_a_graph_is_that_of_its_bundle(
+    tiny_bundle: Bundle, with_level: Callable[[str], Path]
+) -> None:
+    images = np.random.default_rng(2).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    torch = BundleClassifier.from_bundle(tiny_bundle)
+    first = torch.predict(images)
+    assert first.alarm is not None
+    level = float(np.sort(first.alarm)[8:10].mean())  # between two images, so that rounding decides nothing
+    expected = look_again(
+        images,
+        replace(first, suspicious=above(first.alarm, level)),
+        torch.predict,
+        tiny_bundle.suspect_indices,
+        threshold=level,
+    )
+    found = SecondLook(GraphClassifier(with_level(json.dumps(level)), threads=1)).predict(images)
+    assert expected.looked_twice is not None
+    assert expected.looked_twice.any()
+    np.testing.assert_array_equal(found.looked_twice, expected.looked_twice)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-3)
+    np.testing.assert_array_equal(found.labels, expected.labels)
