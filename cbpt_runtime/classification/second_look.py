@@ -5,7 +5,8 @@ place of a coarse grid, then at places of finer grids inside the square that wor
 head is no longer sure of the suspected target, the square has covered the trigger, and the purified head
 answers on what is left. Where no square does that, the first answer stays.
 
-It is not done for an image that the purified head calls a suspected target anyway, and never ends with one:
+It is not done for an image that the purified head calls a suspected target anyway, or of which the original
+head is not sure, and never ends with a suspected target:
 no attack succeeds more often than without it, whatever an attacker knows. NumPy only.
 """
 
@@ -31,6 +32,8 @@ RING = 1 / 16
 """Width of the ring that a square is filled from, as a share of the shorter side of the image."""
 KEPT = 3
 """Views at most that the answer is the mean of: those where the original head is least sure of the target."""
+UNSURE = 0.2
+"""Probability of the target at which the original head counts as unsure, where the alarm's level is lower."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
@@ -122,15 +125,15 @@ def look_again(
     threshold: float,
     sigmoid: bool = False,
 ) -> Prediction:
-    """Look again at every suspicious image that is not called a suspected target anyway.
+    """Look again at every suspicious image that only the original head calls a suspected target.
 
     Args:
         images: RGB at the model's own size.
         said: Of a first look at them.
         look: Looks at the views.
         suspects: Class indices of the suspected targets.
-        threshold: Level of the alarm; a square has covered the trigger where the original head's probability
-            of the suspected target is at most this without it.
+        threshold: Level of the alarm; the original head is sure of the suspected target where its probability
+            is above this, and above `UNSURE`.
         sigmoid: As in `zero_shot.probabilities`.
 
     Returns:
@@ -138,13 +141,14 @@ def look_again(
         trigger, in which a suspected target comes last; and `looked_twice`, `boxes` and `head_logits`.
     """
     doubtful = np.zeros(len(images), bool) if said.suspicious is None else said.suspicious
-    twice = doubtful & ~np.isin(said.labels, list(suspects))
+    level = max(threshold, UNSURE)
+    twice = doubtful & ~np.isin(said.labels, list(suspects)) & (original_certainty(said, suspects) > level)
     height, width = images.shape[1:3]
     searches = [_Search(row=int(row), box=(0, 0, width, height)) for row in np.flatnonzero(twice)]
     going = searches
     for size in SIZES:
         side = max(1, round(size * min(height, width)))
-        going = _look_inside(going, images, look, suspects, side, threshold)
+        going = _look_inside(going, images, look, suspects, side, level)
     logits, boxes = said.logits.copy(), np.zeros((len(images), 4), np.int64)
     for search in searches:
         if search.found:
@@ -168,7 +172,7 @@ def _look_inside(
     look: Look,
     suspects: Sequence[int],
     side: int,
-    threshold: float,
+    level: float,
 ) -> list[_Search]:
     """Cover squares inside every search's box; those that took the trigger away go on in the best one."""
     grids = [squares(search.box, side) for search in searches]
@@ -180,7 +184,7 @@ def _look_inside(
     going, end = [], 0
     for search, grid in zip(searches, grids, strict=True):
         start, end = end, end + len(grid)
-        free = [view for view in range(start, end) if certainty[view] <= threshold]
+        free = [view for view in range(start, end) if certainty[view] <= level]
         search.seen += [(float(certainty[view]), seen.logits[view]) for view in free]
         if free:
             search.box, search.found = grid[int(certainty[start:end].argmin())], True

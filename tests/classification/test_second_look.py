@@ -117,6 +117,15 @@ def test_an_image_called_the_target_anyway_is_not_looked_at_again() -> None:
     assert found.labels.tolist() == [TARGET]
 
 
+def test_an_image_the_original_head_is_not_sure_of_is_not_looked_at_again() -> None:
+    look = Backdoored()
+    images = grey()[None]
+    said = replace(look(images), suspicious=np.array([True]))  # as with a very low level
+    found = look_again(images, said, look, [TARGET], threshold=0.001)
+    assert look.seen == [1]
+    np.testing.assert_array_equal(found.logits, said.logits)
+
+
 def test_a_suspected_target_comes_last_even_where_every_view_says_it() -> None:
     def look(images: np.ndarray) -> Prediction:
         said = Backdoored()(images)
