@@ -97,8 +97,8 @@ class Measured:
 
     @property
     def heads(self) -> dict[str, Int[np.ndarray, " batch"]]:
-        """The classes each head gives: 'before', 'after_head_alone' and 'after', as far as there are any."""
-        given = {"before": self.before, "after_head_alone": self.after_head_alone, "after": self.after}
+        """The classes given 'before' and 'after', or one of them."""
+        given = {"before": self.before, "after": self.after}
         return {name: called for name, called in given.items() if called is not None}
 
     def rows(self, chosen: Bool[np.ndarray, " batch"]) -> Measured:
@@ -166,8 +166,8 @@ class Evaluation:
 
     @property
     def heads(self) -> dict[str, HeadRates]:
-        """The rates of each head: 'before', 'after_head_alone' and 'after', as far as there are any."""
-        given = {"before": self.before, "after_head_alone": self.after_head_alone, "after": self.after}
+        """The rates 'before' and 'after', or one of them."""
+        given = {"before": self.before, "after": self.after}
         return {name: rates for name, rates in given.items() if rates is not None}
 
     @property
@@ -239,7 +239,8 @@ def summarise(
     clean: Measured, triggered: Measured | None, target: int | None, *, has_detector: bool
 ) -> tuple[dict[str, HeadRates], AlarmQuality | None]:
     """Rates of each head there is and the quality of the alarm, from what was said image by image."""
-    rates = {head: _rates(head, clean, triggered, target) for head in clean.heads}
+    heads = [*clean.heads, *(() if clean.after_head_alone is None else ("after_head_alone",))]
+    rates = {head: _rates(head, clean, triggered, target) for head in heads}
     alarm = None
     if has_detector and triggered is not None and target is not None:
         alarm = alarm_quality(clean, triggered, target)
@@ -303,7 +304,7 @@ def prediction_counts(triggered: Measured, names: Sequence[str]) -> list[dict[st
 
 
 def _rates(head: str, clean: Measured, triggered: Measured | None, target: int | None) -> HeadRates:
-    called = clean.heads[head]
+    called = getattr(clean, head)
     accuracy = metrics.accuracy(called, clean.labels)
     if target is None:
         return HeadRates(clean_accuracy=accuracy)
@@ -311,7 +312,7 @@ def _rates(head: str, clean: Measured, triggered: Measured | None, target: int |
     recall = metrics.target_recall(called, clean.labels, target)
     if triggered is None:
         return HeadRates(clean_accuracy=accuracy, floor=floor, target_recall=recall)
-    triggered_called = triggered.heads[head]
+    triggered_called = getattr(triggered, head)
     return HeadRates(
         clean_accuracy=accuracy,
         floor=floor,

@@ -15,6 +15,7 @@ from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.measuring import evaluate_all
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.models.data import find_class_folders
+from cbpt_runtime.report import render_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,9 @@ def test_the_level_is_judged_and_the_head_alone_stays_beside_the_second_look(
         assert getattr(twice.after, name).count <= getattr(once.after, name).count
     plain = json.loads(json.dumps(twice.to_dict()))
     assert plain["after_head_alone"] == json.loads(json.dumps(once.to_dict()))["after"]
+    assert "</html>" in render_evaluation([twice])
     assert any("looked at twice" in note for note in twice.notes)
-    assert [row[1] for row in table_rows([twice])[1]] == ["before", "after_head_alone", "after"]
+    assert [row[1] for row in table_rows([twice])[1]] == ["before", "after, head alone", "after"]
 
 
 def test_a_checkpoint_beside_it_is_looked_at_once(
