@@ -86,6 +86,12 @@ def open_classifier(
     if second_look:
         from cbpt_runtime.classification.second_look import SecondLook
 
+        if kind_of(source) in ("url", "checkpoint"):
+            raise ConfigError(
+                expected="a bundle, an ONNX file or a model repository to look twice with",
+                got=f"{source}, a {'server' if kind_of(source) == 'url' else 'checkpoint'}",
+                fix="Leave the second look away.",
+            )
         first = open_classifier(
             source,
             classes=classes,

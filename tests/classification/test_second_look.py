@@ -23,6 +23,7 @@ from cbpt_runtime.classification.second_look import (
     squares,
 )
 from cbpt_runtime.errors import BundleError, ConfigError
+from cbpt_runtime.loading import open_classifier
 
 TARGET, TRUE = 2, 1
 LEVEL = 0.2
@@ -203,3 +204,9 @@ def test_the_level_of_a_bundle_is_read_back_and_checked(bundle: Callable[..., Bu
     assert bundle(alarm={"threshold": 0.25, "false_alarm_rate": 0.01}).alarm_threshold == 0.25
     with pytest.raises(BundleError, match=r"alarm.threshold is not in \[0, 1\]"):
         bundle(alarm={"threshold": 1.25, "false_alarm_rate": 0.01})
+
+
+@pytest.mark.parametrize(("source", "named"), [("grpc://127.0.0.1:1", "server"), ("nothing/", "checkpoint")])
+def test_servers_and_checkpoints_are_refused_before_they_are_asked(source: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"a {named}"):
+        open_classifier(source, second_look=True)
