@@ -138,7 +138,7 @@ def views_per_image(bundle: Bundle, clean: Path, triggered: Path) -> dict[str, f
 
     counted: dict[str, float] = {}
     for name, root in (("clean", clean), ("triggered", triggered)):
-        files = sorted(root.glob("*/*"))[:: 5 if name == "clean" else 1]
+        files = sorted(root.glob("*/*"))[::5]
         first = BundleClassifier.from_bundle(bundle)
         encode, seen = first.features, []
 
