@@ -52,6 +52,7 @@ def open_classifier(
     detector: Detector | None = None,
     images: Path | None = None,
     trust: Trust = ANYONE,
+    second_look: bool = False,
 ) -> Classifier:
     """Open a bundle, an ONNX file, a model repository, a server or a checkpoint as a classifier.
 
@@ -70,6 +71,7 @@ def open_classifier(
         detector: A test-time detector of a checkpoint, whose score is its alarm.
         images: Clean labelled images, which tell GELU from QuickGELU where a checkpoint does not say.
         trust: What a path has to show; only bundles and repositories can show anything.
+        second_look: Look again at suspicious images; not with a server or a checkpoint.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -81,6 +83,29 @@ def open_classifier(
         ServingError: The server does not answer.
         TrustError: It is not the trusted one, or can show nothing.
     """
+    if second_look:
+        from cbpt_runtime.classification.second_look import SecondLook
+
+        if kind_of(source) in ("url", "checkpoint"):
+            raise ConfigError(
+                expected="a bundle, an ONNX file or a model repository to look twice with",
+                got=f"{source}, a {'server' if kind_of(source) == 'url' else 'checkpoint'}",
+                fix="Leave the second look away.",
+            )
+        first = open_classifier(
+            source,
+            classes=classes,
+            model=model,
+            image_size=image_size,
+            device=device,
+            provider=provider,
+            threads=threads,
+            timeout_s=timeout_s,
+            detector=detector,
+            images=images,
+            trust=trust,
+        )
+        return SecondLook(first)
     if isinstance(source, Classifier):
         return source
     kind = kind_of(source)

@@ -294,6 +294,7 @@ def _content(
         metrics=result.metrics,
         stage_seconds=result.stage_seconds,
         evidence=result.evidence,
+        alarm=None if result.alarm is None else result.alarm.to_dict(),
         versions={package: version(package) for package in _PACKAGES},
         class_embeddings=_array(result.class_embeddings),
         reference_embeddings=_array(result.reference_embeddings),

@@ -14,7 +14,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.artifacts import MAX_MANIFEST_BYTES, read_json_file, read_regular_file, shape_problems
+from cbpt_runtime.artifacts import (
+    MAX_MANIFEST_BYTES,
+    NUMBER,
+    read_json_file,
+    read_regular_file,
+    shape_problems,
+)
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
 from cbpt_runtime.errors import BundleError, ConfigError
@@ -42,6 +48,7 @@ _SHAPE = {
     "versions": dict,
     "files": {str: {"sha256": str, "size_bytes": int}},
 }
+_ALARM_SHAPE = {"threshold": NUMBER, "false_alarm_rate": NUMBER}
 _REMAKE = "Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy."
 
 
@@ -124,6 +131,12 @@ class Bundle:
     def suspect_indices(self) -> tuple[int, ...]:
         """Class indices of the suspected targets."""
         return tuple(int(suspect["index"]) for suspect in self.suspects)
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; None where nothing is suspected, and in older bundles."""
+        decision = self.manifest.get("alarm")
+        return None if decision is None else float(decision["threshold"])
 
     @property
     def prompts(self) -> object:
@@ -255,12 +268,24 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             problems.append(f"a verdict that is none of {', '.join(_VERDICTS)}")
         if not isinstance(manifest["method"].get("encoder", ""), str):
             problems.append("method.encoder is no text")
+        problems += _alarm_problems(manifest)
         try:
             Preprocess.from_dict(manifest["model"]["preprocess"])
         except ConfigError as error:
             problems.append(f"preprocessing: {error.got} instead of {error.expected}")
     if problems:
         raise BundleError(expected=f"a complete {file}", got="; ".join(problems[:10]), fix=_REMAKE)
+
+
+def _alarm_problems(manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with the level of the alarm; older bundles have none."""
+    if "alarm" not in manifest:
+        return []
+    problems = shape_problems(manifest["alarm"], _ALARM_SHAPE, "alarm")
+    if not problems:
+        rates = {name: manifest["alarm"][name] for name in _ALARM_SHAPE}
+        problems = [f"alarm.{name} is not in [0, 1]" for name, rate in rates.items() if not 0 <= rate <= 1]
+    return problems
 
 
 def _is_plain_name(name: str) -> bool:

@@ -46,6 +46,8 @@ class BundleContent:
         metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
         stage_seconds: Wall time of each stage.
         evidence: What the verdict rests on, JSON-able.
+        alarm: From which alarm on an image is suspicious: ``threshold``, ``false_alarm_rate`` and what it was
+            chosen on; None where nothing is suspected.
         versions: Versions of the packages that made it.
         class_embeddings: The purified head, unit-norm rows.
         reference_embeddings: The head before purification, unit-norm rows.
@@ -75,6 +77,7 @@ class BundleContent:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    alarm: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -177,6 +180,7 @@ def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, An
         "metrics": content.metrics,
         "stage_seconds": content.stage_seconds,
         "evidence": content.evidence,
+        **({} if content.alarm is None else {"alarm": content.alarm}),
         "versions": content.versions,
         "files": files,
     }

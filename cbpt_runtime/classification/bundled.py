@@ -13,7 +13,7 @@ from safetensors.torch import load as load_tensors
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.classifier import Classifier, Pixels
-from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
 from cbpt_runtime.models.preprocess import Preprocess
@@ -35,6 +35,7 @@ class BundleClassifier(Classifier):
         self.source, self.digest, self.place = str(bundle.path), bundle.digest, str(device)
         self.class_names, self.class_folders = bundle.class_names, bundle.class_folders
         self.verdict, self.encoder = bundle.verdict, bundle.encoder
+        self.sigmoid = bundle.logit_bias is not None
         self._encoder = encoder
 
     @classmethod
@@ -60,6 +61,16 @@ class BundleClassifier(Classifier):
     def preprocess(self) -> Preprocess:
         """How an image becomes the model's pixels."""
         return self.bundle.preprocess
+
+    @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return self.bundle.suspect_indices
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious."""
+        return self.bundle.alarm_threshold
 
     @property
     def suspects(self) -> tuple[str, ...]:
@@ -92,15 +103,17 @@ class BundleClassifier(Classifier):
     def predict_features(self, features: Float[np.ndarray, "batch dim"]) -> Prediction:
         """As `predict`, from features that are already there."""
         bundle = self.bundle
-        sigmoid = bundle.logit_bias is not None
+        sigmoid = self.sigmoid
         scale, bias = bundle.logit_scale, bundle.logit_bias
         purified = zero_shot.logits(features, bundle.class_embeddings, scale, bias)
         reference = zero_shot.logits(features, bundle.reference_embeddings, scale, bias)
+        alarm = zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid)
         return Prediction(
             logits=purified,
             probabilities=zero_shot.probabilities(purified, sigmoid=sigmoid),
-            alarm=zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid),
+            alarm=alarm,
             reference_logits=reference,
+            suspicious=above(alarm, bundle.alarm_threshold),
         )
 
 

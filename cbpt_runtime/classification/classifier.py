@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cbpt_runtime.classification.prediction import Answer, Prediction, make_answers
+from cbpt_runtime.classification.prediction import Answer, Prediction, answers_of
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 from cbpt_runtime.progress import Progress
@@ -37,6 +37,7 @@ class Classifier(ABC):
         encoder: 'untouched', or what a method made of the image tower; None where nothing says.
         place: Where it runs.
         notes: Remarks for the user.
+        sigmoid: Whether each class has a probability of its own, as SigLIP's have.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Classifier(ABC):
     encoder: str | None = "untouched"
     place: str
     notes: tuple[str, ...] = ()
+    sigmoid: bool = False
 
     @property
     @abstractmethod
@@ -58,6 +60,16 @@ class Classifier(ABC):
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets."""
         return ()
+
+    @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets, where the classifier knows them."""
+        return ()
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; None where no level was chosen at purification."""
+        return None
 
     @property
     def detector(self) -> str | None:
@@ -139,7 +151,7 @@ class Classifier(ABC):
             batch = sources[start : start + batch_size]
             found = self.predict(self._read_batch(sources, batch))
             names = (name for name, _ in batch)
-            answers += make_answers(names, found.probabilities, found.alarm, names=self.class_names, top=top)
+            answers += answers_of(names, found, names=self.class_names, top=top)
             if progress is not None:
                 progress("classify", len(answers), len(sources), {})
         return answers

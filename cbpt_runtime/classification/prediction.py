@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +20,32 @@ class Prediction:
         alarm: In [0, 1]: how strongly only the original head calls a suspected target. What a detector says
             of a checkpoint, in its own units; None without one.
         reference_logits: Of the head before purification; None where the classifier does not hold it.
+        suspicious: Whether the alarm lies above the level chosen at purification; None where none was chosen.
+        looked_twice: Whether it was looked at again under occlusions; None where nobody looks twice.
+        boxes: Left, top, right and bottom, in pixels, of the occlusion that took the trigger away; zeros
+            where there is none. None where nobody looks twice.
+        head_logits: Of the purified head at the first look; None where that is all there is.
     """
 
     logits: Float[np.ndarray, "batch classes"]
     probabilities: Float[np.ndarray, "batch classes"]
     alarm: Float[np.ndarray, " batch"] | None = None
     reference_logits: Float[np.ndarray, "batch classes"] | None = None
+    suspicious: Bool[np.ndarray, " batch"] | None = None
+    looked_twice: Bool[np.ndarray, " batch"] | None = None
+    boxes: Int[np.ndarray, "batch 4"] | None = None
+    head_logits: Float[np.ndarray, "batch classes"] | None = None
 
     @property
     def labels(self) -> Int[np.ndarray, " batch"]:
         """Index of the most likely class of each image."""
         best: np.ndarray = self.logits.argmax(axis=1)
         return best
+
+    @property
+    def head_labels(self) -> Int[np.ndarray, " batch"]:
+        """The same of the purified head at the first look."""
+        return self.labels if self.head_logits is None else self.head_logits.argmax(axis=1)
 
     @property
     def reference_labels(self) -> Int[np.ndarray, " batch"] | None:
@@ -56,21 +70,54 @@ class Answer:
         labels: Most likely first.
         alarm: In [0, 1]: how strongly only the original head calls a suspected target; None of a checkpoint,
             which has one head.
+        suspicious: Whether the alarm lies above the level chosen at purification; None where none was chosen.
+        looked_twice: Whether it was looked at again under occlusions; None where nobody looks twice.
+        box: Left, top, right and bottom, in pixels at the model's size, of the occlusion that took the
+            trigger away; the labels are then those of what is left of the image.
     """
 
     image: str
     labels: tuple[Label, ...]
     alarm: float | None
+    suspicious: bool | None = None
+    looked_twice: bool | None = None
+    box: tuple[int, int, int, int] | None = None
 
     def __str__(self) -> str:
         """The first label and the alarm, on one line."""
         first = self.labels[0] if self.labels else Label(name="no label", probability=0.0)
         alarm = "" if self.alarm is None else f", alarm {self.alarm:.3f}"
-        return f"{self.image}: {first.name} {first.probability:.1%}{alarm}"
+        suspicion = ", suspicious" if self.suspicious else ""
+        suspicion += "" if self.box is None else " ({}, {} to {}, {} covered)".format(*self.box)
+        return f"{self.image}: {first.name} {first.probability:.1%}{alarm}{suspicion}"
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as a JSON-able dict."""
         return asdict(self)
+
+
+def above(
+    alarm: Float[np.ndarray, " batch"] | None, threshold: float | None
+) -> Bool[np.ndarray, " batch"] | None:
+    """Which images are suspicious; None where there is no alarm, or no level was chosen for it."""
+    if alarm is None or threshold is None:
+        return None
+    suspicious: np.ndarray = alarm > np.float32(threshold)
+    return suspicious
+
+
+def answers_of(images: Iterable[str], said: Prediction, *, names: Sequence[str], top: int) -> list[Answer]:
+    """What a prediction says in names; equal probabilities keep the order of the classes."""
+    answers = make_answers(
+        images, said.probabilities, said.alarm, names=names, top=top, suspicious=said.suspicious
+    )
+    if said.looked_twice is None or said.boxes is None:
+        return answers
+    seen = zip(answers, said.looked_twice.tolist(), said.boxes.tolist(), strict=True)
+    return [
+        replace(answer, looked_twice=twice, box=tuple(box) if any(box) else None)
+        for answer, twice, box in seen
+    ]
 
 
 def make_answers(
@@ -80,6 +127,7 @@ def make_answers(
     *,
     names: Sequence[str],
     top: int,
+    suspicious: Bool[np.ndarray, " batch"] | None = None,
 ) -> list[Answer]:
     """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
     answers = []
@@ -87,5 +135,6 @@ def make_answers(
         best = (-row).argsort(kind="stable")[:top]
         labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
         alarm = None if alarms is None else float(alarms[place])
-        answers.append(Answer(image=image, labels=labels, alarm=alarm))
+        doubt = None if suspicious is None else bool(suspicious[place])
+        answers.append(Answer(image=image, labels=labels, alarm=alarm, suspicious=doubt))
     return answers

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.artifacts.names import is_folder
-from cbpt_runtime.cli.options import DigestOption, JsonOption, SkipUnreadableOption, TrustOption, given_trust
+from cbpt_runtime.cli.options import (
+    DigestOption,
+    JsonOption,
+    SecondLookOption,
+    SkipUnreadableOption,
+    TrustOption,
+    given_trust,
+)
 from cbpt_runtime.cli.output import percent, print_json, print_note, print_table
 
 if TYPE_CHECKING:
@@ -43,6 +50,7 @@ def command(
     timeout_s: Annotated[float, typer.Option(help="For one request to a server, retries included.")] = 30.0,
     skip_unreadable: SkipUnreadableOption = False,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    second_look: SecondLookOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
     as_json: JsonOption = False,
@@ -61,6 +69,7 @@ def command(
         model=model,
         timeout_s=timeout_s,
         trust=given_trust(trust, digest),
+        second_look=second_look,
     ) as classifier:
         sources = _sources(images, skip_unreadable)
         with shown_progress() if len(sources) >= _MANY else nullcontext() as progress:
@@ -86,12 +95,22 @@ def print_answers(answers: Sequence[Answer]) -> None:
                 "" if rank else answer.image,
                 label.name,
                 percent(label.probability),
-                "" if rank else "–" if answer.alarm is None else f"{answer.alarm:.3f}",
+                "" if rank else _alarm(answer),
             )
             for answer in answers
             for rank, label in enumerate(answer.labels)
         ],
     )
+
+
+def _alarm(answer: Answer) -> str:
+    if answer.alarm is None:
+        return "–"
+    if not answer.suspicious:
+        return f"{answer.alarm:.3f}"
+    if answer.box is not None:
+        return "{:.3f} suspicious; {}, {} to {}, {} covered".format(answer.alarm, *answer.box)
+    return f"{answer.alarm:.3f} suspicious" + ("; looked twice" if answer.looked_twice else "")
 
 
 def _sources(images: Sequence[str], skip_unreadable: bool) -> list[tuple[str, bytes | Path]]:

@@ -13,6 +13,7 @@ from cbpt_runtime.cli.options import (
     ForcePageOption,
     ImageSizeOption,
     ReportOption,
+    SecondLookOption,
     SkipUnreadableOption,
     TrustOption,
     given_trust,
@@ -31,7 +32,7 @@ from cbpt_runtime.cli.output import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cbpt_runtime.evaluation import Evaluation
+    from cbpt_runtime.evaluation import Decision, Evaluation
     from cbpt_runtime.redteam.triggers import Trigger
 
 _ALONE = "not measured: what was exported has the purified head alone"
@@ -97,6 +98,7 @@ def command(
         typer.Option(help="A test-time detector for the checkpoints, to compare the alarm of bundles with."),
     ] = None,
     skip_unreadable: SkipUnreadableOption = False,
+    second_look: SecondLookOption = False,
     trust: TrustOption = None,
     digest: DigestOption = None,
     report: ReportOption = None,
@@ -127,6 +129,7 @@ def command(
                 detector=detector,
                 skip_unreadable=skip_unreadable,
                 trust=given_trust(trust, digest),
+                second_look=second_look,
                 progress=progress,
             )
         for note in dict.fromkeys(note for evaluation in evaluations for note in evaluation.notes):
@@ -165,8 +168,20 @@ def print_evaluation(evaluation: Evaluation) -> None:
         detector = "the alarm" if evaluation.detector == "alarm" else evaluation.detector
         facts |= {f"AUROC of {detector}, triggered against clean": auroc}
         facts |= {f"false alarms where {detector} detects 95 %": false_alarms}
+    if evaluation.decision is not None:
+        facts |= _decided(evaluation.decision)
     if facts:
         print_pairs(facts)
+
+
+def _decided(decision: Decision) -> dict[str, object]:
+    from cbpt_runtime.evaluation.tables import rate_text
+
+    facts: dict[str, object] = {"suspicious: alarm above": f"{decision.threshold:.4g}"}
+    facts["    clean images called suspicious"] = rate_text(decision.false_alarm_rate)
+    if decision.detection_rate is not None:
+        facts["    triggered images called suspicious"] = rate_text(decision.detection_rate)
+    return facts
 
 
 def _print(evaluations: Sequence[Evaluation], output_format: Format) -> None:

@@ -33,6 +33,13 @@ TemplateOption = Annotated[
     list[str] | None,
     typer.Option(help="Prompt template, {} is the name; repeatable. Default: 80 ImageNet templates."),
 ]
+SecondLookOption = Annotated[
+    bool,
+    typer.Option(
+        "--second-look",
+        help="Look again at suspicious images, under occlusions; bundles, ONNX files and repositories.",
+    ),
+]
 ReferenceOption = Annotated[
     str | None,
     typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),

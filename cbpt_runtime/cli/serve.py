@@ -104,7 +104,13 @@ def _page(server: RunningServer, port: int | None) -> Iterator[str | None]:
 
     repository = server.plan.repository
     limit = int(repository.manifest["profile"]["max_image_bytes"])
-    with UiServer(server.config.http_url, repository.name, port=port, max_image_bytes=limit) as page:
+    with UiServer(
+        server.config.http_url,
+        repository.name,
+        port=port,
+        max_image_bytes=limit,
+        alarm_threshold=repository.alarm_threshold,
+    ) as page:
         yield page.url
 
 

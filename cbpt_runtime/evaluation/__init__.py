@@ -7,6 +7,6 @@ tables        Markdown and CSV
 """
 
 from cbpt_runtime.evaluation.measuring import evaluate, evaluate_all
-from cbpt_runtime.evaluation.results import AlarmQuality, Evaluation, HeadRates, Measured
+from cbpt_runtime.evaluation.results import AlarmQuality, Decision, Evaluation, HeadRates, Measured
 
-__all__ = ["AlarmQuality", "Evaluation", "HeadRates", "Measured", "evaluate", "evaluate_all"]
+__all__ = ["AlarmQuality", "Decision", "Evaluation", "HeadRates", "Measured", "evaluate", "evaluate_all"]

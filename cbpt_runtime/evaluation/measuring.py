@@ -19,7 +19,14 @@ from cbpt_runtime.classification import Classifier
 from cbpt_runtime.classification.detectors import Detector
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.evaluation.opening import open_classifiers
-from cbpt_runtime.evaluation.results import Evaluation, Measured, join, measure_batch, summarise
+from cbpt_runtime.evaluation.results import (
+    Evaluation,
+    Measured,
+    decision_quality,
+    join,
+    measure_batch,
+    summarise,
+)
 from cbpt_runtime.loading import Source
 from cbpt_runtime.models.data import ClassList, class_index, find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
@@ -52,6 +59,7 @@ def evaluate(
     detector: Detector | None = None,
     skip_unreadable: bool = False,
     trust: Trust = ANYONE,
+    second_look: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure one classifier; errors as of `evaluate_all`.
@@ -72,6 +80,8 @@ def evaluate(
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
         skip_unreadable: Leave out images that cannot be read; the notes count and name them.
         trust: What every source given by its path has to show; only bundles and repositories can.
+        second_look: Bundles, ONNX files and repositories look again at suspicious images: `after` is what
+            comes of it, `after_head_alone` what the purified head says at the first look.
         progress: Told after every batch.
     """
     (measured,) = evaluate_all(
@@ -90,6 +100,7 @@ def evaluate(
         detector=detector,
         skip_unreadable=skip_unreadable,
         trust=trust,
+        second_look=second_look,
         progress=progress,
     )
     return measured
@@ -112,6 +123,7 @@ def evaluate_all(
     detector: Detector | None = None,
     skip_unreadable: bool = False,
     trust: Trust = ANYONE,
+    second_look: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Measure classifiers on a labelled folder, and on triggered images.
@@ -136,6 +148,8 @@ def evaluate_all(
         detector: A test-time detector for the checkpoints, measured as the alarm of bundles is.
         skip_unreadable: Leave out images that cannot be read; the notes count and name them.
         trust: What every source given by its path has to show; only bundles and repositories can.
+        second_look: Bundles, ONNX files and repositories look again at suspicious images: `after` is what
+            comes of it, `after_head_alone` what the purified head says at the first look.
         progress: Told after every batch.
 
     Raises:
@@ -161,6 +175,7 @@ def evaluate_all(
         detector=detector,
         images=Path(images),
         trust=trust,
+        second_look=second_look,
     ) as opened:
         first = opened[0]
         index = None if target is None else class_index(first.class_names, target, where=first.source)
@@ -253,7 +268,9 @@ def _evaluate(classifier: Classifier, work: _Work, progress: Progress | None) ->
         triggered_images=0 if triggered is None else len(triggered.labels),
         before=rates.get("before"),
         after=rates.get("after"),
+        after_head_alone=rates.get("after_head_alone"),
         alarm=alarm,
+        decision=decision_quality(clean, triggered, target, classifier.alarm_threshold),
         notes=notes,
         clean=clean,
         triggered=triggered,

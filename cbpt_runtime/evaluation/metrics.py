@@ -52,25 +52,26 @@ def wilson(count: int, total: int) -> Rate:
     return Rate(rate=share, count=count, total=total, low=low, high=high)
 
 
-def _share(hits: Bool[np.ndarray, " batch"]) -> Rate:
+def share(hits: Bool[np.ndarray, " batch"]) -> Rate:
+    """How many of the images fulfil a condition."""
     return wilson(int(np.count_nonzero(hits)), len(hits))
 
 
 def accuracy(predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"]) -> Rate:
     """Share of images given their true class: CA on clean images, PA on triggered ones."""
-    return _share(predictions == labels)
+    return share(predictions == labels)
 
 
 def attack_success(
     predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int
 ) -> Rate:
     """ASR: share of triggered images *whose true class is not the target* that are called the target."""
-    return _share(predictions[labels != target] == target)
+    return share(predictions[labels != target] == target)
 
 
 def attack_success_inclusive(predictions: Int[np.ndarray, " batch"], target: int) -> Rate:
     """Share of all triggered images called the target, images of the target class included."""
-    return _share(predictions == target)
+    return share(predictions == target)
 
 
 def floor(predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int) -> Rate:
@@ -82,7 +83,7 @@ def target_recall(
     predictions: Int[np.ndarray, " batch"], labels: Int[np.ndarray, " batch"], target: int
 ) -> Rate:
     """Share of clean images of the target class given that class."""
-    return _share(predictions[labels == target] == target)
+    return share(predictions[labels == target] == target)
 
 
 def auroc(positives: Float[np.ndarray, " batch"], negatives: Float[np.ndarray, " others"]) -> float | None:
@@ -158,4 +159,4 @@ def false_alarms(
     """
     if len(positives) == 0:
         return wilson(0, 0)
-    return _share(negatives >= threshold_for_detection(positives, detection_rate))
+    return share(negatives >= threshold_for_detection(positives, detection_rate))

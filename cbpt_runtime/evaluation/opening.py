@@ -31,6 +31,7 @@ def open_classifiers(
     detector: Detector | None = None,
     trust: Trust = ANYONE,
     images: Path | None = None,
+    second_look: bool = False,
 ) -> Iterator[list[Classifier]]:
     """Open classifiers that share one class list; servers are left again after the block.
 
@@ -43,6 +44,7 @@ def open_classifiers(
         provider: Of ONNX files and repositories: 'cpu', 'cuda' or 'tensorrt'.
         detector: A test-time detector for the checkpoints.
         trust: What every source given by its path has to show.
+        second_look: Bundles, ONNX files and repositories look again at suspicious images.
         images: Clean labelled images, which tell GELU from QuickGELU where a checkpoint does not say.
 
     Raises:
@@ -72,6 +74,7 @@ def open_classifiers(
                 detector=detector,
                 images=images,
                 trust=trust,
+                second_look=second_look and kind_of(item) in ("bundle", "onnx", "repository"),
             )
             if not isinstance(item, Classifier):
                 stack.enter_context(classifier)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from cbpt_runtime.classification import Prediction
+from cbpt_runtime.classification.prediction import above
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.evaluation.metrics import Estimate, Rate
 
@@ -55,6 +56,21 @@ class AlarmQuality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the level chosen at purification is worth on these images.
+
+    Attributes:
+        threshold: Above it an image is suspicious.
+        false_alarm_rate: Clean images that are.
+        detection_rate: Triggered images whose true class is not the target that are; None without any.
+    """
+
+    threshold: float
+    false_alarm_rate: Rate
+    detection_rate: Rate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What both heads say about a labelled set, image by image.
 
@@ -62,7 +78,8 @@ class Measured:
         labels: True classes.
         before: Classes the only head of a checkpoint, or the reference head of a bundle, gives; None for what
             was exported, which has the purified head alone.
-        after: Classes the purified head gives; None for a checkpoint.
+        after: Classes the purified head gives, after a second look where there is one; None for a checkpoint.
+        after_head_alone: Classes it gives at the first look; None where nobody looks twice.
         alarm: In [0, 1]; what a detector says of a checkpoint, in its own units; None without one.
         shown: Rows of a few images kept to look at.
         pictures: These images at the model's size.
@@ -72,6 +89,7 @@ class Measured:
     before: Int[np.ndarray, " batch"] | None
     after: Int[np.ndarray, " batch"] | None
     alarm: Float[np.ndarray, " batch"] | None
+    after_head_alone: Int[np.ndarray, " batch"] | None = None
     shown: Int[np.ndarray, " examples"] = field(default_factory=lambda: np.zeros(0, int))
     pictures: UInt8[np.ndarray, "examples height width 3"] = field(
         default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8)
@@ -79,7 +97,7 @@ class Measured:
 
     @property
     def heads(self) -> dict[str, Int[np.ndarray, " batch"]]:
-        """The classes each head gives: 'before', 'after', or both."""
+        """The classes given 'before' and 'after', or one of them."""
         given = {"before": self.before, "after": self.after}
         return {name: called for name, called in given.items() if called is not None}
 
@@ -90,6 +108,7 @@ class Measured:
             before=None if self.before is None else self.before[chosen],
             after=None if self.after is None else self.after[chosen],
             alarm=None if self.alarm is None else self.alarm[chosen],
+            after_head_alone=None if self.after_head_alone is None else self.after_head_alone[chosen],
         )
 
 
@@ -110,9 +129,11 @@ class Evaluation:
         triggered_images: Number of triggered images.
         before: Rates of the reference head, or of a checkpoint's zero-shot head; None for what was exported,
             which has the purified head alone.
-        after: Rates of the purified head; None for a checkpoint.
+        after: Rates of the purified head, after a second look where there is one; None for a checkpoint.
+        after_head_alone: Rates of the purified head at the first look; None where nobody looks twice.
         alarm: None without triggered images, or without suspects (the alarm is then always zero) or another
             detector.
+        decision: What the level of the alarm that was chosen at purification is worth; None without one.
         encoder: 'untouched', or what a method made of the image tower: 'tuned' or 'prompted'. What was before
             is then not in the bundle: `before` is the zero-shot head of the *new* tower. None for what was
             exported, which does not say.
@@ -135,6 +156,8 @@ class Evaluation:
     before: HeadRates | None
     after: HeadRates | None
     alarm: AlarmQuality | None
+    after_head_alone: HeadRates | None = None
+    decision: Decision | None = None
     encoder: str | None = "untouched"
     detector: str | None = None
     notes: tuple[str, ...] = ()
@@ -143,7 +166,7 @@ class Evaluation:
 
     @property
     def heads(self) -> dict[str, HeadRates]:
-        """The rates of each head: 'before', 'after', or both."""
+        """The rates 'before' and 'after', or one of them."""
         given = {"before": self.before, "after": self.after}
         return {name: rates for name, rates in given.items() if rates is not None}
 
@@ -155,7 +178,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as a JSON-able dict, with what the images add up to class by class."""
         plain = {name: getattr(self, name) for name in _PLAIN}
-        for name in ("before", "after", "alarm"):
+        for name in ("before", "after_head_alone", "after", "alarm", "decision"):
             plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
         plain |= {"suspects": list(self.suspects), "notes": list(self.notes)}
         plain["per_class"] = [] if self.clean is None else per_class(self.clean, self.class_names)
@@ -189,7 +212,8 @@ def measure_batch(labels: Int[np.ndarray, " batch"], said: Prediction, *, is_pur
         is_purified: Whether the head is the one after purification; a checkpoint's only one is that before.
     """
     before, after = (said.reference_labels, said.labels) if is_purified else (said.labels, None)
-    return Measured(labels=labels, before=before, after=after, alarm=said.alarm)
+    alone = None if said.looked_twice is None else said.head_labels
+    return Measured(labels=labels, before=before, after=after, alarm=said.alarm, after_head_alone=alone)
 
 
 def join(
@@ -204,7 +228,7 @@ def join(
 
     whole: dict[str, Any] = {
         name: joined([getattr(part, name) for part in parts])
-        for name in ("labels", "before", "after", "alarm")
+        for name in ("labels", "before", "after", "after_head_alone", "alarm")
     }
     if shown is not None and pictures is not None:
         whole |= {"shown": shown, "pictures": pictures}
@@ -215,7 +239,8 @@ def summarise(
     clean: Measured, triggered: Measured | None, target: int | None, *, has_detector: bool
 ) -> tuple[dict[str, HeadRates], AlarmQuality | None]:
     """Rates of each head there is and the quality of the alarm, from what was said image by image."""
-    rates = {head: _rates(head, clean, triggered, target) for head in clean.heads}
+    heads = [*clean.heads, *(() if clean.after_head_alone is None else ("after_head_alone",))]
+    rates = {head: _rates(head, clean, triggered, target) for head in heads}
     alarm = None
     if has_detector and triggered is not None and target is not None:
         alarm = alarm_quality(clean, triggered, target)
@@ -234,6 +259,23 @@ def alarm_quality(clean: Measured, triggered: Measured, target: int) -> AlarmQua
         auroc=auroc,
         threshold=metrics.threshold_for_detection(attacks, DETECTION_RATE),
         false_alarm_rate=metrics.false_alarms(attacks, clean.alarm, DETECTION_RATE),
+    )
+
+
+def decision_quality(
+    clean: Measured, triggered: Measured | None, target: int | None, threshold: float | None
+) -> Decision | None:
+    """How often the alarm lies above a level on clean and on triggered images; None without a level."""
+    suspicious = above(clean.alarm, threshold)
+    if suspicious is None or threshold is None:
+        return None
+    detected = None if triggered is None else above(triggered.alarm, threshold)
+    if triggered is not None and detected is not None and target is not None:
+        detected = detected[triggered.labels != target]
+    return Decision(
+        threshold=threshold,
+        false_alarm_rate=metrics.share(suspicious),
+        detection_rate=None if detected is None else metrics.share(detected),
     )
 
 
@@ -262,7 +304,7 @@ def prediction_counts(triggered: Measured, names: Sequence[str]) -> list[dict[st
 
 
 def _rates(head: str, clean: Measured, triggered: Measured | None, target: int | None) -> HeadRates:
-    called = clean.heads[head]
+    called = getattr(clean, head)
     accuracy = metrics.accuracy(called, clean.labels)
     if target is None:
         return HeadRates(clean_accuracy=accuracy)
@@ -270,7 +312,7 @@ def _rates(head: str, clean: Measured, triggered: Measured | None, target: int |
     recall = metrics.target_recall(called, clean.labels, target)
     if triggered is None:
         return HeadRates(clean_accuracy=accuracy, floor=floor, target_recall=recall)
-    triggered_called = triggered.heads[head]
+    triggered_called = getattr(triggered, head)
     return HeadRates(
         clean_accuracy=accuracy,
         floor=floor,

@@ -28,7 +28,10 @@ def heads(evaluation: Evaluation) -> list[tuple[str, HeadRates, bool]]:
         return [(name, rates, True) for rates in given.values()]
     if evaluation.encoder in ("tuned", "prompted") and evaluation.verdict == "unknown":
         return [("after", given["after"], False)]  # what was before is not in the bundle
-    return [(name, rates, name == "after") for name, rates in given.items()]
+    rows = [(name, rates, name == "after") for name, rates in given.items()]
+    if evaluation.after_head_alone is not None:
+        rows.insert(-1, ("after, head alone", evaluation.after_head_alone, False))
+    return rows
 
 
 def table_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:

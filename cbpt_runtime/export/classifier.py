@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnxruntime
 
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.classification.classifier import Classifier, Kind, Pixels
-from cbpt_runtime.classification.prediction import Prediction
+from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
 from cbpt_runtime.export.golden import read_golden
@@ -50,7 +51,9 @@ class GraphClassifier(Classifier):
     def __init__(self, path: Path, *, provider: Provider = "cpu", threads: int | None = None) -> None:
         self.path, self.source = path, str(path)
         content, model = _read_graph(path)
-        self.metadata, self.class_names, self._suspects, self._preprocess = _described(model, path)
+        self.metadata, self.class_names, self._suspect_indices, self._preprocess = _described(model, path)
+        self._alarm_threshold = _level(self.metadata, path)
+        self.sigmoid = self.metadata.get("cbpt.probabilities") == "sigmoid"
         self.verdict = self.metadata.get("cbpt.verdict")
         self.graph_sha256 = self.digest = hashlib.sha256(content).hexdigest()
         self.session: onnxruntime.InferenceSession = open_session(str(path), provider, threads=threads)
@@ -62,16 +65,30 @@ class GraphClassifier(Classifier):
         return self._preprocess
 
     @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return self._suspect_indices
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; older graphs do not say."""
+        return self._alarm_threshold
+
+    @property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets."""
-        return self._suspects
+        return tuple(self.class_names[index] for index in self._suspect_indices)
 
     def predict(self, images: Pixels) -> Prediction:
         """Classify images with the purified head."""
         self.check_pixels(images)
         found = run_session(self.session, images, batch_size=_BATCH, outputs=_OUTPUTS)
+        alarm = found["alarm"].ravel()
         return Prediction(
-            logits=found["logits"], probabilities=found["probabilities"], alarm=found["alarm"].ravel()
+            logits=found["logits"],
+            probabilities=found["probabilities"],
+            alarm=alarm,
+            suspicious=above(alarm, self.alarm_threshold),
         )
 
 
@@ -128,12 +145,12 @@ def _read_graph(path: Path) -> tuple[bytes, onnx.ModelProto]:
 
 def _described(
     model: onnx.ModelProto, path: Path
-) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...], Preprocess]:
-    """Metadata, class names, suspects and preprocessing of a graph that does nothing but classify."""
+) -> tuple[dict[str, str], tuple[str, ...], tuple[int, ...], Preprocess]:
+    """Metadata, class names, suspects' indices and preprocessing of a graph that only classifies."""
     metadata = read_metadata(model)
     try:
         names = tuple(str(name) for name in json.loads(metadata["cbpt.class_names"]))
-        suspects = _named(json.loads(metadata.get("cbpt.suspects", "[]")), names)
+        suspects = _indices(json.loads(metadata.get("cbpt.suspects", "[]")), names)
         preprocess = Preprocess.from_dict(json.loads(metadata["cbpt.preprocess"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         said = f"without {error.args[0]}" if isinstance(error, KeyError) else f"with unreadable ones: {error}"
@@ -146,7 +163,25 @@ def _described(
     return metadata, names, suspects, preprocess
 
 
-def _named(indices: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def _level(metadata: dict[str, str], path: Path) -> float | None:
+    """The level of the alarm that a graph names, checked."""
+    said = metadata.get("cbpt.alarm_threshold")
+    if said is None:
+        return None
+    try:
+        level = float(said)
+    except ValueError:
+        level = math.nan
+    if not 0 <= level <= 1:
+        raise ConfigError(
+            expected="a level of the alarm in [0, 1], as `cbpt-runtime export` writes it",
+            got=f"{path} with {said!r:.80}",
+            fix="Export the bundle again.",
+        )
+    return level
+
+
+def _indices(indices: Any, names: tuple[str, ...]) -> tuple[int, ...]:
     if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < len(names) for i in indices):
         raise ValueError(f"suspects {indices!r:.80}, which are no classes")
-    return tuple(names[index] for index in indices)
+    return tuple(indices)

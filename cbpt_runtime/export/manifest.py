@@ -13,6 +13,7 @@ from typing import Any, Final
 from cbpt_runtime.artifacts import (
     MAX_MANIFEST_BYTES,
     NOT_LISTED,
+    NUMBER,
     Kind,
     check_files,
     hash_files,
@@ -99,6 +100,12 @@ class Repository:
     def inner_models(self) -> tuple[str, ...]:
         """Models that only the one that takes image files asks."""
         return f"{self.name}_preprocess", f"{self.name}_alarm"
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious; older repositories do not say."""
+        threshold = self.manifest.get("alarm_threshold")
+        return None if threshold is None else float(threshold)
 
     @property
     def made_on(self) -> str | None:
@@ -205,6 +212,9 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             for key, (low, high) in _RANGES.items()
             if not low <= profile[key] <= high
         ]
+        threshold = manifest.get("alarm_threshold", 0.0)
+        if type(threshold) not in NUMBER or not 0 <= threshold <= 1:
+            problems.append(f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]")
         try:
             Preprocess.from_dict(manifest["preprocess"])
         except ConfigError as error:

@@ -28,7 +28,9 @@ _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "
 
 def describe(bundle: Bundle, *, precision: str) -> dict[str, str]:
     """What a graph says about itself, as ONNX metadata."""
+    threshold = bundle.alarm_threshold
     return {
+        **({} if threshold is None else {"cbpt.alarm_threshold": json.dumps(threshold)}),
         "cbpt.bundle_digest": bundle.digest,
         "cbpt.checkpoint_sha256": str(bundle.manifest["model"].get("sha256", "")),
         "cbpt.class_names": json.dumps(bundle.class_names, ensure_ascii=False),

@@ -228,6 +228,7 @@ def _json(value: object) -> bytes:
 
 
 def _summary(served: Served) -> dict[str, Any]:
+    threshold = served.bundle.alarm_threshold
     return {
         "name": served.name,
         "models": [served.name, served.preprocess_name, served.classifier_name, served.alarm_name],
@@ -235,6 +236,7 @@ def _summary(served: Served) -> dict[str, Any]:
         "preprocess": served.bundle.preprocess.to_dict(),
         "profile": served.profile.to_dict(),
         "suspects": [int(index) for index in served.bundle.suspect_indices],
+        **({} if threshold is None else {"alarm_threshold": threshold}),
         **({"processor": kind_of_processor()} if served.profile.precision == "int8" else {}),
         **served.provenance,
         "versions": {package: version(package) for package in _PACKAGES},

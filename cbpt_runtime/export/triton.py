@@ -83,6 +83,7 @@ def ensemble_config(served: Served) -> str:
         count.input_map[output] = f"uncounted_{output}"
         count.output_map[output] = output
     _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
+    _set_threshold(config, served)
     return _text(config)
 
 
@@ -160,6 +161,7 @@ def alarm_config(served: Served) -> str:
     _set(config, "counted_model", served.name)
     _set(config, "suspects", json.dumps({index: names[index] for index in served.bundle.suspect_indices},
                                         ensure_ascii=False))  # fmt: skip
+    _set_threshold(config, served)
     return _text(config)
 
 
@@ -223,6 +225,11 @@ def _add_accelerator(config: Any, served: Served) -> None:
     }
     for key, value in settings.items():
         accelerator.parameters[key] = str(value)
+
+
+def _set_threshold(config: Any, served: Served) -> None:
+    if served.bundle.alarm_threshold is not None:
+        _set(config, "alarm_threshold", served.bundle.alarm_threshold)
 
 
 def _set(config: Any, name: str, value: object) -> None:

@@ -167,6 +167,7 @@ class _Described:
     class_names: tuple[str, ...]
     preprocess: Preprocess
     suspect_indices: tuple[int, ...]
+    alarm_threshold: float | None
 
 
 def _served(repository: Repository) -> Served:
@@ -179,6 +180,7 @@ def _served(repository: Repository) -> Served:
             class_names=tuple(str(name) for name in names),
             preprocess=Preprocess.from_dict(manifest["preprocess"]),
             suspect_indices=tuple(int(index) for index in manifest["suspects"]),
+            alarm_threshold=repository.alarm_threshold,
         )
         if len(names) != manifest["classes"] or not all(
             0 <= index < len(names) for index in bundle.suspect_indices

@@ -22,6 +22,7 @@ from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.decision import AlarmDecision, decide_between_heads
 from cbpt_runtime.purification.detection import SuspectedTarget
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger, from_tensors, to_tensors
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
@@ -130,6 +131,7 @@ def purify(
         triggers=tuple(triggers),
         metrics=_metrics(defender, suspected, triggered_sets, embeddings),
         stage_seconds=seconds,
+        alarm=_decision(encoder, defender, suspected, embeddings, config) if suspected else None,
         evidence=searched["evidence"],
     )
 
@@ -277,6 +279,25 @@ def _metrics(
                 strongest_success(defender, index, triggered_sets, head) for index in suspected
             )
     return metrics
+
+
+def _decision(
+    encoder: DualEncoder,
+    defender: DefenderData,
+    suspected: list[int],
+    embeddings: Float[Tensor, "classes dim"],
+    config: PurifyConfig,
+) -> AlarmDecision:
+    return decide_between_heads(
+        defender.heldout.features.cpu().numpy(),
+        defender.texts.cpu().numpy(),
+        embeddings.detach().cpu().numpy(),
+        suspected,
+        logit_scale=encoder.logit_scale,
+        logit_bias=encoder.logit_bias,
+        false_alarm_rate=config.false_alarm_rate,
+        held_out=defender.heldout is not defender.tune,
+    )
 
 
 def _stage(

@@ -43,6 +43,7 @@ class PurifyConfig(Config):
         target_weight: What a suspected class counts in the clean-alignment loss, in the first round; others
             count 1. Divided by √2 where the class is then said too often.
         context_length: Free vectors per class of the prompt parameterization.
+        false_alarm_rate: Share of clean images, in [0, 1], that may be called suspicious.
     """
 
     seed: Annotated[int, Between(0)] = 0
@@ -66,3 +67,4 @@ class PurifyConfig(Config):
     target_consistency_weight: Annotated[float, Between(0)] = 0.01
     target_weight: Annotated[float, Above(0)] = 5.0
     context_length: Annotated[int, Between(1)] = 4
+    false_alarm_rate: Annotated[float, Between(0, 1)] = 0.01

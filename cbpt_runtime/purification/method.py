@@ -12,6 +12,7 @@ from cbpt_runtime.models.checkpoint import Checkpoint
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.decision import AlarmDecision
 from cbpt_runtime.purification.detection import SuspectedTarget
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger
 from cbpt_runtime.purification.stages import StageStore
@@ -48,6 +49,7 @@ class Purified:
         stage_seconds: Wall time of each stage; of the first run where a stage was resumed.
         contexts: Tuned contexts of the prompt parameterization; None otherwise.
         triggers: The dummy triggers of the suspected targets.
+        alarm: From which alarm on an image is suspicious; None where nothing is suspected.
         evidence: What the search says of every concept, for the report.
         tower: 'untouched', 'tuned' where weights of the image tower changed, 'prompted' where it got prompts.
         trainable_parameters: How many numbers of the image tower, or of both towers, were free.
@@ -62,6 +64,7 @@ class Purified:
     stage_seconds: dict[str, float]
     contexts: Tensor | None = None
     triggers: tuple[DummyTrigger, ...] = ()
+    alarm: AlarmDecision | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     tower: str = "untouched"
     trainable_parameters: int = 0

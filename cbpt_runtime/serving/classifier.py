@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cbpt_runtime.classification.classifier import AnyImage, Classifier, Pixels
-from cbpt_runtime.classification.prediction import Answer, Prediction
+from cbpt_runtime.classification.prediction import Answer, Prediction, above
 from cbpt_runtime.errors import ConfigError, ServingError
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.progress import Progress
@@ -63,6 +63,11 @@ class RemoteClassifier(Classifier):
         """How the server makes the model's pixels of an image."""
         return Preprocess.from_dict(self._stated("preprocess", "preprocess"))
 
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious, as the server says."""
+        return self.info.alarm_threshold
+
     @cached_property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets."""
@@ -75,10 +80,12 @@ class RemoteClassifier(Classifier):
         pieces = [np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size)]
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             found = list(threads.map(self._client.predict_pixels, pieces))
+        alarm = np.concatenate([part.alarm for part in found])
         return Prediction(
             logits=np.concatenate([part.logits for part in found]),
             probabilities=np.concatenate([part.probabilities for part in found]),
-            alarm=np.concatenate([part.alarm for part in found]),
+            alarm=alarm,
+            suspicious=above(alarm, self.alarm_threshold),
         )
 
     def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.classification.prediction import Answer, make_answers
+from cbpt_runtime.classification.prediction import Answer, above, make_answers
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.retries import Retries
@@ -56,12 +57,14 @@ class ModelInfo:
         class_names: In the order of the probabilities.
         max_batch: Images per request at most.
         provenance: Digests of what is served.
+        alarm_threshold: Above which alarm an image is suspicious; None where the server does not say.
     """
 
     name: str
     class_names: tuple[str, ...]
     max_batch: int
     provenance: dict[str, str]
+    alarm_threshold: float | None = None
 
 
 class AsyncClient:
@@ -221,6 +224,7 @@ class AsyncClient:
             prediction.alarm,
             names=info.class_names,
             top=top,
+            suspicious=above(prediction.alarm, info.alarm_threshold),
         )
         return [*answers]
 
@@ -258,7 +262,27 @@ def _model_info(name: str, config: Mapping[str, Any], url: str) -> ModelInfo:
         )
     names = tuple(json.loads(parameters.pop("class_names")))
     max_batch = int(config.get("max_batch_size", config.get("maxBatchSize", 1)))
-    return ModelInfo(name=name, class_names=names, max_batch=max_batch, provenance=parameters)
+    return ModelInfo(
+        name=name,
+        class_names=names,
+        max_batch=max_batch,
+        provenance=parameters,
+        alarm_threshold=_level(parameters.pop("alarm_threshold", None), url),
+    )
+
+
+def _level(said: str | None, url: str) -> float | None:
+    try:
+        level = None if said is None else float(said)
+    except ValueError:
+        level = math.nan
+    if level is not None and not 0 <= level <= 1:
+        raise ServingError(
+            expected=f"a level of the alarm in [0, 1] from {url}",
+            got=repr(said)[:80],
+            fix="Serve a repository of `cbpt-runtime export` there.",
+        )
+    return level
 
 
 def _source(image: bytes | str | Path) -> bytes | Path:

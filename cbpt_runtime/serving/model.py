@@ -17,7 +17,7 @@ import numpy as np
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 
-ALARM_THRESHOLD = 0.5
+ALARM_THRESHOLD = 0.5  # where the repository names none, because its bundle has none
 _OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -127,8 +127,8 @@ class AlarmCounter:
     """``<name>_alarm``: passes all answers on and counts alarms per suspected target beside Triton's metrics.
 
     ``cbpt_images_total{model}`` counts images answered, ``cbpt_alarm_total{model,target}`` those whose alarm
-    is at least `ALARM_THRESHOLD`, whichever outputs were asked for. Every suspected target has a counter from
-    the start, at zero.
+    lies above the level chosen at purification (`ALARM_THRESHOLD` where none was), whichever outputs were
+    asked for. Every suspected target has a counter from the start, at zero.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -137,11 +137,12 @@ class AlarmCounter:
 
         parameters = _parameters(args)
         model = parameters["counted_model"]
+        self.threshold = np.float32(parameters.get("alarm_threshold", ALARM_THRESHOLD))
         self.families = [
             pb.MetricFamily(name=name, description=description, kind=pb.MetricFamily.COUNTER)
             for name, description in (
                 ("cbpt_images_total", "Images classified"),
-                ("cbpt_alarm_total", f"Images whose alarm is at least {ALARM_THRESHOLD}"),
+                ("cbpt_alarm_total", f"Images whose alarm is above {self.threshold:g}"),
             )
         ]
         images, alarms = self.families
@@ -166,7 +167,7 @@ class AlarmCounter:
     def count(self, alarm: np.ndarray, target: np.ndarray) -> None:
         """Add images, and those that alarm to the target they alarm about."""
         self.images.increment(alarm.size)
-        loud, times = np.unique(target[alarm >= ALARM_THRESHOLD], return_counts=True)
+        loud, times = np.unique(target[alarm > self.threshold], return_counts=True)
         for index, number in zip(loud.tolist(), times.tolist(), strict=True):
             if index in self.alarms:
                 self.alarms[index].increment(number)

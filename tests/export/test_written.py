@@ -39,6 +39,22 @@ def test_what_export_writes_is_its_own(copied_repository: Path) -> None:
     assert foreign_files(read_repository(copied_repository)) == []
 
 
+def test_the_level_of_the_alarm_is_that_of_the_manifest(copied_repository: Path) -> None:
+    file = copied_repository / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alarm_threshold": 0.25}))
+    repository = read_repository(copied_repository)
+    assert repository.alarm_threshold == 0.25
+    assert set(foreign_files(repository)) == {"shapes/config.pbtxt", "shapes_alarm/config.pbtxt"}
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.5, "high", True])
+def test_a_level_of_the_alarm_that_is_none_is_refused(level: object, copied_repository: Path) -> None:
+    file = copied_repository / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alarm_threshold": level}))
+    with pytest.raises(RepositoryError, match="alarm_threshold"):
+        read_repository(copied_repository)
+
+
 @pytest.mark.parametrize(("file", "change"), CHANGES.values(), ids=CHANGES)
 def test_a_change_that_the_manifest_fits_is_refused_by_name(
     copied_repository: Path, resealed: Reseal, file: str, change: Callable[[str], str]

@@ -245,7 +245,7 @@ def test_alarms_are_counted_per_suspected_target_and_passed_on(monkeypatch: pyte
         ("cbpt_alarm_total", "shop", "teapot"): 0,
         ("cbpt_alarm_total", "shop", "fig"): 0,
     }
-    alarm, target = np.array([[0.9], [0.5], [0.49]], np.float32), np.array([[3], [7], [7]])
+    alarm, target = np.array([[0.9], [0.51], [0.5]], np.float32), np.array([[3], [7], [7]])
     answers = {"logits": np.ones((3, 9)), "probabilities": np.ones((3, 9)), "alarm": alarm}
     tensors = {name: Tensor(name, value) for name, value in {**answers, "alarm_target": target}.items()}
     first, second = model.execute([tensors, tensors])

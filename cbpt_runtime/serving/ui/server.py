@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from cbpt_runtime.errors import ConfigError, WorkError
 from cbpt_runtime.serving.admission import is_loopback_name
+from cbpt_runtime.serving.model import ALARM_THRESHOLD
 from cbpt_runtime.serving.ui.handler import Server, Settings
 
 MAX_IMAGE_BYTES = 20_000_000
@@ -29,6 +30,7 @@ class UiServer:
         port: 0 takes a free one.
         max_image_bytes: Larger images are refused before they are read.
         timeout_s: How long Triton may take for an answer.
+        alarm_threshold: Above which alarm the page warns; the counters' own where the repository names none.
 
     Raises:
         ConfigError: An address or a name that cannot be used.
@@ -43,6 +45,7 @@ class UiServer:
         *,
         max_image_bytes: int = MAX_IMAGE_BYTES,
         timeout_s: float = 60.0,
+        alarm_threshold: float | None = None,
     ) -> None:
         address = _parse_endpoint(triton_url)
         _check_loopback(host)
@@ -54,7 +57,13 @@ class UiServer:
             )
         self._settings = Settings(
             triton=address,
-            pages=_render({"model": model, "max_image_bytes": str(max_image_bytes)}),
+            pages=_render(
+                {
+                    "model": model,
+                    "max_image_bytes": str(max_image_bytes),
+                    "alarm_threshold": str(ALARM_THRESHOLD if alarm_threshold is None else alarm_threshold),
+                }
+            ),
             readable=frozenset({"/v2/health/live", "/v2/health/ready", f"/v2/models/{model}"}),
             infer=f"/v2/models/{model}/infer",
             max_body_bytes=max_image_bytes + MAX_ENVELOPE_BYTES,

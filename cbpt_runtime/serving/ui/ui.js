@@ -6,7 +6,7 @@ const MAX_IMAGE_BYTES = Number(document.documentElement.dataset.maxImageBytes);
 const TIMEOUT_MS = 60000;
 const TOP = 5;
 const MOST_CLASSES = 100000; // all are asked for: the suspected target need not be among the first
-const RAISED = 0.5; // as the counter cbpt_alarm_total
+const RAISED = Number(document.documentElement.dataset.alarmThreshold); // as the counter cbpt_alarm_total
 const $ = (id) => document.getElementById(id);
 let latest = 0;
 
@@ -78,7 +78,7 @@ function meter(value) {
 }
 
 function show({ classes, alarm, target }, took_ms) {
-  const isRaised = alarm >= RAISED;
+  const isRaised = alarm > RAISED;
   $("alarm").className = isRaised ? "raised" : "quiet";
   $("verdict").textContent = isRaised
     ? `Alarm: only the original head says “${target}”. This image may carry the trigger.`
