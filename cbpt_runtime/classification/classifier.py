@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cbpt_runtime.classification.prediction import Answer, Prediction, make_answers
-from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.errors import ImageDataError, RequestError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 from cbpt_runtime.progress import Progress
 
@@ -138,11 +138,34 @@ class Classifier(ABC):
         for start in range(0, len(sources), batch_size):
             batch = sources[start : start + batch_size]
             found = self.predict(self._read_batch(sources, batch))
-            names = (name for name, _ in batch)
-            answers += make_answers(names, found.probabilities, found.alarm, names=self.class_names, top=top)
+            answers += self._answers([name for name, _ in batch], found, top)
             if progress is not None:
                 progress("classify", len(answers), len(sources), {})
         return answers
+
+    def classify_each(
+        self, sources: Sequence[tuple[str, AnyImage]], *, top: int = 5
+    ) -> list[Answer | ImageDataError | RequestError]:
+        """As `classify`, for images of which some may be damaged: each gets its answer, or its own error.
+
+        Args:
+            sources: Name and image; all of them are decoded at once.
+            top: Labels per image.
+
+        Raises:
+            ServingError: A server does not answer.
+        """
+        found: list[Answer | ImageDataError | RequestError | None] = []
+        pixels = []
+        for _, image in sources:
+            try:
+                pixels.append(to_pixels(_picture(image), self.preprocess))
+                found.append(None)
+            except ImageDataError as error:
+                found.append(error)
+        names = [name for (name, _), error in zip(sources, found, strict=True) if error is None]
+        answers = iter(self._answers(names, self.predict(np.stack(pixels)), top) if pixels else ())
+        return [next(answers) if error is None else error for error in found]
 
     def read(self, sources: Sequence[AnyImage]) -> Pixels:
         """Decode image files (or the bytes of some) and bring them to the model's size.
@@ -173,6 +196,17 @@ class Classifier(ABC):
                 got=f"{images.dtype} {list(images.shape)}",
                 fix="Read them with the classifier's read(), or call the classifier with files.",
             )
+
+    def _answers(self, images: Sequence[str], found: Prediction, top: int) -> list[Answer]:
+        """What a prediction says, in names."""
+        return make_answers(
+            images,
+            found.probabilities,
+            found.alarm,
+            names=self.class_names,
+            top=top,
+            alarm_targets=found.alarm_target,
+        )
 
     def _read_batch(
         self, sources: Sequence[tuple[str, AnyImage]], batch: Sequence[tuple[str, AnyImage]]

@@ -20,12 +20,14 @@ class Prediction:
         alarm: In [0, 1]: how strongly only the original head calls a suspected target. What a detector says
             of a checkpoint, in its own units; None without one.
         reference_logits: Of the head before purification; None where the classifier does not hold it.
+        alarm_target: Class index the alarm speaks of, -1 where nothing is suspected; None where nothing says.
     """
 
     logits: Float[np.ndarray, "batch classes"]
     probabilities: Float[np.ndarray, "batch classes"]
     alarm: Float[np.ndarray, " batch"] | None = None
     reference_logits: Float[np.ndarray, "batch classes"] | None = None
+    alarm_target: Int[np.ndarray, " batch"] | None = None
 
     @property
     def labels(self) -> Int[np.ndarray, " batch"]:
@@ -56,11 +58,13 @@ class Answer:
         labels: Most likely first.
         alarm: In [0, 1]: how strongly only the original head calls a suspected target; None of a checkpoint,
             which has one head.
+        alarm_target: The suspected target the alarm speaks of; None where nothing is suspected.
     """
 
     image: str
     labels: tuple[Label, ...]
     alarm: float | None
+    alarm_target: str | None = None
 
     def __str__(self) -> str:
         """The first label and the alarm, on one line."""
@@ -80,6 +84,7 @@ def make_answers(
     *,
     names: Sequence[str],
     top: int,
+    alarm_targets: Int[np.ndarray, " batch"] | None = None,
 ) -> list[Answer]:
     """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
     answers = []
@@ -87,5 +92,7 @@ def make_answers(
         best = (-row).argsort(kind="stable")[:top]
         labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
         alarm = None if alarms is None else float(alarms[place])
-        answers.append(Answer(image=image, labels=labels, alarm=alarm))
+        about = -1 if alarm_targets is None else int(alarm_targets[place])
+        target = None if about < 0 else names[about]
+        answers.append(Answer(image=image, labels=labels, alarm=alarm, alarm_target=target))
     return answers

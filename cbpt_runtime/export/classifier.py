@@ -21,7 +21,7 @@ from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
-_OUTPUTS = ("logits", "probabilities", "alarm")
+_OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _BATCH = 64
 
 
@@ -71,7 +71,10 @@ class GraphClassifier(Classifier):
         self.check_pixels(images)
         found = run_session(self.session, images, batch_size=_BATCH, outputs=_OUTPUTS)
         return Prediction(
-            logits=found["logits"], probabilities=found["probabilities"], alarm=found["alarm"].ravel()
+            logits=found["logits"],
+            probabilities=found["probabilities"],
+            alarm=found["alarm"].ravel(),
+            alarm_target=found["alarm_target"].ravel(),
         )
 
 
