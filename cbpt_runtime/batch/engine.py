@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.export.cpus import usable_cpus
 
 # Both send messages home, and draw on the terminal, unless told not to.
 _QUIET = {
@@ -49,7 +48,7 @@ def start_engine(cluster: str | None) -> ModuleType:
     daft = load_daft()
     try:
         if cluster is None:
-            daft.set_runner_native(num_threads=usable_cpus())
+            daft.set_runner_native()  # a thread for each CPU it may use, as Linux says
         else:
             import ray  # noqa: F401  # so that its absence has a name
 

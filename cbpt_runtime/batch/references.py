@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -108,9 +109,8 @@ def _read(place: str, io_config: Any, position: int | None = None, size: int | N
 
 
 def _cell(reference: Reference, io_config: Any) -> bytes | str:
-    assert reference.position is not None and reference.size is not None  # noqa: S101, PT018
-    group = _row_group(reference.place, reference.position, reference.column or "", io_config)
-    value = group[reference.size].as_py()
+    group = _row_group(reference.place, reference.position or 0, reference.column or "", io_config)
+    value = group[reference.size or 0].as_py()
     if isinstance(value, dict):  # as the datasets library stores images
         value = value.get("bytes")
     return value if isinstance(value, bytes) else "an empty cell"
@@ -122,21 +122,20 @@ def _row_group(place: str, number: int, column: str, io_config: Any) -> pa.Chunk
         return file.read_row_group(number, columns=[column]).column(column)
 
 
-def opened_table(place: str, io_config: Any) -> Any:
-    """A Parquet file, here or in an object store, for a ``with`` block."""
-    import daft
+@contextmanager
+def opened_table(place: str, io_config: Any) -> Iterator[Any]:
+    """A Parquet file, here or in an object store."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(daft.File(place, io_config=io_config).open() if is_remote(place) else place)
+    with _opened(place, io_config) as file, pq.ParquetFile(file) as table:
+        yield table
 
 
 def shard_members(place: str, io_config: Any) -> Iterator[tuple[str, int, int] | str]:
     """Name, first byte and size of each file in a tar shard; why it ends early, in words, where it does."""
-    import daft
-
     try:
         with (
-            daft.File(place, io_config=io_config).open() if is_remote(place) else open(place, "rb") as file,  # noqa: PTH123
+            _opened(place, io_config) as file,
             tarfile.open(fileobj=file, mode="r:") as archive,
         ):
             end = 0
@@ -149,3 +148,12 @@ def shard_members(place: str, io_config: Any) -> Iterator[tuple[str, int, int] |
                 yield f"a shard that ends at byte {length:,} of {end:,}"
     except (tarfile.TarError, OSError, ValueError) as error:
         yield f"no whole tar file: {readable(reason(error))}"
+
+
+def _opened(place: str, io_config: Any) -> Any:
+    """A file, here or in an object store, for a ``with`` block; its bytes come as they are asked for."""
+    import daft
+
+    if is_remote(place):
+        return daft.File(place, io_config=io_config).open()
+    return open(place, "rb")  # noqa: PTH123

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture
 def bucket(flat: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 client and a bucket ``b`` with 36 images at ``photos/``, one of them damaged."""
+    """An S3 client and a bucket ``bucket`` with 36 images at ``photos/``, one of them damaged."""
     server = ThreadedMotoServer(port=0)
     server.start()
     for _ in range(200):
@@ -54,11 +54,11 @@ def bucket(flat: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     }.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-    client.create_bucket(Bucket="b")
+    client.create_bucket(Bucket="bucket")
     for path in sorted(flat.glob("*.png")):
         content = b"junk" if path.name == "07.png" else path.read_bytes()
-        client.put_object(Bucket="b", Key=f"photos/{path.name}", Body=content)
-    client.put_object(Bucket="b", Key="photos/readme.txt", Body=b"hello")
+        client.put_object(Bucket="bucket", Key=f"photos/{path.name}", Body=content)
+    client.put_object(Bucket="bucket", Key="photos/readme.txt", Body=b"hello")
     yield client
     server.stop()
 
@@ -70,18 +70,18 @@ def test_a_prefix_a_pattern_tables_and_shards_of_a_bucket(
     table = pa.table({"path": [f"photos/{path.name}" for path in paths]})
     with pa.BufferOutputStream() as stream:
         pq.write_table(table, stream)
-        bucket.put_object(Bucket="b", Key="paths.parquet", Body=stream.getvalue().to_pybytes())
+        bucket.put_object(Bucket="bucket", Key="paths.parquet", Body=stream.getvalue().to_pybytes())
     images = pa.table({"bytes": [b"junk" if p.name == "07.png" else p.read_bytes() for p in paths]})
     with pa.BufferOutputStream() as stream:
         pq.write_table(images, stream, row_group_size=5)
-        bucket.put_object(Bucket="b", Key="images.parquet", Body=stream.getvalue().to_pybytes())
+        bucket.put_object(Bucket="bucket", Key="images.parquet", Body=stream.getvalue().to_pybytes())
     with io.BytesIO() as buffer:
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for path, content in zip(paths, images.column("bytes").to_pylist(), strict=True):
                 entry = tarfile.TarInfo(path.name)
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
-        bucket.put_object(Bucket="b", Key="shards/0.tar", Body=buffer.getvalue())
+        bucket.put_object(Bucket="bucket", Key="shards/0.tar", Body=buffer.getvalue())
     said = {
         answer.image: answer
         for answer in open_classifier(tiny_graph).classify([(p.name, p) for p in paths], top=3)
@@ -89,11 +89,11 @@ def test_a_prefix_a_pattern_tables_and_shards_of_a_bucket(
     work = Work(classifier=str(tiny_graph), top=3)
     for number, name in enumerate(
         (
-            "s3://b/photos",
-            "s3://b/photos/*.png",
-            "s3://b/paths.parquet",
-            "s3://b/images.parquet",
-            "s3://b/shards/*.tar",
+            "s3://bucket/photos",
+            "s3://bucket/photos/*.png",
+            "s3://bucket/paths.parquet",
+            "s3://bucket/images.parquet",
+            "s3://bucket/shards/*.tar",
         )
     ):
         done = label_images(Source(name=name), tmp_path / str(number), work, partition=16)
@@ -111,16 +111,16 @@ def test_a_prefix_a_pattern_tables_and_shards_of_a_bucket(
                 found = [(one["label"], one["probability"]) for one in row["top"]]
                 assert found == [(one.name, one.probability) for one in answer.labels], name
                 assert row["alarm"] == answer.alarm
-        if name == "s3://b/photos":
+        if name == "s3://bucket/photos":
             assert done.notes[0] == "left out 1 files that are not called like images"
-            assert rows[0]["key"] == "s3://b/photos/00.png"
+            assert rows[0]["key"] == "s3://bucket/photos/00.png"
 
 
 def test_what_is_not_in_the_bucket_is_said(bucket: Any, tiny_graph: Path, tmp_path: Path) -> None:
-    for name in ("s3://b/nothing/*.png", "s3://nowhere/x.parquet"):
+    for name in ("s3://bucket/nothing/*.png", "s3://nowhere/x.parquet"):
         with pytest.raises(ImageDataError):
             label_images(Source(name=name), tmp_path / "out", Work(classifier=str(tiny_graph)))
-    bucket.put_object(Bucket="b", Key="t.csv", Body=b"path\nphotos/00.png\nphotos/gone.png\n")
-    done = label_images(Source(name="s3://b/t.csv"), tmp_path / "out", Work(classifier=str(tiny_graph)))
+    bucket.put_object(Bucket="bucket", Key="t.csv", Body=b"path\nphotos/00.png\nphotos/gone.png\n")
+    done = label_images(Source(name="s3://bucket/t.csv"), tmp_path / "out", Work(classifier=str(tiny_graph)))
     rows = pq.read_table(done.path / "labels" / "part-00000.parquet").to_pylist()
     assert [row["error"] is None for row in rows] == [True, False]
