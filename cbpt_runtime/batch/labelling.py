@@ -98,39 +98,41 @@ def label_images(
         )
     daft = start_engine(cluster)
     try:
-        classifier = open_for(work)
-        work = replace(work, digest=classifier.digest)
-        facts = {
-            "source": source.name,
-            "classifier": work.classifier,
-            "digest": classifier.digest,
-            "verdict": classifier.verdict,
-        }
-        settings = {
-            **facts, "top": work.top, "column": source.column, "key": source.key, "partition": partition,
-        }  # fmt: skip
-        with reserved(output, LABELS, force=force, resume=resume) as stages:
-            plan = read_plan(stages / "plan", settings) if resume else None
-            if plan is None:
-                plan = make_plan(
-                    stages / "plan", source.references(), settings, size=partition, notes=source.notes
+        with open_for(work) as classifier:
+            work = replace(work, digest=classifier.digest)
+            facts = {
+                "source": source.name,
+                "classifier": work.classifier,
+                "digest": classifier.digest,
+                "verdict": classifier.verdict,
+            }
+            made_with = {"top": work.top, "column": source.column, "key": source.key, "partition": partition}
+            with reserved(output, LABELS, force=force, resume=resume) as stages:
+                plan = _plan(stages / "plan", source, {**facts, **made_with}, resume=resume)
+                partitions = Partitions(stages / "labels", dict(enumerate(plan.sizes)))
+                started = time.monotonic()
+                gpus = int(cluster is not None and work.provider != "cpu")
+                images_now = _label(_Query(daft, plan, work, gpus), partitions, progress)
+                done = Labelled(
+                    path=output,
+                    counts=count_rows({number: partitions.file(number) for number in partitions.done()}),
+                    facts=facts,
+                    images_now=images_now,
+                    seconds=time.monotonic() - started,
+                    notes=(*plan.notes, *classifier.notes),
                 )
-            partitions = Partitions(stages / "labels", dict(enumerate(plan.sizes)))
-            started = time.monotonic()
-            gpus = int(cluster is not None and work.provider != "cpu")
-            images_now = _label(_Query(daft, plan, work, gpus), partitions, progress)
-            done = Labelled(
-                path=output,
-                counts=count_rows({number: partitions.file(number) for number in partitions.done()}),
-                facts=facts,
-                images_now=images_now,
-                seconds=time.monotonic() - started,
-                notes=(*plan.notes, *classifier.notes),
-            )
-            _write(done, plan, partitions, force=force)
-            return done
+                _write(done, plan, partitions, force=force)
+                return done
     finally:
         close_all()
+
+
+def _plan(folder: Path, source: Source, settings: dict[str, Any], *, resume: bool) -> Plan:
+    """The plan of the run that is resumed, or a new one."""
+    found = read_plan(folder, settings) if resume else None
+    if found is not None:
+        return found
+    return make_plan(folder, source.references(), settings, size=settings["partition"], notes=source.notes)
 
 
 @dataclass(frozen=True, slots=True)

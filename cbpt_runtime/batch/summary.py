@@ -87,7 +87,7 @@ def count_rows(files: Mapping[int, Path]) -> Counts:
         failures += len(table) - table.column("error").null_count
         classes += _counted(table.column("label"))
         reasons += _counted(table.column("error"))
-        alarm = pc.fill_null(table.column("alarm"), 0.0).to_numpy()
+        alarm = pc.fill_null(table.column("alarm"), -1.0).to_numpy()
         loud = (alarm >= ALARM_THRESHOLD).nonzero()[0]
         targets += _counted(table.column("suspected_target").take(pa.array(loud)))
         found = [
