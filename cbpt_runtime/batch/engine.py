@@ -58,6 +58,8 @@ def start_engine(cluster: str | None) -> ModuleType:
             expected="the package ray for --cluster", got=str(error), fix=_CLUSTER_EXTRA
         ) from error
     except Exception as error:  # whatever Ray or Daft's Rust raises
+        if daft.runners.get_or_create_runner().name == ("native" if cluster is None else "ray"):
+            return daft  # it runs there already
         raise ConfigError(
             expected="this machine" if cluster is None else f"a Ray cluster at {cluster}",
             got=" ".join(str(error).split())[:300],

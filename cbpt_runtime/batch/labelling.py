@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from cbpt_runtime.artifacts.names import json_text
 from cbpt_runtime.batch.engine import io_config, start_engine
 from cbpt_runtime.batch.partitions import Partitions
 from cbpt_runtime.batch.plan import REFERENCE, Plan, make_plan, pending, read_plan
-from cbpt_runtime.batch.references import contents, is_remote
+from cbpt_runtime.batch.references import contents
 from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.summary import Counts, Loud, count_rows
 from cbpt_runtime.batch.workers import Work, close_all, make_labeller, open_for
@@ -90,7 +91,7 @@ def label_images(
         LabelError: The engine failed, several times in a row.
         ServingError: A server does not answer.
     """
-    if is_remote(str(output)):
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a path has one slash for two
         raise ConfigError(
             expected="a folder of this machine, or one that is mounted, for --output",
             got=str(output),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -150,10 +151,39 @@ def shard_members(place: str, io_config: Any) -> Iterator[tuple[str, int, int] |
         yield f"no whole tar file: {readable(reason(error))}"
 
 
-def _opened(place: str, io_config: Any) -> Any:
+def _opened(place: str, io_config: Any) -> io.BufferedReader:
     """A file, here or in an object store, for a ``with`` block; its bytes come as they are asked for."""
     import daft
 
     if is_remote(place):
-        return daft.File(place, io_config=io_config).open()
+        return io.BufferedReader(_Stream(daft.File(place, io_config=io_config).open()))
     return open(place, "rb")  # noqa: PTH123
+
+
+class _Stream(io.RawIOBase):
+    """A file of Daft's as Python's own are, whose `closed` is no method."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file.__enter__()  # outside of a block it does not read
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.__exit__(None, None, None)
+        super().close()
