@@ -11,8 +11,8 @@ be measured one by one.
 rows      IMAGES pictures, one in a hundred damaged; the process is killed (-9) twice and resumed
 memory    resident memory of the process while it labels, a tenth of the images against all of them
 cluster   the Parquet files of two Ray workers on this machine against those of one process
-speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, open_clip
-          with a torch DataLoader, and Ray Data's map_batches
+speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, and open_clip
+          with a torch DataLoader
 
 Speed is in processor seconds because others use this machine, too: they make everybody wait, and hardly
 change these.
@@ -51,7 +51,6 @@ PARTS = ("rows", "memory", "cluster", "speed")
 PARTITION = 4096
 PICTURES = 500  # different ones; more are copies
 KILLED_AT = (0.2, 0.6)  # share of the partitions that are finished
-TOWER = "ViT-B-32"
 
 
 def main() -> None:
@@ -61,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--photos", type=int, default=256, help="of the speed part")
+    parser.add_argument("--tower", default="ViT-B-32", help="of the speed part")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--scratch", type=Path, help="kept, and used again")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -302,7 +302,7 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from cbpt_runtime.batch.sources import Source
     from cbpt_runtime.batch.workers import Work
 
-    classifier_path = repository(folder, TOWER)
+    classifier_path = repository(folder, options.tower)
     pictures = make_pictures(folder, options.photos, side=320)
     paths = [path for path in sorted(pictures.rglob("*.jpg")) if int(path.stem) % 100 != 7]
     classifier = open_classifier(classifier_path, threads=1)
@@ -329,9 +329,9 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "decoding alone": lambda: classifier.read([path for _, path in named]),
         "label": label,
         "classify, image by image": loop,
-        "open_clip and a DataLoader": open_clip_loop(paths, TOWER),
+        "open_clip and a DataLoader": open_clip_loop(paths, options.tower),
     }
-    found: dict[str, Any] = {"images": len(named), "tower": TOWER, "threads": 1}
+    found: dict[str, Any] = {"images": len(named), "tower": options.tower, "threads": 1}
     for name, work in contestants.items():
         if name == "graph alone":
             batches = -(-len(named) // 64) * 64
