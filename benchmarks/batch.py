@@ -11,8 +11,8 @@ be measured one by one.
 rows      IMAGES pictures, one in a hundred damaged; the process is killed (-9) twice and resumed
 memory    resident memory of the process while it labels, a tenth of the images against all of them
 cluster   the Parquet files of two Ray workers on this machine against those of one process
-speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, and open_clip
-          with a torch DataLoader
+speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, and
+          open_clip with a torch DataLoader
 
 Speed is in processor seconds because others use this machine, too: they make everybody wait, and hardly
 change these.
