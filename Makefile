@@ -33,7 +33,7 @@ docs: $(VENV)/installed-test
 	$(BIN)/python docs/build_site.py
 
 constraints: $(VENV)/uv
-	$(BIN)/uv pip compile --python-version 3.11 --extra docs --extra heif --extra server --extra sign --extra test --extra writers --extra dev --no-annotate --no-header \
+	$(BIN)/uv pip compile --python-version 3.11 --extra batch --extra docs --extra heif --extra server --extra sign --extra test --extra writers --extra dev --no-annotate --no-header \
 		--no-emit-index-url --upgrade --output-file constraints.txt pyproject.toml
 	sed -i "s/^numpy==1.*/& ; python_version < '3.13'/" constraints.txt  # the server extra's limit, nobody else's
 
@@ -50,4 +50,4 @@ $(VENV)/installed: $(VENV)/uv pyproject.toml constraints.txt
 	$(call INSTALL,'.[server]') || { echo "no Triton for this system: installing without" >&2; $(call INSTALL,.); }
 
 $(VENV)/installed-test: $(VENV)/uv pyproject.toml constraints.txt
-	$(call INSTALL,'.[docs$(comma)heif$(comma)server$(comma)sign$(comma)test$(comma)writers]')
+	$(call INSTALL,'.[batch$(comma)docs$(comma)heif$(comma)server$(comma)sign$(comma)test$(comma)writers]')

@@ -15,6 +15,7 @@
         ├── PurificationError             purification did not reach a result
         ├── ImplantError                  a red-team implant did not take
         ├── ExportError                   export or its parity gate failed
+        ├── LabelError                    a batch of images was not labelled
         └── ServingError                  a server did not start, did not answer, or answered wrongly
 
 The text of an error has three parts: what was expected, what came, what to do.
@@ -114,6 +115,10 @@ class ImplantError(WorkError):
 
 class ExportError(WorkError):
     """Export, or the parity gate after it, failed."""
+
+
+class LabelError(WorkError):
+    """Batch classification did not get a row for every image."""
 
 
 class ServingError(WorkError):

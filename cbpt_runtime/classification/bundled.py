@@ -107,13 +107,16 @@ class BundleClassifier(Classifier):
         scale, bias = bundle.logit_scale, bundle.logit_bias
         purified = zero_shot.logits(features, bundle.class_embeddings, scale, bias)
         reference = zero_shot.logits(features, bundle.reference_embeddings, scale, bias)
-        alarm = zero_shot.alarm(reference, purified, bundle.suspect_indices, sigmoid=sigmoid)
+        alarm, target = zero_shot.alarm_and_target(
+            reference, purified, bundle.suspect_indices, sigmoid=sigmoid
+        )
         return Prediction(
             logits=purified,
             probabilities=zero_shot.probabilities(purified, sigmoid=sigmoid),
             alarm=alarm,
             reference_logits=reference,
             suspicious=above(alarm, bundle.alarm_threshold),
+            alarm_target=target,
         )
 
 

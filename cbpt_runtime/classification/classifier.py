@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cbpt_runtime.classification.prediction import Answer, Prediction, answers_of
-from cbpt_runtime.errors import ImageDataError
+from cbpt_runtime.errors import ImageDataError, RequestError
 from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 from cbpt_runtime.progress import Progress
 
@@ -150,11 +150,38 @@ class Classifier(ABC):
         for start in range(0, len(sources), batch_size):
             batch = sources[start : start + batch_size]
             found = self.predict(self._read_batch(sources, batch))
-            names = (name for name, _ in batch)
+            names = [name for name, _ in batch]
             answers += answers_of(names, found, names=self.class_names, top=top)
             if progress is not None:
                 progress("classify", len(answers), len(sources), {})
         return answers
+
+    def classify_each(
+        self, sources: Sequence[tuple[str, AnyImage]], *, top: int = 5
+    ) -> list[Answer | ImageDataError | RequestError]:
+        """As `classify`, for images of which some may be damaged: each gets its answer, or its own error.
+
+        Args:
+            sources: Name and image; all of them are decoded at once.
+            top: Labels per image.
+
+        Raises:
+            ServingError: A server does not answer.
+        """
+        found: list[Answer | ImageDataError | RequestError | None] = []
+        pixels = []
+        for _, image in sources:
+            try:
+                pixels.append(to_pixels(_picture(image), self.preprocess))
+                found.append(None)
+            except ImageDataError as error:
+                found.append(error)
+        names = [name for (name, _), error in zip(sources, found, strict=True) if error is None]
+        answers: Iterator[Answer] = iter(())
+        if pixels:
+            said = self.predict(np.stack(pixels))
+            answers = iter(answers_of(names, said, names=self.class_names, top=top))
+        return [next(answers) if error is None else error for error in found]
 
     def read(self, sources: Sequence[AnyImage]) -> Pixels:
         """Decode image files (or the bytes of some) and bring them to the model's size.

@@ -25,6 +25,7 @@ class Prediction:
         boxes: Left, top, right and bottom, in pixels, of the occlusion that took the trigger away; zeros
             where there is none. None where nobody looks twice.
         head_logits: Of the purified head at the first look; None where that is all there is.
+        alarm_target: Class index the alarm speaks of, -1 where nothing is suspected; None where nothing says.
     """
 
     logits: Float[np.ndarray, "batch classes"]
@@ -35,6 +36,7 @@ class Prediction:
     looked_twice: Bool[np.ndarray, " batch"] | None = None
     boxes: Int[np.ndarray, "batch 4"] | None = None
     head_logits: Float[np.ndarray, "batch classes"] | None = None
+    alarm_target: Int[np.ndarray, " batch"] | None = None
 
     @property
     def labels(self) -> Int[np.ndarray, " batch"]:
@@ -74,6 +76,7 @@ class Answer:
         looked_twice: Whether it was looked at again under occlusions; None where nobody looks twice.
         box: Left, top, right and bottom, in pixels at the model's size, of the occlusion that took the
             trigger away; the labels are then those of what is left of the image.
+        alarm_target: The suspected target the alarm speaks of; None where nothing is suspected.
     """
 
     image: str
@@ -82,6 +85,7 @@ class Answer:
     suspicious: bool | None = None
     looked_twice: bool | None = None
     box: tuple[int, int, int, int] | None = None
+    alarm_target: str | None = None
 
     def __str__(self) -> str:
         """The first label and the alarm, on one line."""
@@ -109,7 +113,13 @@ def above(
 def answers_of(images: Iterable[str], said: Prediction, *, names: Sequence[str], top: int) -> list[Answer]:
     """What a prediction says in names; equal probabilities keep the order of the classes."""
     answers = make_answers(
-        images, said.probabilities, said.alarm, names=names, top=top, suspicious=said.suspicious
+        images,
+        said.probabilities,
+        said.alarm,
+        names=names,
+        top=top,
+        suspicious=said.suspicious,
+        alarm_targets=said.alarm_target,
     )
     if said.looked_twice is None or said.boxes is None:
         return answers
@@ -128,6 +138,7 @@ def make_answers(
     names: Sequence[str],
     top: int,
     suspicious: Bool[np.ndarray, " batch"] | None = None,
+    alarm_targets: Int[np.ndarray, " batch"] | None = None,
 ) -> list[Answer]:
     """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
     answers = []
@@ -136,5 +147,7 @@ def make_answers(
         labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
         alarm = None if alarms is None else float(alarms[place])
         doubt = None if suspicious is None else bool(suspicious[place])
-        answers.append(Answer(image=image, labels=labels, alarm=alarm, suspicious=doubt))
+        about = -1 if alarm_targets is None else int(alarm_targets[place])
+        target = None if about < 0 else names[about]
+        answers.append(Answer(image=image, labels=labels, alarm=alarm, suspicious=doubt, alarm_target=target))
     return answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 def logits(
@@ -72,10 +72,22 @@ def alarm(
     Returns:
         One float32 in [0, 1] per image; zeros when nothing is suspected.
     """
+    return alarm_and_target(reference_logits, purified_logits, suspects, sigmoid=sigmoid)[0]
+
+
+def alarm_and_target(
+    reference_logits: Float[np.ndarray, "batch classes"],
+    purified_logits: Float[np.ndarray, "batch classes"],
+    suspects: Sequence[int],
+    *,
+    sigmoid: bool = False,
+) -> tuple[Float[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
+    """The `alarm`, and the class index of the suspect it speaks of; -1 when nothing is suspected."""
     if not suspects:
-        return np.zeros(len(reference_logits), np.float32)
+        silent = np.zeros(len(reference_logits), np.float32)
+        return silent, np.full(len(silent), -1, np.int64)
     columns = list(suspects)
     before = probabilities(reference_logits, sigmoid=sigmoid)[:, columns]
     after = probabilities(purified_logits, sigmoid=sigmoid)[:, columns]
-    loudest: np.ndarray = (before * (1 - after)).max(axis=1)
-    return loudest
+    loudness = before * (1 - after)
+    return loudness.max(axis=1), np.array(columns, np.int64)[loudness.argmax(axis=1)]

@@ -15,6 +15,7 @@ from cbpt_runtime.cli import (
     evaluate,
     export,
     inspect,
+    label,
     purify,
     scan,
     serve,
@@ -38,6 +39,7 @@ app.command("purify", short_help="A suspect CLIP in, a purified classifier out."
 app.command("inspect", short_help="What a checkpoint or a bundle is; verifies hashes.")(inspect.command)
 app.command("convert", short_help="Any checkpoint in, an open_clip folder out.")(convert.command)
 app.command("classify", short_help="Labels, probabilities and the alarm for images.")(classify.command)
+app.command("label", short_help="A batch of images, as many as there are, into Parquet.")(label.command)
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)
 app.command("export", short_help="A parity-gated ONNX graph, a Triton repository around it.")(export.command)
 app.command("verify", short_help="Hashes, graph and golden answers of a model repository.")(verify.command)

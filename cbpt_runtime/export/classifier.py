@@ -22,7 +22,7 @@ from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
-_OUTPUTS = ("logits", "probabilities", "alarm")
+_OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _BATCH = 64
 
 
@@ -89,6 +89,7 @@ class GraphClassifier(Classifier):
             probabilities=found["probabilities"],
             alarm=alarm,
             suspicious=above(alarm, self.alarm_threshold),
+            alarm_target=found["alarm_target"].ravel(),
         )
 
 

@@ -26,6 +26,8 @@ from cbpt_runtime.models.preprocess import (
 # A file that is called so has to be a whole image; the others are images if they begin like one.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 _SUFFIXES_OF_SOME = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}  # where there is a decoder
+IMAGE_SUFFIXES = _SUFFIXES | set(_SUFFIXES_OF_SOME)
+"""What images are called, where only their names are to be had."""
 _NAMED_AT_MOST = 10
 _UNREADABLE_NAMED_AT_MOST = 1000
 _READERS = 4

@@ -150,6 +150,19 @@ def render_scan(scan: Scan) -> str:
     )
 
 
+def render_labels(found: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """The text of the page of a labelled batch.
+
+    Args:
+        found: Its summary.
+        pictures: The images with the loudest alarms.
+
+    Returns:
+        One self-contained HTML page.
+    """
+    return render_page("labels.html.jinja", found=found, pictures=pictures)
+
+
 def _own_page(path: Path) -> tuple[str, ...] | None:
     """Whether a file is a page that this program wrote: no files beside it, or None."""
     try:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cbpt_runtime.classification.prediction import Answer
+from cbpt_runtime.errors import RequestError
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.client import AsyncClient, ModelInfo, ServedPrediction
 
@@ -101,6 +102,12 @@ class Client:
         return self._run(
             self._client.classify_files(sources, top=top, batch_size=batch_size, progress=progress)
         )
+
+    def ask_files(
+        self, named: Sequence[tuple[str, object]], files: Sequence[bytes], *, top: int = 5
+    ) -> list[Answer | RequestError]:
+        """See `AsyncClient.ask_files`."""
+        return self._run(self._client.ask_files(named, files, top=top))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

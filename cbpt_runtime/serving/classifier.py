@@ -14,7 +14,7 @@ import numpy as np
 
 from cbpt_runtime.classification.classifier import AnyImage, Classifier, Pixels
 from cbpt_runtime.classification.prediction import Answer, Prediction, above
-from cbpt_runtime.errors import ConfigError, ServingError
+from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving import Client
@@ -86,6 +86,7 @@ class RemoteClassifier(Classifier):
             probabilities=np.concatenate([part.probabilities for part in found]),
             alarm=alarm,
             suspicious=above(alarm, self.alarm_threshold),
+            alarm_target=np.concatenate([part.alarm_target for part in found]),
         )
 
     def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
@@ -106,6 +107,15 @@ class RemoteClassifier(Classifier):
         if len(encoded) < len(files):
             return super().classify(sources, top=top, batch_size=batch_size, progress=progress)
         return self._client.classify_files(encoded, top=top, batch_size=batch_size, progress=progress)
+
+    def classify_each(
+        self, sources: Sequence[tuple[str, AnyImage]], *, top: int = 5
+    ) -> list[Answer | ImageDataError | RequestError]:
+        """As `Classifier.classify_each`; contents of files are sent as they are, others as pixels."""
+        contents = [image for _, image in sources if isinstance(image, bytes)]
+        if len(contents) < len(sources):
+            return super().classify_each(sources, top=top)
+        return [*self._client.ask_files(sources, contents, top=top)]
 
     def close(self) -> None:
         """Close the connections; safe to call twice."""

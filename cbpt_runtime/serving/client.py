@@ -177,7 +177,33 @@ class AsyncClient:
             ServingError: No answer in time, or the server failed.
         """
         named = list(sources)
-        files = _read_files(named)
+        found = await self.ask_files(
+            named, _read_files(named), top=top, batch_size=batch_size, progress=progress
+        )
+        _require_all(named, found)
+        return [item for item in found if isinstance(item, Answer)]
+
+    async def ask_files(
+        self,
+        named: Sequence[tuple[str, object]],
+        files: Sequence[bytes],
+        *,
+        top: int = 5,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> list[Answer | RequestError]:
+        """As `classify_files`, of contents: what was refused has its error in the place of an answer.
+
+        Args:
+            named: Names of the images; what comes second is not looked at.
+            files: Their contents, in the same order.
+            top: Labels per image.
+            batch_size: Images per request; never more than the server takes.
+            progress: Told how many are answered.
+
+        Raises:
+            ServingError: No answer in time, or the server failed.
+        """
         info = await self.info()
         size = max(1, min(batch_size, info.max_batch))
         starts = range(0, len(files), size)
@@ -200,9 +226,7 @@ class AsyncClient:
                 tasks = [group.create_task(ask(start)) for start in starts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        found = [item for task in tasks for item in task.result()]
-        _require_all(named, found)
-        return [item for item in found if isinstance(item, Answer)]
+        return [item for task in tasks for item in task.result()]
 
     async def _classify_batch(
         self, named: Sequence[tuple[str, object]], files: Sequence[bytes], top: int
@@ -225,6 +249,7 @@ class AsyncClient:
             names=info.class_names,
             top=top,
             suspicious=above(prediction.alarm, info.alarm_threshold),
+            alarm_targets=prediction.alarm_target,
         )
         return [*answers]
 

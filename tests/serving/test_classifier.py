@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbpt_runtime.errors import ServingError
+from cbpt_runtime.classification import Answer
+from cbpt_runtime.errors import RequestError, ServingError
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.serving import classifier as served
@@ -46,6 +47,8 @@ class FakeWire:
     ) -> dict[str, np.ndarray]:
         ((name, images),) = inputs.items()
         self.asked.append((name, len(images)))
+        if name == "image" and b"junk" in images:
+            raise WireError("refused", "HTTP 400: not an image")
         bright = (
             images.reshape(len(images), -1).mean(axis=1) / 255 if name == "images" else np.ones(len(images))
         )
@@ -117,6 +120,21 @@ def test_files_are_sent_as_they_are_and_pictures_as_pixels(wire: FakeWire, tmp_p
         black = Image.new("RGB", (20, 20))
         assert [answer.labels[0].name for answer in classifier([black, np.asarray(black)])] == ["cat", "cat"]
         assert wire.asked == [("images", 2)]
+
+
+def test_each_file_gets_its_answer_or_why_it_was_refused(wire: FakeWire, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (20, 20), (255, 255, 255)).save(path)
+    sources = [("a", path.read_bytes()), ("b", b"junk"), ("c", path.read_bytes())]
+    with RemoteClassifier(URL) as classifier:
+        first, refused, last = classifier.classify_each(sources, top=1)
+    assert isinstance(first, Answer)
+    assert (first.image, first.labels[0].name, first.alarm_target) == ("a", "dog", "dog")
+    assert isinstance(refused, RequestError)
+    assert "not an image" in refused.got
+    assert isinstance(last, Answer)
+    assert last.image == "c"
+    assert {name for name, _ in wire.asked} == {"image"}
 
 
 def test_a_program_with_an_event_loop_of_its_own_may_ask(wire: FakeWire) -> None:
