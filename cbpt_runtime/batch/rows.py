@@ -14,6 +14,7 @@ ANSWER = pa.struct(
         "probability": pa.float32(),
         "top": pa.list_(pa.struct({"label": pa.string(), "probability": pa.float32()})),
         "alarm": pa.float32(),
+        "suspicious": pa.bool_(),
         "suspected_target": pa.string(),
         "error": pa.string(),
     }
@@ -30,6 +31,7 @@ def to_row(answer: Answer) -> dict[str, Any]:
         "probability": answer.labels[0].probability,
         "top": [{"label": label.name, "probability": label.probability} for label in answer.labels],
         "alarm": answer.alarm,
+        "suspicious": answer.suspicious,
         "suspected_target": answer.alarm_target,
         "error": None,
     }

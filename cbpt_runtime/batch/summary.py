@@ -50,6 +50,7 @@ class Counts:
         images: Rows.
         failures: Rows with an error.
         alarms: Images whose alarm is at least the threshold of a server's alarm counter.
+        suspicious: Images whose alarm lies above the level chosen at purification; none where none was.
         classes: Images of each class that has any, most first.
         alarm_targets: Of the images that alarm, how many about each suspected target.
         reasons: The most frequent errors.
@@ -59,6 +60,7 @@ class Counts:
     images: int
     failures: int
     alarms: int
+    suspicious: int
     classes: dict[str, int]
     alarm_targets: dict[str, int]
     reasons: dict[str, int]
@@ -76,7 +78,7 @@ class Counts:
 
 def count_rows(files: Mapping[int, Path]) -> Counts:
     """Count the rows of finished partitions."""
-    images = failures = 0
+    images = failures = suspicious = 0
     classes: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -85,6 +87,7 @@ def count_rows(files: Mapping[int, Path]) -> Counts:
         table = pq.read_table(file)
         images += len(table)
         failures += len(table) - table.column("error").null_count
+        suspicious += pc.sum(table.column("suspicious")).as_py() or 0
         classes += _counted(table.column("label"))
         reasons += _counted(table.column("error"))
         alarm = pc.fill_null(table.column("alarm"), -1.0).to_numpy()
@@ -101,6 +104,7 @@ def count_rows(files: Mapping[int, Path]) -> Counts:
         images=images,
         failures=failures,
         alarms=sum(targets.values()),
+        suspicious=suspicious,
         classes=dict(classes.most_common()),
         alarm_targets=dict(targets.most_common()),
         reasons=dict(reasons.most_common(_REASONS)),

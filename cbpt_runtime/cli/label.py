@@ -102,6 +102,7 @@ def print_labelled(done: Labelled) -> None:
     facts |= {
         "images": done.counts.images,
         f"alarms, at least {found['alarm_threshold']}": done.counts.alarms,
+        "suspicious": done.counts.suspicious,
         "could not be read": done.counts.failures,
     }
     if done.images_now < done.counts.images:

@@ -93,6 +93,7 @@ def check(rows: list[dict[str, Any]], paths: list[Path], classifier: Classifier)
             (one.name, one.probability) for one in answer.labels
         ]
         assert (row["probability"], row["alarm"]) == (answer.labels[0].probability, answer.alarm)
+        assert row["suspicious"] == answer.suspicious
         assert row["suspected_target"] == answer.alarm_target == "Blue Stripes"
 
 
@@ -124,6 +125,7 @@ def test_the_loudest_come_first_and_equal_ones_in_order(tmp_path: Path) -> None:
     ]
     for row in rows:
         row["suspected_target"] = "dog"
+        row["suspicious"] = None if row["alarm"] is None else row["alarm"] > 0.45
     files = {}
     for number in range(2):
         files[number] = tmp_path / f"{number}.parquet"
@@ -132,7 +134,7 @@ def test_the_loudest_come_first_and_equal_ones_in_order(tmp_path: Path) -> None:
     assert [(loud.key, loud.partition, loud.row) for loud in counts.loudest] == [
         ("3.png", 0, 3), ("3.png", 1, 3), ("1.png", 0, 1), ("1.png", 1, 1), ("2.png", 0, 2), ("2.png", 1, 2),
     ]  # fmt: skip
-    assert counts.alarms == 6
+    assert counts.alarms == counts.suspicious == 6
     assert counts.alarm_targets == {"dog": 6}
 
 
