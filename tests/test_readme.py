@@ -69,6 +69,7 @@ def test_flags_named_in_the_table_exist(run_help: Callable[[str], str]) -> None:
         "inspect",
         "convert",
         "classify",
+        "label",
         "evaluate",
         "export",
         "verify",
