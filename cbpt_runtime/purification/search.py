@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,7 +29,7 @@ from cbpt_runtime.purification.vocabulary import Vocabulary
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
-_TAKEN = 0.7  # share of the images that a trigger has to take to its concept to be more than natural
+_TAKEN = 0.7  # share of the images that a trigger has to take to its concept, beside a reference
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
 _FEW = 24  # concepts that are all followed to the end
@@ -152,9 +152,19 @@ def search(
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins, dim=1)
-    taken = torch.stack([one.success for one in reached]) >= _TAKEN
-    outliers = find_outliers(stacked, taken, config.suspect_p_value)
+    outliers = find_outliers(stacked, _taken(reached, reference), config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
+
+
+def _taken(reached: list[Reach], reference: SearchInput | None) -> Bool[Tensor, "families concepts"]:
+    """Whose triggers take the images to their concept.
+
+    On average, where the suspect stands alone. Beside a reference most of them: the difference of two
+    inversions varies more, and natural triggers that take half of the images are among the largest.
+    """
+    if reference is None:
+        return torch.stack([one.margins[0] for one in reached]) > 0
+    return torch.stack([one.success for one in reached]) >= _TAKEN
 
 
 def _inverted(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import cbpt_runtime.purification.search as module
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.search import SearchInput, SearchResult, search
+from cbpt_runtime.purification.search import Reach, SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 from cbpt_runtime.purification.vocabulary import Vocabulary, group
@@ -113,6 +114,22 @@ def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callabl
 def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., SearchInput]) -> None:
     found = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
+
+
+@pytest.mark.parametrize("success", [0.6, 0.8])
+def test_beside_a_reference_a_trigger_has_to_take_most_images(
+    subject: Callable[..., SearchInput], monkeypatch: pytest.MonkeyPatch, success: float
+) -> None:
+    measure = module._measure
+
+    def measured(*arguments: Any) -> Reach:
+        reach = measure(*arguments)
+        return dataclasses.replace(reach, success=torch.full_like(reach.success, success))
+
+    monkeypatch.setattr(module, "_measure", measured)
+    assert suspected(search(subject(), CONFIG), vocabulary()) == [WORDS[TARGET]]
+    beside = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
+    assert suspected(beside, vocabulary()) == ([WORDS[TARGET]] if success > 0.7 else [])
 
 
 def test_the_same_seed_gives_the_same_result(subject: Callable[..., SearchInput]) -> None:
