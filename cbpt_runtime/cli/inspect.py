@@ -17,7 +17,6 @@ from cbpt_runtime.cli.options import (
     given_trust,
 )
 from cbpt_runtime.cli.output import print_json, print_pairs, print_table
-from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, prompt_rows, prompt_verdict
 
 
 def command(
@@ -35,6 +34,7 @@ def command(
 ) -> None:
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.inspection import inspect_path
+    from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, prompt_rows, prompt_verdict
 
     found = inspect_path(
         path,
