@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from cbpt_runtime.trust import Trust
-from typing import TYPE_CHECKING
+from cbpt_runtime.cli.output import print_note
 
 if TYPE_CHECKING:
     from cbpt_runtime.redteam.triggers import Trigger
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from cbpt_runtime.cli.output import print_note
+    from cbpt_runtime.trust import Trust
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ImageSizeOption = Annotated[

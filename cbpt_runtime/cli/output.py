@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cbpt_runtime.artifacts.names import json_text, readable
 from cbpt_runtime.errors import CbptError
+from cbpt_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from cbpt_runtime.progress import Progress
 
 PIPE_WIDTH = 120  # columns where no terminal says how many it has
 

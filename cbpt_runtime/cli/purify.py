@@ -26,7 +26,6 @@ from cbpt_runtime.cli.output import (
     print_table,
     shown_progress,
 )
-from cbpt_runtime.models.prompt_words import odd_words, prompt_verdict
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle
@@ -125,6 +124,8 @@ def _refuse_options_of_cbpt(method: str, *, parameterization: str | None, resume
 
 def print_result(bundle: Bundle) -> None:
     """Print what purification found and did."""
+    from cbpt_runtime.models.prompt_words import prompt_verdict
+
     metrics = bundle.metrics
     if bundle.suspects:
         print_table(
@@ -159,6 +160,8 @@ def print_result(bundle: Bundle) -> None:
 
 
 def _summary(bundle: Bundle) -> dict[str, object]:
+    from cbpt_runtime.models.prompt_words import odd_words
+
     keys = ("verdict", "suspects", "metrics", "stage_seconds")
     head = {"bundle": str(bundle.path), "digest": bundle.digest}
     odd = list(odd_words(bundle.prompts))
