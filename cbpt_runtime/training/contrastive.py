@@ -66,7 +66,7 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
 
 def cosine_rate(step: int, warmup: int, total: int) -> float:
