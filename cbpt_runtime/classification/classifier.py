@@ -168,20 +168,16 @@ class Classifier(ABC):
         Raises:
             ServingError: A server does not answer.
         """
-        found: list[Answer | ImageDataError | RequestError | None] = []
-        pixels = []
-        for _, image in sources:
-            try:
-                pixels.append(to_pixels(_picture(image), self.preprocess))
-                found.append(None)
-            except ImageDataError as error:
-                found.append(error)
-        names = [name for (name, _), error in zip(sources, found, strict=True) if error is None]
+        found = [self._decoded(image) for _, image in sources]
+        pixels = [image for image in found if not isinstance(image, ImageDataError)]
+        names = [
+            name for (name, _), image in zip(sources, found, strict=True) if isinstance(image, np.ndarray)
+        ]
         answers: Iterator[Answer] = iter(())
         if pixels:
             said = self.predict(np.stack(pixels))
             answers = iter(answers_of(names, said, names=self.class_names, top=top))
-        return [next(answers) if error is None else error for error in found]
+        return [image if isinstance(image, ImageDataError) else next(answers) for image in found]
 
     def read(self, sources: Sequence[AnyImage]) -> Pixels:
         """Decode image files (or the bytes of some) and bring them to the model's size.
@@ -191,10 +187,11 @@ class Classifier(ABC):
         """
         pixels, problems = [], []
         for number, source in enumerate(sources, start=1):
-            try:
-                pixels.append(to_pixels(_picture(source), self.preprocess))
-            except ImageDataError as error:
-                problems.append((image_name(source, number), error))
+            found = self._decoded(source)
+            if isinstance(found, ImageDataError):
+                problems.append((image_name(source, number), found))
+            else:
+                pixels.append(found)
         if problems:
             raise ImageDataError(
                 expected="images that can be read",
@@ -202,6 +199,13 @@ class Classifier(ABC):
                 fix=problems[0][1].fix,
             )
         return np.stack(pixels) if pixels else np.zeros((0, *self.preprocess.image_size, 3), np.uint8)
+
+    def _decoded(self, source: AnyImage) -> UInt8[np.ndarray, "height width 3"] | ImageDataError:
+        """An image at the model's size, or why it cannot be read."""
+        try:
+            return to_pixels(_picture(source), self.preprocess)
+        except ImageDataError as error:
+            return error
 
     def check_pixels(self, images: Pixels) -> None:
         """Raise ImageDataError unless an array is uint8 RGB at the model's size."""

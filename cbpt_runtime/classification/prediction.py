@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -110,44 +110,42 @@ def above(
     return suspicious
 
 
+def parse_level(said: str | None) -> float | None:
+    """The level of the alarm as a graph or a server writes it; None where it writes none.
+
+    Raises:
+        ValueError: It is no number in [0, 1].
+    """
+    if said is None:
+        return None
+    level = float(said)
+    if not 0 <= level <= 1:
+        raise ValueError(said)
+    return level
+
+
 def answers_of(images: Iterable[str], said: Prediction, *, names: Sequence[str], top: int) -> list[Answer]:
-    """What a prediction says in names; equal probabilities keep the order of the classes."""
-    answers = make_answers(
-        images,
-        said.probabilities,
-        said.alarm,
-        names=names,
-        top=top,
-        suspicious=said.suspicious,
-        alarm_targets=said.alarm_target,
-    )
-    if said.looked_twice is None or said.boxes is None:
-        return answers
-    seen = zip(answers, said.looked_twice.tolist(), said.boxes.tolist(), strict=True)
+    """What a prediction says of each image, in names: the `top` most likely classes, its alarm and the rest.
+
+    Equal probabilities keep the order of the classes.
+    """
     return [
-        replace(answer, looked_twice=twice, box=tuple(box) if any(box) else None)
-        for answer, twice, box in seen
+        _answer(image, said, row, names=names, top=top)
+        for row, image in zip(range(len(said.probabilities)), images, strict=True)
     ]
 
 
-def make_answers(
-    images: Iterable[str],
-    probabilities: Float[np.ndarray, "batch classes"],
-    alarms: Float[np.ndarray, " batch"] | None,
-    *,
-    names: Sequence[str],
-    top: int,
-    suspicious: Bool[np.ndarray, " batch"] | None = None,
-    alarm_targets: Int[np.ndarray, " batch"] | None = None,
-) -> list[Answer]:
-    """The `top` most likely classes of each image; equal probabilities keep the order of the classes."""
-    answers = []
-    for place, (image, row) in enumerate(zip(images, probabilities, strict=True)):
-        best = (-row).argsort(kind="stable")[:top]
-        labels = tuple(Label(name=names[i], probability=float(row[i])) for i in best)
-        alarm = None if alarms is None else float(alarms[place])
-        doubt = None if suspicious is None else bool(suspicious[place])
-        about = -1 if alarm_targets is None else int(alarm_targets[place])
-        target = None if about < 0 else names[about]
-        answers.append(Answer(image=image, labels=labels, alarm=alarm, suspicious=doubt, alarm_target=target))
-    return answers
+def _answer(image: str, said: Prediction, row: int, *, names: Sequence[str], top: int) -> Answer:
+    probabilities = said.probabilities[row]
+    best = (-probabilities).argsort(kind="stable")[:top]
+    about = -1 if said.alarm_target is None else int(said.alarm_target[row])
+    box = () if said.boxes is None else said.boxes[row].tolist()
+    return Answer(
+        image=image,
+        labels=tuple(Label(name=names[i], probability=float(probabilities[i])) for i in best),
+        alarm=None if said.alarm is None else float(said.alarm[row]),
+        suspicious=None if said.suspicious is None else bool(said.suspicious[row]),
+        looked_twice=None if said.looked_twice is None else bool(said.looked_twice[row]),
+        box=tuple(box) if any(box) else None,
+        alarm_target=None if about < 0 else names[about],
+    )

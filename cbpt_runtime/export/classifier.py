@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import onnxruntime
 
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.classification.classifier import Classifier, Kind, Pixels
-from cbpt_runtime.classification.prediction import Prediction, above
+from cbpt_runtime.classification.prediction import Prediction, above, parse_level
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
 from cbpt_runtime.export.golden import read_golden
@@ -167,19 +166,14 @@ def _described(
 def _level(metadata: dict[str, str], path: Path) -> float | None:
     """The level of the alarm that a graph names, checked."""
     said = metadata.get("cbpt.alarm_threshold")
-    if said is None:
-        return None
     try:
-        level = float(said)
-    except ValueError:
-        level = math.nan
-    if not 0 <= level <= 1:
+        return parse_level(said)
+    except ValueError as error:
         raise ConfigError(
             expected="a level of the alarm in [0, 1], as `cbpt-runtime export` writes it",
             got=f"{path} with {said!r:.80}",
             fix="Export the bundle again.",
-        )
-    return level
+        ) from error
 
 
 def _indices(indices: Any, names: tuple[str, ...]) -> tuple[int, ...]:

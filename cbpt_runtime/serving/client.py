@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.classification.prediction import Answer, above, make_answers
+from cbpt_runtime.classification.prediction import Answer, Prediction, above, answers_of, parse_level
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.serving.retries import Retries
@@ -242,16 +241,14 @@ class AsyncClient:
                 await self._classify_batch(named[i : i + 1], files[i : i + 1], top) for i in range(len(files))
             ]
             return [item for part in parts for item in part]
-        answers = make_answers(
-            (name for name, _ in named),
-            prediction.probabilities,
-            prediction.alarm,
-            names=info.class_names,
-            top=top,
+        said = Prediction(
+            logits=prediction.logits,
+            probabilities=prediction.probabilities,
+            alarm=prediction.alarm,
             suspicious=above(prediction.alarm, info.alarm_threshold),
-            alarm_targets=prediction.alarm_target,
+            alarm_target=prediction.alarm_target,
         )
-        return [*answers]
+        return [*answers_of((name for name, _ in named), said, names=info.class_names, top=top)]
 
     async def _predict(self, model: str, inputs: dict[str, np.ndarray]) -> ServedPrediction:
         found = await self._retries.ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
@@ -298,16 +295,13 @@ def _model_info(name: str, config: Mapping[str, Any], url: str) -> ModelInfo:
 
 def _level(said: str | None, url: str) -> float | None:
     try:
-        level = None if said is None else float(said)
-    except ValueError:
-        level = math.nan
-    if level is not None and not 0 <= level <= 1:
+        return parse_level(said)
+    except ValueError as error:
         raise ServingError(
             expected=f"a level of the alarm in [0, 1] from {url}",
             got=repr(said)[:80],
             fix="Serve a repository of `cbpt-runtime export` there.",
-        )
-    return level
+        ) from error
 
 
 def _source(image: bytes | str | Path) -> bytes | Path:
