@@ -83,47 +83,21 @@ def open_classifier(
         ServingError: The server does not answer.
         TrustError: It is not the trusted one, or can show nothing.
     """
-    if second_look:
+    kind = kind_of(source)
+    if second_look and kind in ("url", "checkpoint"):
+        raise ConfigError(
+            expected="a bundle, an ONNX file or a model repository to look twice with",
+            got=f"{source}, a {'server' if kind == 'url' else 'checkpoint'}",
+            fix="Leave the second look away.",
+        )
+    if isinstance(source, Classifier | Bundle) or kind in ("bundle", "repository", "onnx"):
+        opened = _opened_here(source, kind, device=device, provider=provider, threads=threads, trust=trust)
+        if not second_look:
+            return opened
         from cbpt_runtime.classification.second_look import SecondLook
 
-        if kind_of(source) in ("url", "checkpoint"):
-            raise ConfigError(
-                expected="a bundle, an ONNX file or a model repository to look twice with",
-                got=f"{source}, a {'server' if kind_of(source) == 'url' else 'checkpoint'}",
-                fix="Leave the second look away.",
-            )
-        first = open_classifier(
-            source,
-            classes=classes,
-            model=model,
-            image_size=image_size,
-            device=device,
-            provider=provider,
-            threads=threads,
-            timeout_s=timeout_s,
-            detector=detector,
-            images=images,
-            trust=trust,
-        )
-        return SecondLook(first)
-    if isinstance(source, Classifier):
-        return source
-    kind = kind_of(source)
-    if kind == "bundle" and not isinstance(source, Bundle):
-        source = open_bundle(source, trust, verify=False)  # the files used are checked as they are read
-    if isinstance(source, Bundle):
-        from cbpt_runtime.classification.bundled import BundleClassifier
-
-        return BundleClassifier.from_bundle(source, device)
-    if kind == "repository":
-        from cbpt_runtime.export.classifier import RepositoryClassifier
-
-        return RepositoryClassifier(Path(source), provider=provider, threads=threads, trust=trust)
+        return SecondLook(opened)
     refuse_untrusted(source, trust)
-    if kind == "onnx":
-        from cbpt_runtime.export.classifier import GraphClassifier
-
-        return GraphClassifier(Path(source), provider=provider, threads=threads)
     if kind == "url":
         from cbpt_runtime.serving.classifier import RemoteClassifier
 
@@ -145,3 +119,23 @@ def open_classifier(
         detector=detector,
         images=images,
     )
+
+
+def _opened_here(
+    source: Source, kind: Kind, *, device: str, provider: Provider, threads: int | None, trust: Trust
+) -> Classifier:
+    """A bundle, a repository or an ONNX file as a classifier; one that is open stays as it is."""
+    if isinstance(source, Classifier):
+        return source
+    if kind == "bundle" and not isinstance(source, Bundle):
+        source = open_bundle(source, trust, verify=False)  # the files used are checked as they are read
+    if isinstance(source, Bundle):
+        from cbpt_runtime.classification.bundled import BundleClassifier
+
+        return BundleClassifier.from_bundle(source, device)
+    from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
+
+    if kind == "repository":
+        return RepositoryClassifier(Path(source), provider=provider, threads=threads, trust=trust)
+    refuse_untrusted(source, trust)
+    return GraphClassifier(Path(source), provider=provider, threads=threads)

@@ -197,14 +197,16 @@ def write_results(result: BenchResult, output: Path, *, force: bool) -> None:
     with new_folder(output, RESULTS, force=force) as staging:
         text = json_text(result.to_dict(), indent=1)
         (staging / RESULT).write_text(text + "\n", encoding="utf-8")
-        for plot in draw_plots(result):
+        plots = draw_plots(result)
+        for plot in plots:
             (staging / f"{plot.name}.svg").write_bytes(plot.svg)
             (staging / f"{plot.name}.png").write_bytes(plot.png)
-        (staging / "report.html").write_text(readable(render_bench(result)), encoding="utf-8")
+        (staging / "report.html").write_text(readable(render_bench(result, plots)), encoding="utf-8")
 
 
-def render_bench(result: BenchResult) -> str:
-    """The text of a run's ``report.html``: one self-contained page."""
+def render_bench(result: BenchResult, plots: Sequence[Plot] | None = None) -> str:
+    """The text of a run's ``report.html``: one self-contained page, with these plots or its own."""
+    drawn = draw_plots(result) if plots is None else plots
     return render_page(
         "speed.html.jinja",
         result=result,
@@ -225,7 +227,7 @@ def render_bench(result: BenchResult) -> str:
             for system in result.systems
         ],
         stage_columns=("run", *(f"{stage} ms" for stage in _STAGES), "mean batch"),
-        plots=[(plot, data_uri("image/svg+xml", plot.svg)) for plot in draw_plots(result)],
+        plots=[(plot, data_uri("image/svg+xml", plot.svg)) for plot in drawn],
     )
 
 
