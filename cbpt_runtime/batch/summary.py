@@ -49,7 +49,7 @@ class Counts:
     Attributes:
         images: Rows.
         failures: Rows with an error.
-        alarms: Images whose alarm is at least the threshold of a server's alarm counter.
+        alarms: Images whose alarm is at least 0.5, what a server counts from where no level was chosen.
         suspicious: Images whose alarm lies above the level chosen at purification; none where none was.
         classes: Images of each class that has any, most first.
         alarm_targets: Of the images that alarm, how many about each suspected target.
