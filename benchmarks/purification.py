@@ -61,9 +61,7 @@ def main() -> None:
     parser.add_argument("--parameterization", choices=["embedding", "prompt"], default="embedding")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    runs: list[dict[str, Any]] = (
-        json.loads(options.output.read_text())["runs"] if options.output.exists() else []
-    )
+    runs = kept_runs(options.output)
     with tempfile.TemporaryDirectory() as scratch:
         images = unpacked(options.images, Path(scratch) / "images")
         victims = sorted(path.parent for path in options.victims.glob("*/attack.json"))
@@ -81,6 +79,18 @@ def main() -> None:
             runs.append(setting | measured(victim, images, setting, Path(scratch)))
             save(options.output, runs)
     print(table(runs))
+
+
+def kept_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file; none where there is none."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    return runs
+
+
+def write_class_list(folders: list[str], path: Path) -> Path:
+    """A class list with the names of class folders."""
+    path.write_text("\n".join(folder.replace("_", " ") for folder in folders) + "\n")
+    return path
 
 
 def drawn(folders: list[str], target: str | None, size: int | None, seed: int) -> list[str]:
@@ -117,8 +127,7 @@ def measured(victim: Path, images: Path, setting: dict[str, Any], scratch: Path)
         setting.get("list_size"),
         setting["seed"],
     )
-    classes = scratch / "classes.txt"
-    classes.write_text("\n".join(folder.replace("_", " ") for folder in folders) + "\n")
+    classes = write_class_list(folders, scratch / "classes.txt")
     start = time.process_time()
     bundle = purify_checkpoint(
         victim,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from purification import machine, rates, unpacked
+from purification import kept_runs, machine, rates, unpacked, write_class_list
 
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
@@ -53,14 +53,11 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, help="Where bundles are kept, and looked for, by name.")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    runs: list[dict[str, Any]] = (
-        json.loads(options.output.read_text())["runs"] if options.output.exists() else []
-    )
+    runs = kept_runs(options.output)
     with tempfile.TemporaryDirectory() as scratch:
         images = unpacked(options.images, Path(scratch) / "images")
         names = sorted(folder.name for folder in (images / "train").iterdir())
-        classes = Path(scratch) / "classes.txt"
-        classes.write_text("\n".join(name.replace("_", " ") for name in names) + "\n")
+        classes = write_class_list(names, Path(scratch) / "classes.txt")
         for packed in sorted(options.victims.glob("*/test-triggered*")):
             victim = packed.parent
             done = any((run["victim"], run["seed"]) == (victim.name, options.seed) for run in runs)
@@ -140,7 +137,8 @@ def views_per_image(bundle: Bundle, clean: Path, triggered: Path) -> dict[str, f
     for name, root in (("clean", clean), ("triggered", triggered)):
         files = sorted(root.glob("*/*"))[::5]
         first = BundleClassifier.from_bundle(bundle)
-        encode, seen = first.features, []
+        encode = first.features
+        seen: list[int] = []
 
         def count(images: Any, *, batch_size: int = 64, encode: Any = encode, seen: list[int] = seen) -> Any:
             seen.append(len(images))
