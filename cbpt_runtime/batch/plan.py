@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ def make_plan(
     size: int,
     notes: list[str],
 ) -> Plan:
-    """Write a plan. Without its last file it is none.
+    """Write a plan: whole, or nothing of it stays.
 
     Args:
         folder: Made here.
@@ -84,10 +86,16 @@ def make_plan(
     (folder / _FILE).unlink(missing_ok=True)
     sizes: list[int] = []
     rows = iter(references)
-    while batch := list(itertools.islice(rows, size)):
-        plan = Plan(folder=folder, settings=settings, sizes=(), notes=())
-        write_whole(plan.file(len(sizes)), _table(len(sizes), batch))
-        sizes.append(len(batch))
+    plan = Plan(folder=folder, settings=settings, sizes=(), notes=())
+    try:
+        while batch := list(itertools.islice(rows, size)):
+            write_whole(plan.file(len(sizes)), _table(len(sizes), batch))
+            sizes.append(len(batch))
+    except BaseException:  # such as a source with nothing in it: there is nothing to go on with
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # there is something else in it
+            folder.parent.rmdir()
+        raise
     content = {"settings": settings, "sizes": sizes, "notes": notes}
     partial = folder / f"{_FILE}.tmp"
     partial.write_text(json_text(content), encoding="utf-8")

@@ -335,6 +335,7 @@ def test_what_cannot_be_labelled_is_refused(
 ) -> None:
     with pytest.raises(ImageDataError, match="nothing there"):
         label(photos / "nowhere")
+    assert not list(photos.parent.glob("out*"))
     for path in photos.glob("*.png"):
         path.unlink()
     with pytest.raises(ImageDataError, match=r"readme\.txt"):
