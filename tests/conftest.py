@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cbpt_runtime.__main__ import main
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
@@ -126,6 +126,19 @@ def tiny_checkpoint_folder(tiny_folder: Callable[..., Path]) -> Path:
 def tiny_resnet_folder(tiny_folder: Callable[..., Path]) -> Path:
     """As `tiny_checkpoint_folder`, with a ModifiedResNet image tower."""
     return tiny_folder("resnet")
+
+
+@pytest.fixture(scope="session")
+def tiny_relative_folder(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint_folder` as a little training would leave it. Read only."""
+    folder = Path(shutil.copytree(tiny_checkpoint_folder, tmp_path_factory.mktemp("relative") / "model"))
+    file, generator = folder / "open_clip_model.safetensors", torch.Generator().manual_seed(0)
+    weights = {
+        name: value * (1 + 0.05 * torch.randn(value.shape, generator=generator))
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file)
+    return folder
 
 
 @pytest.fixture(scope="session")

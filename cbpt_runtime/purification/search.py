@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,10 +29,23 @@ from cbpt_runtime.purification.vocabulary import Vocabulary
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
-_TAKEN = 0.7  # share of the images that a trigger has to take to its concept, beside a reference
+_NOISE = 1.0  # logits: differences to a reference that vary less say nothing, a little training makes them
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
 _FEW = 24  # concepts that are all followed to the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A trusted relative, which the suspect's triggers are tried on.
+
+    Attributes:
+        encoder: Its image tower.
+        vocabulary: The suspect's words and concepts, in its own texts.
+    """
+
+    encoder: ImageEncoder
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +139,7 @@ def search(
     config: PurifyConfig,
     progress: Progress | None = None,
     *,
-    reference: SearchInput | None = None,
+    reference: Reference | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
@@ -134,8 +147,8 @@ def search(
         suspect: The encoder under suspicion.
         config: Steps, batch, seed, precision and level.
         progress: Told how far the work is.
-        reference: A trusted encoder, asked for the same concepts on the same images. What counts is then how
-            much more the suspect can be forced: natural perturbations work on both.
+        reference: A trusted relative. What counts is then how much more a trigger does to the suspect that
+            it was made on: natural perturbations work on both.
     """
     reached, margins = [], []
     for number, family in enumerate(SEARCH_FAMILIES.values()):
@@ -145,48 +158,34 @@ def search(
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins, dim=1)
-    outliers = find_outliers(stacked, _taken(reached, reference), config.suspect_p_value)
+    taken = torch.stack([one.margins[0] for one in reached]) > 0
+    least = 0.0 if reference is None else _NOISE / suspect.scale
+    outliers = find_outliers(stacked, taken, config.suspect_p_value, least_deviation=least)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
 def _family_margins(
-    suspect: SearchInput, reference: SearchInput | None, family: TriggerFamily, config: PurifyConfig
+    suspect: SearchInput, reference: Reference | None, family: TriggerFamily, config: PurifyConfig
 ) -> tuple[Float[Tensor, "2 concepts"], Reach]:
     """One family, asked for every concept: margins to be judged, and what the suspect's triggers reach.
 
     The unit of the search: it depends on nothing but its arguments, wherever it is computed.
     """
+    inversion = _inverted(suspect, family, config)
     order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
-    measured, goals = order[:MEASURED_IMAGES], suspect.goals()
-    inversion = _inverted(suspect, family, goals, config)
-    reach = _measure(suspect, family, inversion, goals, measured)
+    heldout = suspect.heldout.part(order[:MEASURED_IMAGES])
+    shown = (heldout.features @ suspect.vocabulary.texts.T).argmax(dim=1)
+    asked = partial(_measure, family=family, inversion=inversion, images=heldout.images, shown=shown)
+    reach = asked(suspect.encoder, suspect.vocabulary)
     if reference is None:
         return reach.margins, reach
-    goals = reference.goals()
-    same = _inverted(reference, family, goals, config, rows=inversion.rows)
-    known = _measure(reference, family, same, goals, measured).margins
+    known = asked(reference.encoder, reference.vocabulary).margins
     return torch.where(known > -torch.inf, reach.margins - known, known), reach
 
 
-def _taken(reached: list[Reach], reference: SearchInput | None) -> Bool[Tensor, "families concepts"]:
-    """Whose triggers take the images to their concept.
-
-    On average, where the suspect stands alone. Beside a reference most of them: the difference of two
-    inversions varies more, and natural triggers that take half of the images are among the largest.
-    """
-    if reference is None:
-        return torch.stack([one.margins[0] for one in reached]) > 0
-    return torch.stack([one.success for one in reached]) >= _TAKEN
-
-
-def _inverted(
-    subject: SearchInput,
-    family: TriggerFamily,
-    goals: Goals,
-    config: PurifyConfig,
-    rows: Int[Tensor, " kept"] | None = None,
-) -> Inversion:
+def _inverted(subject: SearchInput, family: TriggerFamily, config: PurifyConfig) -> Inversion:
     """Half of the steps for all concepts, the rest for the better ones, each then for its nearest word."""
+    goals = subject.goals()
     steps = config.search_steps * family.step_multiplier
     first = max(1, round(_FIRST_STEPS * steps))
     inversion = Inversion(
@@ -200,36 +199,35 @@ def _inverted(
     )
     inversion.advance(first)
     inversion.narrow()
-    if rows is None:
-        order = inversion.recent_margins().argsort(descending=True, stable=True)
-        rows = order[: max(_FEW, math.ceil(_KEPT * len(order)))]
-    inversion.keep(rows)
+    order = inversion.recent_margins().argsort(descending=True, stable=True)
+    inversion.keep(order[: max(_FEW, math.ceil(_KEPT * len(order)))])
     inversion.advance(steps - first)
     return inversion
 
 
 def _measure(
-    subject: SearchInput,
+    encoder: ImageEncoder,
+    vocabulary: Vocabulary,
+    *,
     family: TriggerFamily,
     inversion: Inversion,
-    goals: Goals,
-    which: Int[Tensor, " images"],
+    images: UInt8[Tensor, "batch 3 height width"],
+    shown: Int[Tensor, " batch"],
 ) -> Reach:
-    heldout = subject.heldout.part(which)
-    count, dim = len(goals.positives), goals.texts.shape[1]
-    margins = torch.full((2, count), -torch.inf)
-    success = torch.zeros(count)
-    directions = torch.zeros(count, dim, device=goals.texts.device)
-    shown = (heldout.features @ goals.texts.T).argmax(dim=1)
+    """What triggers reach on an encoder, on the images that do not show the concept already."""
+    texts, members, rivals = vocabulary.texts, vocabulary.members(), vocabulary.rivals()
+    margins = torch.full((2, len(members)), -torch.inf)
+    success = torch.zeros(len(members))
+    directions = torch.zeros(len(members), texts.shape[1], device=texts.device)
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
-        own = goals.positives[concept]
+        own = members[concept]
         others = ~own[shown]
-        images = heldout.images[others] if bool(others.any()) else heldout.images
-        features = encode_triggered(subject.encoder, partial(family.apply_one, parameters, place), images)
-        cosines = features @ goals.texts.T
+        some = images[others] if bool(others.any()) else images
+        features = encode_triggered(encoder, partial(family.apply_one, parameters, place), some)
+        cosines = features @ texts.T
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
-        rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)
+        rival = cosines.masked_fill(~rivals[concept], -torch.inf).amax(dim=1)
         ascending = (reached - rival).sort().values
         worse = ascending[: math.ceil(len(ascending) / 2)]
         margins[:, concept] = torch.stack([ascending.mean(), worse.mean()])

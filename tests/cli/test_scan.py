@@ -84,15 +84,14 @@ def test_classes_say_whether_a_suspect_is_one_of_them(scan: Callable, tiny_class
     assert all(suspect["on_list"] is (suspect["name"] in names) for suspect in found["suspects"])
 
 
-def test_a_reference_changes_the_scores_and_is_named(
-    scan: Callable, tiny_folder: Callable, tmp_path: Path
-) -> None:
-    relative = tiny_folder("resnet")
+def test_a_reference_changes_the_scores_and_is_named(scan: Callable, tiny_relative_folder: Path) -> None:
     alone, beside = (
-        json.loads(scan("--json", *more).out)["evidence"] for more in ((), ("--reference", relative))
+        json.loads(scan("--json", *more).out)["evidence"]
+        for more in ((), ("--reference", tiny_relative_folder))
     )
     assert {row["score"] for row in alone["concepts"]} != {row["score"] for row in beside["concepts"]}
-    assert f"note: compared with the reference {relative}, SHA-256" in scan("--reference", relative).err
+    told = scan("--reference", tiny_relative_folder).err
+    assert f"note: compared with the reference {tiny_relative_folder}, SHA-256" in told
 
 
 def test_what_is_no_reference_is_refused(
@@ -104,10 +103,13 @@ def test_what_is_no_reference_is_refused(
     other = scan("--reference", tiny_folder("timm"))
     assert (other.code, other.out) == (2, "")
     assert "expected a reference with the suspect's preprocessing" in other.err
+    stranger = scan("--reference", tiny_folder("resnet"))
+    assert (stranger.code, stranger.out) == (2, "")
+    assert "the suspect was not fine-tuned from it" in stranger.err
 
 
 def test_a_bare_reference_takes_the_architecture_of_the_suspect(
-    run: Callable, scan: Callable, tiny_checkpoint_folder: Path, tiny_resnet_folder: Path, tmp_path: Path
+    run: Callable, scan: Callable, tiny_checkpoint_folder: Path, tiny_relative_folder: Path, tmp_path: Path
 ) -> None:
     bare = shutil.copy(tiny_checkpoint_folder / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
     config = tiny_checkpoint_folder / "open_clip_config.json"
@@ -116,7 +118,7 @@ def test_a_bare_reference_takes_the_architecture_of_the_suspect(
     assert "the architecture of" in nameless.err
     named = scan("--reference", bare, "--model", config)
     assert "expected a reference other than the suspect" in named.err
-    assert scan("--reference", tiny_resnet_folder, "--model", config).code == 0  # it says what it is
+    assert scan("--reference", tiny_relative_folder, "--model", config).code == 0  # it says what it is
 
 
 def test_unusable_files_are_left_out_and_counted(
