@@ -19,6 +19,7 @@ import torch
 
 from cbpt_runtime.bundle import read_bundle
 from cbpt_runtime.cli.output import shown_progress
+from cbpt_runtime.config import is_mixed
 from cbpt_runtime.demo.story import run_demo
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.export.cpus import kind_of_processor
@@ -39,6 +40,7 @@ def main() -> None:
         "processor": kind_of_processor(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "bfloat16": is_mixed("auto", torch.device("cpu")),
     }
     for seed in options.seeds:
         key = {"seed": seed, **where}
