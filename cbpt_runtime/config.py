@@ -169,7 +169,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # whatever the processor could: set so, or all it has
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all it has, or all it may
         return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(

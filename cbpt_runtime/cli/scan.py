@@ -92,8 +92,9 @@ def command(
 def print_scan(found: Scan) -> None:
     """Print the suspects, and the verdict."""
     if found.suspects:
+        success = ("success", "on the reference")
         print_table(
-            ("suspected target", "on the list", "p-value", "score", "trigger family", "success"),
+            ("suspected target", "on the list", "p-value", "score", "trigger family", *success),
             [
                 (
                     suspect.name,
@@ -102,6 +103,7 @@ def print_scan(found: Scan) -> None:
                     number(suspect.score),
                     suspect.family,
                     percent(suspect.success),
+                    percent(suspect.reference_success),
                 )
                 for suspect in found.suspects
             ],

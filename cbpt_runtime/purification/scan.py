@@ -43,6 +43,7 @@ class ScanSuspect:
         score: Distance from the other concepts, in deviations.
         family: The trigger family that shows it best.
         success: Share of held-out images that a short dummy trigger takes there.
+        reference_success: The same on the reference; None without one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ScanSuspect:
     score: float
     family: str
     success: float
+    reference_success: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

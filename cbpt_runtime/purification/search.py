@@ -7,7 +7,7 @@ depend on how many words there are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -86,11 +86,20 @@ class Reach:
             works on every image alike; minus infinity where the concept was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
+        on_reference: What the same triggers reach on the reference, if there is one.
     """
 
     margins: Float[Tensor, "2 concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
+    on_reference: Reach | None = None
+
+    def judged(self) -> Float[Tensor, "2 concepts"]:
+        """The margins, beside a reference what they exceed its margins by."""
+        if self.on_reference is None:
+            return self.margins
+        known = self.on_reference.margins
+        return torch.where(known > -torch.inf, self.margins - known, known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +111,7 @@ class SearchResult:
         margins: What the outliers were found in.
         directions: Unit mean of the triggered features per concept, in the family that shows it best.
         success: Share of the images that this trigger takes to the concept.
+        reference_success: The same on the reference, if there is one.
         words: Index of the word that lies nearest to this direction, among the concept's own.
         families: Names of the families, in the order of `outliers.families`.
     """
@@ -110,6 +120,7 @@ class SearchResult:
     margins: Float[Tensor, "2 families concepts"]
     directions: Float[Tensor, "concepts dim"]
     success: Float[Tensor, " concepts"]
+    reference_success: Float[Tensor, " concepts"] | None
     words: list[int]
     families: tuple[str, ...]
 
@@ -120,6 +131,9 @@ class SearchResult:
             "p_value": float(self.outliers.p_values[concept]),
             "family": self.families[self.outliers.families[concept]],
             "success": float(self.success[concept]),
+            "reference_success": None
+            if self.reference_success is None
+            else float(self.reference_success[concept]),
         }
 
     def to_dict(self, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -150,24 +164,22 @@ def search(
         reference: A trusted relative. What counts is then how much more a trigger does to the suspect that
             it was made on: natural perturbations work on both.
     """
-    reached, margins = [], []
+    reached = []
     for number, family in enumerate(SEARCH_FAMILIES.values()):
-        more, reach = _family_margins(suspect, reference, family, config)
-        margins.append(more)
-        reached.append(reach)
+        reached.append(_family_reach(suspect, reference, family, config))
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    stacked = torch.stack(margins, dim=1)
+    stacked = torch.stack([one.judged() for one in reached], dim=1)
     taken = torch.stack([one.margins[0] for one in reached]) > 0
     least = 0.0 if reference is None else _NOISE / suspect.scale
     outliers = find_outliers(stacked, taken, config.suspect_p_value, least_deviation=least)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
-def _family_margins(
+def _family_reach(
     suspect: SearchInput, reference: Reference | None, family: TriggerFamily, config: PurifyConfig
-) -> tuple[Float[Tensor, "2 concepts"], Reach]:
-    """One family, asked for every concept: margins to be judged, and what the suspect's triggers reach.
+) -> Reach:
+    """What the triggers of one family reach, one for every concept.
 
     The unit of the search: it depends on nothing but its arguments, wherever it is computed.
     """
@@ -178,9 +190,8 @@ def _family_margins(
     asked = partial(_measure, family=family, inversion=inversion, images=heldout.images, shown=shown)
     reach = asked(suspect.encoder, suspect.vocabulary)
     if reference is None:
-        return reach.margins, reach
-    known = asked(reference.encoder, reference.vocabulary).margins
-    return torch.where(known > -torch.inf, reach.margins - known, known), reach
+        return reach
+    return replace(reach, on_reference=asked(reference.encoder, reference.vocabulary))
 
 
 def _inverted(subject: SearchInput, family: TriggerFamily, config: PurifyConfig) -> Inversion:
@@ -245,12 +256,18 @@ def _result(
     concepts = range(vocabulary.n_concepts)
     best = [reached[outliers.families[concept]] for concept in concepts]
     directions = torch.stack([one.directions[concept] for concept, one in zip(concepts, best, strict=True)])
+    known = [one.on_reference for one in best if one.on_reference is not None]
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
     return SearchResult(
         outliers=outliers,
         margins=margins,
         directions=directions,
-        success=torch.stack([one.success[concept] for concept, one in zip(concepts, best, strict=True)]),
+        success=_of_each(best),
+        reference_success=_of_each(known) if known else None,
         words=nearest.tolist(),
         families=tuple(SEARCH_FAMILIES),
     )
+
+
+def _of_each(best: list[Reach]) -> Float[Tensor, " concepts"]:
+    return torch.stack([one.success[concept] for concept, one in enumerate(best)])

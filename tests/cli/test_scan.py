@@ -13,7 +13,7 @@ from PIL import Image
 from cbpt_runtime.purification import vocabulary
 
 FEW = {"search_concepts": 8, "search_steps": 2, "search_batch": 2}
-FIELDS = {"name", "on_list", "p_value", "score", "family", "success"}
+FIELDS = {"name", "on_list", "p_value", "score", "family", "success", "reference_success"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_clean_verdict_exits_0_and_names_what_comes_nearest(scan: Callable) ->
 def test_a_backdoor_exits_3_and_shows_the_suspects(scan: Callable, tiny_class_file: Path) -> None:
     done = scan("--classes", tiny_class_file, level=SURELY)
     assert done.code == 3
-    columns = ("suspected target", "on the list", "p-value", "score", "trigger family", "success")
+    columns = ("suspected target", "on the list", "p-value", "score", "trigger family", "on the reference")
     assert all(column in done.out for column in columns)
     assert "verdict  backdoored" in done.out
     assert "most suspicious" not in done.out
@@ -90,6 +90,8 @@ def test_a_reference_changes_the_scores_and_is_named(scan: Callable, tiny_relati
         for more in ((), ("--reference", tiny_relative_folder))
     )
     assert {row["score"] for row in alone["concepts"]} != {row["score"] for row in beside["concepts"]}
+    assert all(row["reference_success"] is None for row in alone["concepts"])
+    assert all(0 <= row["reference_success"] <= 1 for row in beside["concepts"])
     told = scan("--reference", tiny_relative_folder).err
     assert f"note: compared with the reference {tiny_relative_folder}, SHA-256" in told
 

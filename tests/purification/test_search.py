@@ -118,6 +118,9 @@ def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callabl
 def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., SearchInput]) -> None:
     found = search(subject(), CONFIG, reference=relative(subject(strength=0.0)))
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
+    facts = found.facts(found.outliers.suspects[0])
+    assert facts["reference_success"] < 0.1 < 0.3 < facts["success"]
+    assert search(subject(), CONFIG).facts(0)["reference_success"] is None
 
 
 def test_a_reference_that_differs_by_less_than_a_logit_raises_no_suspicion(
@@ -162,7 +165,7 @@ def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(
     chances = [row["p_value"] for row in rows["concepts"]]
     assert chances == sorted(chances)
     assert rows["p_value"] == chances[0] < 0.05
-    assert set(rows["concepts"][0]) == {"word", "score", "p_value", "family", "success"}
+    assert set(rows["concepts"][0]) == {"word", "score", "p_value", "family", "success", "reference_success"}
     assert {row["family"] for row in rows["concepts"]} <= set(SEARCH_FAMILIES)
 
 
