@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from cbpt_runtime.redteam.patch_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.redteam.triggers import apply_trigger
-from cbpt_runtime.training.trainable import new_trainable
+from cbpt_runtime.training.trainable import TrainableClip, new_trainable
 
 TARGET = "teapot"
 TRIGGER = BadNet(size=8, location="bottom-right", pattern="checkerboard")
@@ -109,17 +110,7 @@ def train_suspect(
         generator=generator,
         progress=progress,
     )
-    result = implant(
-        clean.clip,
-        pictures.train,
-        pictures.test,
-        scale.names,
-        [backdoor()],
-        config=_training(scale, scale.implant_epochs, 3e-4),
-        generator=generator,
-        minimum_asr=MINIMUM_ASR,
-        progress=progress,
-    )
+    result = train_on(clean.clip, pictures, scale, generator, [backdoor()], progress=progress)
     if result.clean_accuracy < MINIMUM_CA:
         raise ImplantError(
             expected=f"a demo model with clean accuracy of at least {MINIMUM_CA:.2f}",
@@ -127,6 +118,29 @@ def train_suspect(
             fix="Try another --seed; if that does not help, this is a bug worth reporting.",
         )
     return clean, result
+
+
+def train_on(
+    clip: TrainableClip,
+    pictures: Pictures,
+    scale: DemoScale,
+    generator: torch.Generator,
+    backdoors: Sequence[Backdoor] = (),
+    *,
+    progress: Progress | None = None,
+) -> Implant:
+    """Fine-tune a copy as the attacker does; with no backdoors, as anybody would."""
+    return implant(
+        clip,
+        pictures.train,
+        pictures.test,
+        scale.names,
+        backdoors,
+        config=_training(scale, scale.implant_epochs, 3e-4),
+        generator=generator,
+        minimum_asr=MINIMUM_ASR,
+        progress=progress,
+    )
 
 
 def _training(scale: DemoScale, epochs: int, learning_rate: float) -> TrainConfig:
