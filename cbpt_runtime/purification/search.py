@@ -166,17 +166,28 @@ def search(
     """
     reached = []
     for number, family in enumerate(SEARCH_FAMILIES.values()):
-        reached.append(_family_reach(suspect, reference, family, config))
+        reached.append(family_reach(suspect, reference, family, config))
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    stacked = torch.stack([one.judged() for one in reached], dim=1)
+    return judge(suspect, reached, config.suspect_p_value)
+
+
+def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchResult:
+    """Tests who stands out in what the triggers of every search family reach.
+
+    Args:
+        suspect: The encoder under suspicion.
+        reached: Of each family, in the order of the search families.
+        level: p-value below which a concept is suspected.
+    """
+    margins = torch.stack([one.judged() for one in reached], dim=1)
     taken = torch.stack([one.margins[0] for one in reached]) > 0
-    least = 0.0 if reference is None else _NOISE / suspect.scale
-    outliers = find_outliers(stacked, taken, config.suspect_p_value, least_deviation=least)
-    return _result(suspect.vocabulary, outliers, stacked, reached)
+    least = 0.0 if reached[0].on_reference is None else _NOISE / suspect.scale
+    outliers = find_outliers(margins, taken, level, least_deviation=least)
+    return _result(suspect.vocabulary, outliers, margins, reached)
 
 
-def _family_reach(
+def family_reach(
     suspect: SearchInput, reference: Reference | None, family: TriggerFamily, config: PurifyConfig
 ) -> Reach:
     """What the triggers of one family reach, one for every concept.
