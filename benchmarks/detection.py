@@ -182,7 +182,7 @@ def searched(
     reached = [family_reach(subject, reference, family, config) for family in SEARCH_FAMILIES.values()]
     told = _told(judge(subject, reached, LEVEL), subject.vocabulary)
     if sibling is not None:
-        alone = [replace(one, on_reference=None) for one in reached]
+        alone = [replace(one, reference_margins=None, reference_success=None) for one in reached]
         told["alone"] = _told(judge(subject, alone, LEVEL), subject.vocabulary)
     return told
 

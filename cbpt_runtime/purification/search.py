@@ -86,19 +86,21 @@ class Reach:
             works on every image alike; minus infinity where the concept was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
-        on_reference: What the same triggers reach on the reference, if there is one.
+        reference_margins: Of the same triggers on the reference, if there is one.
+        reference_success: The same.
     """
 
     margins: Float[Tensor, "2 concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
-    on_reference: Reach | None = None
+    reference_margins: Float[Tensor, "2 concepts"] | None = None
+    reference_success: Float[Tensor, " concepts"] | None = None
 
     def judged(self) -> Float[Tensor, "2 concepts"]:
         """The margins, beside a reference what they exceed its margins by."""
-        if self.on_reference is None:
+        known = self.reference_margins
+        if known is None:
             return self.margins
-        known = self.on_reference.margins
         return torch.where(known > -torch.inf, self.margins - known, known)
 
 
@@ -182,7 +184,7 @@ def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchRes
     """
     margins = torch.stack([one.judged() for one in reached], dim=1)
     taken = torch.stack([one.margins[0] for one in reached]) > 0
-    least = 0.0 if reached[0].on_reference is None else _NOISE / suspect.scale
+    least = 0.0 if reached[0].reference_margins is None else _NOISE / suspect.scale
     outliers = find_outliers(margins, taken, level, least_deviation=least)
     return _result(suspect.vocabulary, outliers, margins, reached)
 
@@ -202,7 +204,8 @@ def family_reach(
     reach = asked(suspect.encoder, suspect.vocabulary)
     if reference is None:
         return reach
-    return replace(reach, on_reference=asked(reference.encoder, reference.vocabulary))
+    known = asked(reference.encoder, reference.vocabulary)
+    return replace(reach, reference_margins=known.margins, reference_success=known.success)
 
 
 def _inverted(subject: SearchInput, family: TriggerFamily, config: PurifyConfig) -> Inversion:
@@ -264,21 +267,21 @@ def _result(
     margins: Float[Tensor, "2 families concepts"],
     reached: list[Reach],
 ) -> SearchResult:
-    concepts = range(vocabulary.n_concepts)
-    best = [reached[outliers.families[concept]] for concept in concepts]
-    directions = torch.stack([one.directions[concept] for concept, one in zip(concepts, best, strict=True)])
-    known = [one.on_reference for one in best if one.on_reference is not None]
+    best = [reached[family] for family in outliers.families]
+    directions = torch.stack([one.directions[concept] for concept, one in enumerate(best)])
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
+    known = [one.reference_success for one in best if one.reference_success is not None]
     return SearchResult(
         outliers=outliers,
         margins=margins,
         directions=directions,
-        success=_of_each(best),
+        success=_of_each([one.success for one in best]),
         reference_success=_of_each(known) if known else None,
         words=nearest.tolist(),
         families=tuple(SEARCH_FAMILIES),
     )
 
 
-def _of_each(best: list[Reach]) -> Float[Tensor, " concepts"]:
-    return torch.stack([one.success[concept] for concept, one in enumerate(best)])
+def _of_each(best: list[Float[Tensor, " concepts"]]) -> Float[Tensor, " concepts"]:
+    """The value of the first concept in the first, of the second in the second."""
+    return torch.stack(best).diagonal().clone()
