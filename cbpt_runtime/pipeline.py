@@ -94,9 +94,8 @@ def purify_checkpoint(
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
-        reference: A trusted checkpoint with the same preprocessing, for example what the suspect was
-            fine-tuned from; what both can be forced to counts less in the search. Not with a method that does
-            not search.
+        reference: The trusted checkpoint that the suspect was fine-tuned from, with the same
+            preprocessing: natural triggers work on both. Not with a method that does not search.
         method: How to purify, `Cbpt()` if None; its seed also draws the images. A defence that tunes the
             image tower looks for no target, and the verdict is 'unknown'; `Chain(first=CleanClip(),
             then=Cbpt())` purifies the tuned model after it.

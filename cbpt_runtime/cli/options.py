@@ -39,7 +39,7 @@ SecondLookOption = Annotated[
 ]
 ReferenceOption = Annotated[
     str | None,
-    typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
+    typer.Option(help="Trusted model that the suspect was fine-tuned from: natural triggers work on both."),
 ]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]

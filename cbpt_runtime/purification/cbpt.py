@@ -94,7 +94,7 @@ def purify(
         classes: Names and templates.
         split: A few clean images: some to tune on, others held out to measure on.
         config: All numbers.
-        reference: A trusted relative; what both can be forced to counts less in the search.
+        reference: The trusted model that the suspect was fine-tuned from: natural triggers work on both.
         progress: Told how far the work is.
         stages: Where finished stages are kept and looked for.
     """

@@ -57,7 +57,7 @@ def reference_note(trusted: Checkpoint) -> str:
     """What the user is told of a reference that was used."""
     return (
         f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
-        " what both can be forced to counts less"
+        " natural triggers work on both"
     )
 
 

@@ -109,7 +109,7 @@ def scan(
             reference that does not.
         image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         classes: Class names that a target is looked for among, beside a thousand other words.
-        reference: A trusted checkpoint with the same preprocessing; what both can be forced to counts less.
+        reference: The trusted model that the suspect was fine-tuned from: natural triggers work on both.
         config: Numbers of the search; its seed draws the images.
         device: 'auto', 'cpu' or 'cuda'.
         progress: Told how far the work is.
