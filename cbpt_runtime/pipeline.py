@@ -41,7 +41,7 @@ from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel
-from cbpt_runtime.purification.reference import read_reference, reference_note
+from cbpt_runtime.purification.reference import read_reference, reference_notes
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
@@ -158,7 +158,7 @@ def purify_checkpoint(
         with writing(kept):  # nothing but the stages is written
             result = method.run(suspect, split, progress=progress, stages=stages)
         result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
-        known = [] if trusted is None else [reference_note(trusted)]
+        known = reference_notes(trusted, result.evidence)
         notes = [*checkpoint_read.notes, *split.notes, *words, *prompts.notes(), *known]
         content = _content(suspect, split, method, result, shots=shots, notes=notes)
         if keep_images:

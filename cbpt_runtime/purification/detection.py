@@ -16,7 +16,7 @@ _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 _HALF_NORMAL = 0.58  # deviation of a standard normal score whose negative values are put to 0
 _STEPS = 2001
 _FEWEST_OTHERS = 3
-_FEW_CONCEPTS = 24
+FEW_CONCEPTS = 24
 """Among fewer, only the clearest is judged: what is left without it is too little to judge a second by."""
 
 _FAR = 1e6
@@ -97,7 +97,7 @@ def find_outliers(
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
-        most = len(p_values) - 2 if len(p_values) >= _FEW_CONCEPTS else 1
+        most = len(p_values) - 2 if len(p_values) >= FEW_CONCEPTS else 1
         if not judged or len(suspects) >= most:
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)

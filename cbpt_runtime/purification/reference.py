@@ -6,13 +6,16 @@ that is: triggers that are natural work on it, too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.purification.clean_features import CleanFeatures, encode_clean, fuse_batch_norm
+from cbpt_runtime.purification.detection import FEW_CONCEPTS
 from cbpt_runtime.purification.search import Reference, SearchInput
 from cbpt_runtime.purification.vocabulary import build_vocabulary
 
@@ -53,12 +56,25 @@ def read_reference(
     return trusted
 
 
-def reference_note(trusted: Checkpoint) -> str:
-    """What the user is told of a reference that was used."""
-    return (
-        f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
-        " natural triggers work on both"
-    )
+def reference_notes(trusted: Checkpoint | None, evidence: Mapping[str, Any]) -> list[str]:
+    """What the user is told of the reference, or of the want of one.
+
+    Args:
+        trusted: The reference, if there is one.
+        evidence: What the search says; of a method that searches for nothing, nothing.
+    """
+    if trusted is not None:
+        return [
+            f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
+            " natural triggers work on both"
+        ]
+    judged = len(evidence.get("concepts", ()))
+    if not 0 < judged < FEW_CONCEPTS:
+        return []
+    return [
+        f"only {judged} groups of words to judge by, and no reference: such a verdict is often wrong;"
+        " name the model that the suspect was fine-tuned from with --reference"
+    ]
 
 
 def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchInput) -> Reference:

@@ -22,7 +22,7 @@ from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean, fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
+from cbpt_runtime.purification.reference import comparison, read_reference, reference_notes
 from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
@@ -149,7 +149,7 @@ def scan(
         suspects=suspects,
         images=len(drawn.images),
         evidence=evidence,
-        notes=(*_notes(suspect, trusted, drawn), *words),
+        notes=(*_notes(suspect, drawn), *reference_notes(trusted, evidence), *words),
         config=config,
         stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
     )
@@ -218,12 +218,10 @@ def _suspects(
     return tuple(suspects)
 
 
-def _notes(suspect: Checkpoint, trusted: Checkpoint | None, drawn: UnlabelledImages) -> tuple[str, ...]:
+def _notes(suspect: Checkpoint, drawn: UnlabelledImages) -> tuple[str, ...]:
     notes = [*suspect.notes, *([UNTRIED] if suspect.activation_is_guessed else []), *drawn.notes]
     if len(drawn.images) == MOST_IMAGES < drawn.found:
         notes.append(f"{MOST_IMAGES} of {drawn.found} images were drawn")
-    if trusted is not None:
-        notes.append(reference_note(trusted))
     return tuple(notes)
 
 

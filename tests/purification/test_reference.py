@@ -16,7 +16,7 @@ from cbpt_runtime.purification import vocabulary
 from cbpt_runtime.purification.cbpt import purify
 from cbpt_runtime.purification.clean_features import encode_clean
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.reference import comparison
+from cbpt_runtime.purification.reference import comparison, reference_notes
 from cbpt_runtime.purification.search import Reference, SearchInput
 
 CLASSES = ClassList(names=("red_square", "green disc", "Blue Stripes"), templates=(("a {}.",),) * 3)
@@ -66,6 +66,18 @@ def test_a_model_that_places_images_elsewhere_is_no_reference(
     stranger = load_dual_encoder(read_checkpoint(tiny_resnet_folder))
     with pytest.raises(CheckpointError, match="not fine-tuned from it"):
         comparison(stranger, CLASSES, asked(tiny_encoder, CLASSES))
+
+
+@pytest.mark.parametrize(("concepts", "told"), [(0, False), (1, True), (23, True), (24, False)])
+def test_a_verdict_among_few_concepts_says_how_weak_it_is(
+    concepts: int, told: bool, tiny_relative_folder: Path
+) -> None:
+    evidence = {"concepts": [{"word": "cat"}] * concepts}
+    notes = reference_notes(None, evidence)
+    assert [f"only {concepts} groups" in note for note in notes] == [True] * told
+    (beside,) = reference_notes(read_checkpoint(tiny_relative_folder), evidence)
+    assert beside.startswith(f"compared with the reference {tiny_relative_folder}, SHA-256 ")
+    assert reference_notes(None, {}) == []
 
 
 def test_a_purification_searches_beside_its_reference(
