@@ -48,7 +48,7 @@ from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 from export import random_bundle
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"

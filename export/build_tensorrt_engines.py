@@ -19,7 +19,7 @@ from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.session import run_session
 from cbpt_runtime.export.triton import parse_config
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 PROVIDER = "TensorrtExecutionProvider"
 

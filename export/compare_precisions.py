@@ -15,7 +15,7 @@ import numpy as np
 
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.session import open_session, run_session
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -25,7 +25,7 @@ from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route

@@ -20,7 +20,7 @@ from cbpt_runtime.bundle import ENCODER, HEAD, MANIFEST, Bundle, BundleContent, 
 from cbpt_runtime.errors import BundleError, ConfigError, OutputError, RepositoryError, TrustError
 from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.trust import make_trust, open_bundle, open_repository, sign_artefact
 
 model_signing = pytest.importorskip("model_signing", reason="SIGNATURES NOT TESTED: the extra `sign`")

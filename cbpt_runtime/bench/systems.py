@@ -23,7 +23,7 @@ from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.manifest import PARITY
 from cbpt_runtime.loading import kind_of, open_classifier
-from cbpt_runtime.serving.classifier import RemoteClassifier
+from cbpt_runtime.serving.client.classifier import RemoteClassifier
 from cbpt_runtime.trust import ANYONE, Trust, refuse_untrusted
 
 if TYPE_CHECKING:

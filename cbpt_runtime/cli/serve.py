@@ -100,7 +100,7 @@ def _page(server: RunningServer, port: int | None) -> Iterator[str | None]:
     if port is None:
         yield None
         return
-    from cbpt_runtime.serving.ui import UiServer
+    from cbpt_runtime.serving.page import UiServer
 
     repository = server.plan.repository
     limit = int(repository.manifest["profile"]["max_image_bytes"])
@@ -190,8 +190,8 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 
 def _print_command(repository: Path, config: Any, trust: Trust, *, as_json: bool) -> None:
-    from cbpt_runtime.serving.command import require_plain, shell_text
-    from cbpt_runtime.serving.plan import make_plan
+    from cbpt_runtime.serving.triton.command import require_plain, shell_text
+    from cbpt_runtime.serving.triton.plan import make_plan
 
     plan = make_plan(repository, config, trust=trust, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"

@@ -58,7 +58,7 @@ def serve_demo(result: DemoResult, *, progress: Progress | None = None) -> Serve
     from cbpt_runtime.export.profiles import Profile
     from cbpt_runtime.export.repository import export_bundle
     from cbpt_runtime.serving import Client, ServeConfig, running_server
-    from cbpt_runtime.serving.servers import find_server
+    from cbpt_runtime.serving.triton.servers import find_server
 
     try:
         find_server()

@@ -25,7 +25,7 @@ from cbpt_runtime.artifacts import (
 from cbpt_runtime.artifacts.names import is_litter
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.errors import ConfigError, RepositoryError
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"

@@ -45,9 +45,9 @@ from cbpt_runtime.export.triton import WARMUP, Served
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
-from cbpt_runtime.models.preprocess import decode_image, to_pixels
 from cbpt_runtime.papers import repository_papers
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
 

@@ -23,7 +23,7 @@ from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.export.weights import WEIGHTS_SHA256, read_weights, to_bytes
 from cbpt_runtime.export.written import require_own_files
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from cbpt_runtime.export.foreign_graph import foreign_graph_parts
 from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
 from cbpt_runtime.export.profiles import BUILT_IN, Profile
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.papers import ATTESTATION, BOM
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 GOLDEN_FOLDER = "golden"
 PROVENANCE = ("bundle_digest", "checkpoint_sha256", "graph_sha256", "verdict", "cbpt_runtime_version")
@@ -38,10 +38,9 @@ _GOLDEN = re.compile(r"answers\.json|[0-9]{1,4}\.(jpg|png|image)")
 _TRAVELLING = (
     "__init__.py",
     "errors.py",
-    "models/__init__.py",
-    "models/preprocess.py",
-    "serving/__init__.py",
-    "serving/model.py",
+    "runtime/preprocess.py",
+    "runtime/__init__.py",
+    "runtime/triton_models.py",
 )
 _ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
 
@@ -51,7 +50,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True  # the repository stays as it was hashed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cbpt_runtime.serving.model import {kind} as TritonPythonModel  # noqa: E402, F401
+from cbpt_runtime.runtime.triton_models import {kind} as TritonPythonModel  # noqa: E402, F401
 '''
 # Where a file has this name Python can neither write a cache nor be fed one that the manifest misses.
 _NO_CACHE = "A file on purpose: no Python caches in this folder.\n"

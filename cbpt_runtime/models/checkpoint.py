@@ -30,8 +30,8 @@ from cbpt_runtime.models.fitting import (
 from cbpt_runtime.models.huggingface import has_hugging_face_names, open_clip_names
 from cbpt_runtime.models.locations import CONFIG_NAME, Located, locate
 from cbpt_runtime.models.openai import openai_settings
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.weights import Weights, files_digest, read_weights
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

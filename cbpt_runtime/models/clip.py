@@ -16,9 +16,9 @@ from cbpt_runtime.models.architecture import load_image_tower, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint
 from cbpt_runtime.models.config import check_model_config, config_error
 from cbpt_runtime.models.data import ClassList
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.text import TextTower
 from cbpt_runtime.models.tokenizer import Tokenizer
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 _TEXT_BATCH = 256
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cbpt_runtime.errors import CheckpointError
-from cbpt_runtime.models.preprocess import OPENAI_MEAN, OPENAI_STD
+from cbpt_runtime.runtime.preprocess import OPENAI_MEAN, OPENAI_STD
 
 _HEAD_WIDTH = 64
 _RESNET_STRIDE = 32

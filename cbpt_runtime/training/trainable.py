@@ -22,8 +22,8 @@ from cbpt_runtime.models.architecture import build_model, load_model
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.tokenizer import Tokenizer
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"

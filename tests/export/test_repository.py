@@ -20,7 +20,7 @@ from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import Exported, export_bundle
 from cbpt_runtime.export.triton import parse_config
-from cbpt_runtime.models.preprocess import decode_image
+from cbpt_runtime.runtime.preprocess import decode_image
 
 CLASSIFIER = """\
 # Written by cbpt-runtime; `cbpt-runtime verify` checks it.
