@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf import text_format
 
-import cbpt_runtime
+from cbpt_runtime import runtime
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
@@ -34,14 +34,6 @@ _MOST_NAMED = 10
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError, RecursionError)
 _GOLDEN = re.compile(r"answers\.json|[0-9]{1,4}\.(jpg|png|image)")
 
-# What travels with the python-backend models, so that a server needs none of this package installed.
-_TRAVELLING = (
-    "__init__.py",
-    "errors.py",
-    "runtime/preprocess.py",
-    "runtime/__init__.py",
-    "runtime/triton_models.py",
-)
 _ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
 
 import sys
@@ -50,7 +42,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True  # the repository stays as it was hashed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cbpt_runtime.runtime.triton_models import {kind} as TritonPythonModel  # noqa: E402, F401
+from runtime.triton_models import {kind} as TritonPythonModel  # noqa: E402, F401
 '''
 # Where a file has this name Python can neither write a cache nor be fed one that the manifest misses.
 _NO_CACHE = "A file on purpose: no Python caches in this folder.\n"
@@ -63,8 +55,8 @@ def written_files(served: Served) -> dict[str, bytes]:
         served.classifier_name: "Classifier",
         served.alarm_name: "AlarmCounter",
     }
-    source = Path(cbpt_runtime.__file__).parent
-    code = {f"cbpt_runtime/{name}": (source / name).read_bytes() for name in _TRAVELLING}
+    folder = Path(runtime.__file__).parent
+    code = {f"{folder.name}/{file.name}": file.read_bytes() for file in sorted(folder.glob("*.py"))}
     files = {
         f"{model}/1/{name}": content
         for model, kind in kinds.items()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cbpt_runtime.errors import ConfigError, ImageDataError
+from .errors import ConfigError, ImageDataError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -1,7 +1,7 @@
 """The models Triton's python backend runs: one decodes images, one classifies with onnxruntime, one counts.
 
-This file and the few it imports travel inside the model repository (see `cbpt_runtime.export.repository`),
-so a server needs numpy, Pillow and, for the classifier, onnxruntime; nothing of this package installed.
+They travel inside the model repository, so a server needs numpy, Pillow and, for the classifier, onnxruntime;
+nothing of this package installed.
 ``triton_python_backend_utils`` exists only inside the server and is imported there.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
+from .errors import ImageDataError
+from .preprocess import Preprocess, decode_image, to_pixels
 
 ALARM_THRESHOLD = 0.5  # where the repository names none, because its bundle has none
 _OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")

@@ -18,7 +18,7 @@ from cbpt_runtime.serving.triton.plan import make_plan
 Reseal = Callable[[Path], None]
 CHANGES: dict[str, tuple[str, Callable[[str], str]]] = {
     "preprocessing": (
-        "shapes_preprocess/1/cbpt_runtime/runtime/preprocess.py",
+        "shapes_preprocess/1/runtime/preprocess.py",
         lambda code: code + "\nimport os\n",
     ),
     "entry": ("shapes_classifier/1/model.py", lambda code: code.replace("True", "False")),
@@ -81,7 +81,7 @@ def test_a_file_too_many_is_refused_by_name(copied_repository: Path, resealed: R
 
 
 def test_verify_and_serve_refuse_and_name_what_they_let_in(copied_repository: Path, resealed: Reseal) -> None:
-    file = "shapes_alarm/1/cbpt_runtime/runtime/triton_models.py"
+    file = "shapes_alarm/1/runtime/triton_models.py"
     (copied_repository / file).write_text("raise SystemExit")
     resealed(copied_repository)
     for refuse in (verify_repository, lambda path: make_plan(path, ServeConfig())):

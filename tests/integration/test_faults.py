@@ -148,7 +148,7 @@ def test_a_changed_byte_anywhere_is_refused_and_the_file_named(
     copy = Path(shutil.copytree(repository, tmp_path / "repository"))
     file = {
         "graph": "shapes_classifier/1/model.onnx",
-        "code": "shapes_preprocess/1/cbpt_runtime/runtime/triton_models.py",
+        "code": "shapes_preprocess/1/runtime/triton_models.py",
         "configuration": "shapes/config.pbtxt",
         "golden": "shapes/1/golden/answers.json",
         "new": "shapes_alarm/1/extra.py",
