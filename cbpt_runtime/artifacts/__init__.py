@@ -13,6 +13,7 @@ without the marker is refused.
 
 from cbpt_runtime.artifacts.file_table import (
     NOT_LISTED,
+    ListedFile,
     check_files,
     hash_files,
     list_files,
@@ -29,6 +30,7 @@ __all__ = [
     "NOT_LISTED",
     "NUMBER",
     "Kind",
+    "ListedFile",
     "check_files",
     "check_output",
     "claimed",

@@ -196,7 +196,7 @@ def _graph(classifier: GraphClassifier, threads: int | None) -> System:
             "golden_images": golden.images,
             "golden_largest_difference": golden.largest_difference,
         }
-        max_batch = min(_MAX_BATCH, int(repository.manifest["profile"]["max_batch"]))
+        max_batch = min(_MAX_BATCH, repository.manifest.profile.max_batch)
         gate = json.loads((repository.path / PARITY).read_text(encoding="utf-8")).get("precision") or {}
         if gate:
             stated = Stated(

@@ -128,7 +128,7 @@ class RepositoryClassifier(GraphClassifier):
         self.source, self.digest = str(path), self.repository.digest
         pixels = golden.pixels(self.preprocess)
         outputs = run_session(self.session, pixels, batch_size=len(pixels), outputs=_OUTPUTS)
-        self.golden = golden.check(outputs, where=str(path), made_on=self.repository.made_on)
+        self.golden = golden.check(outputs, where=str(path), made_on=self.repository.manifest.processor)
         self.notes = () if self.golden.note is None else (self.golden.note,)
 
 

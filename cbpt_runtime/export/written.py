@@ -22,13 +22,12 @@ from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.foreign_graph import foreign_graph_parts
 from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
-from cbpt_runtime.export.profiles import BUILT_IN, Profile
+from cbpt_runtime.export.profiles import BUILT_IN
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
 from cbpt_runtime.papers import ATTESTATION, BOM
 from cbpt_runtime.runtime.preprocess import Preprocess
 
 GOLDEN_FOLDER = "golden"
-PROVENANCE = ("bundle_digest", "checkpoint_sha256", "graph_sha256", "verdict", "cbpt_runtime_version")
 _MAX_BYTES = 64 << 20
 _MOST_NAMED = 10
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError, RecursionError)
@@ -112,8 +111,8 @@ def foreign_files(repository: Repository) -> list[str]:
         f"{served.preprocess_name}/warmup/{WARMUP}",
     }
     golden = f"{served.name}/1/{GOLDEN_FOLDER}/"
-    foreign = [name for name in expected if name not in repository.manifest["files"]]
-    for name in repository.manifest["files"]:
+    foreign = [name for name in expected if name not in repository.manifest.files]
+    for name in repository.manifest.files:
         if name in expected:
             content = read_regular_file(repository.path / name, max_bytes=_MAX_BYTES)
             if content != expected[name] and not _is_same_config(name, content, expected[name]):
@@ -169,19 +168,19 @@ def _served(repository: Repository) -> Served:
         names = json.loads(triton.parse_config(text).parameters["class_names"].string_value)
         bundle: Any = _Described(
             class_names=tuple(str(name) for name in names),
-            preprocess=Preprocess.from_dict(manifest["preprocess"]),
-            suspect_indices=tuple(int(index) for index in manifest["suspects"]),
-            alarm_threshold=repository.alarm_threshold,
+            preprocess=manifest.preprocess,
+            suspect_indices=manifest.suspects,
+            alarm_threshold=manifest.alarm_threshold,
         )
-        if len(names) != manifest["classes"] or not all(
+        if len(names) != manifest.classes or not all(
             0 <= index < len(names) for index in bundle.suspect_indices
         ):
             raise ValueError("other classes than the manifest says")
         return Served(
             name=repository.name,
             bundle=bundle,
-            profile=Profile.from_dict(manifest["profile"]),
-            provenance={key: str(manifest[key]) for key in PROVENANCE},
+            profile=manifest.profile,
+            provenance=manifest.provenance,
         )
     except (
         OSError,

@@ -18,7 +18,7 @@ def test_a_table_fits_its_folder_until_something_changes(tmp_path: Path) -> None
     for name in ("a", "b", "c", "d", "deep/e"):
         (tmp_path / name).write_text(name)
     table = hash_files(tmp_path, list_files(tmp_path))
-    assert table["deep/e"]["size_bytes"] == 6
+    assert table["deep/e"].size_bytes == 6
     assert check_files(tmp_path, table) == []
     (tmp_path / "a").write_text("A")
     (tmp_path / "b").write_text("longer")

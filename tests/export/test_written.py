@@ -43,7 +43,7 @@ def test_the_level_of_the_alarm_is_that_of_the_manifest(copied_repository: Path)
     file = copied_repository / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "alarm_threshold": 0.25}))
     repository = read_repository(copied_repository)
-    assert repository.alarm_threshold == 0.25
+    assert repository.manifest.alarm_threshold == 0.25
     assert set(foreign_files(repository)) == {"shapes/config.pbtxt", "shapes_alarm/config.pbtxt"}
 
 

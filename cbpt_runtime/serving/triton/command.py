@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.triton.endpoint import SECRET_HEADER, Endpoint
 from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY, is_plain, region_prefix
@@ -118,9 +117,9 @@ def region_bytes(repository: Repository, placement: Placement) -> int:
     Raises:
         ConfigError: The machine's shared memory cannot hold all of them.
     """
-    height, width = Preprocess.from_dict(repository.manifest["preprocess"]).image_size
-    image_bytes = height * width * 3 + 8 * repository.manifest["classes"] + 64
-    batch_bytes = int(repository.manifest["profile"]["max_batch"]) * image_bytes
+    height, width = repository.manifest.preprocess.image_size
+    image_bytes = height * width * 3 + 8 * repository.manifest.classes + 64
+    batch_bytes = repository.manifest.profile.max_batch * image_bytes
     each: int = -(-2 * batch_bytes // _MIB) * _MIB
     try:
         state = os.statvfs(SHARED_MEMORY)

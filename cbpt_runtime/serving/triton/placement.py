@@ -72,14 +72,14 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
     name = _config_name(server, config)
     classifier = _read(repository, f"{repository.name}_classifier", name)
     decoder = _read(repository, f"{repository.name}_preprocess", name)
-    profile = repository.manifest["profile"]
+    profile = repository.manifest.profile
     provider = classifier.parameters["provider"].string_value
     instances = config.instances or classifier.instance_group[0].count
     threads = int(classifier.parameters[_THREADS].string_value)
     decoders = decoder.instance_group[0].count
     if provider == "cpu":
-        threads = profile.get("threads") or max(1, usable_cpus() // instances)
-    if not profile.get("decoders"):
+        threads = profile.threads or max(1, usable_cpus() // instances)
+    if not profile.decoders:
         decoders = min(MAX_DECODERS, usable_cpus())
     configs = {}
     if instances != classifier.instance_group[0].count or str(threads) != (
@@ -104,9 +104,9 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
 
 def lay_out(repository: Repository, placement: Placement, folder: Path) -> Path:
     """The folder to name as `--model-repository`: a view of the repository in `folder`."""
-    for model in repository.manifest["models"]:
+    for model in repository.manifest.models:
         (folder / model).mkdir(parents=True)
-        paths = (PurePosixPath(name).parts for name in repository.manifest["files"])
+        paths = (PurePosixPath(name).parts for name in repository.manifest.files)
         entries = {parts[1] for parts in paths if parts[0] == model and len(parts) > 1}
         for name in sorted(entries - {"config.pbtxt", "configs"}):
             (folder / model / name).symlink_to((repository.path / model / name).absolute())

@@ -9,7 +9,6 @@ import numpy as np
 from cbpt_runtime.errors import CbptError, ExportError, ServingError
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.serving.client.blocking import Client
 from cbpt_runtime.serving.config import ServeConfig
 
@@ -38,7 +37,7 @@ def run_selftest(repository: Repository, config: ServeConfig) -> SelfTest:
         ServingError: One is missing or wrong; the text says through which way.
     """
     golden = read_golden(repository.golden)
-    pixels = golden.pixels(Preprocess.from_dict(repository.manifest["preprocess"]))
+    pixels = golden.pixels(repository.manifest.preprocess)
     largest, note = 0.0, None
     for url in (config.http_url, config.grpc_url):
         with Client(url, model=repository.name, timeout_s=TIMEOUT_S) as client:
@@ -51,7 +50,7 @@ def run_selftest(repository: Repository, config: ServeConfig) -> SelfTest:
                         else client.predict_pixels(np.ascontiguousarray(pixels))
                     )
                     outputs = {"probabilities": found.probabilities, "alarm": found.alarm}
-                    checked = golden.check(outputs, where=where, made_on=repository.made_on)
+                    checked = golden.check(outputs, where=where, made_on=repository.manifest.processor)
                     largest, note = max(largest, checked.largest_difference), note or checked.note
                 except ExportError as error:
                     raise ServingError(expected=error.expected, got=error.got, fix=error.fix) from error

@@ -195,8 +195,8 @@ def test_the_repositorys_own_numbers_are_served_from_a_view_too(
     chosen = place(repository, server(), ServeConfig())
     assert not chosen.configs
     view = lay_out(repository, chosen, tmp_path / "view")
-    assert {path.name for path in view.iterdir()} == set(repository.manifest["models"])
-    for model in repository.manifest["models"]:
+    assert {path.name for path in view.iterdir()} == set(repository.manifest.models)
+    for model in repository.manifest.models:
         config = (repository.path / model / "config.pbtxt").read_text()
         assert (view / model / "config.pbtxt").read_text() == config
         assert (view / model / "1").resolve() == repository.path.resolve() / model / "1"
@@ -228,8 +228,9 @@ def test_a_model_whose_name_a_shell_would_read_is_refused(
     name: object, repository: Repository, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(repository.path, tmp_path / "copy"))
-    for change in ({"name": name}, {"models": [*repository.manifest["models"], name]}):
-        (copy / "manifest.json").write_text(json.dumps(repository.manifest | change))
+    written = json.loads((copy / "manifest.json").read_text())
+    for change in ({"name": name}, {"models": [*repository.manifest.models, name]}):
+        (copy / "manifest.json").write_text(json.dumps(written | change))
         with pytest.raises(RepositoryError, match="the name of a model that is none"):
             read_repository(copy)
 

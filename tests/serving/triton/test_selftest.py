@@ -39,8 +39,9 @@ def selftest_of(monkeypatch: pytest.MonkeyPatch, made_on: str | None, moved: flo
     monkeypatch.setattr(selftest, "Client", FakeClient)
     monkeypatch.setattr(selftest, "read_golden", lambda _: golden)
     monkeypatch.setattr(GoldenSet, "pixels", lambda *_: np.zeros((1, 2, 2, 3), np.uint8))
-    monkeypatch.setattr(selftest.Preprocess, "from_dict", lambda _: None)
-    repository: Any = SimpleNamespace(golden=None, name="x", manifest={"preprocess": {}}, made_on=made_on)
+    repository: Any = SimpleNamespace(
+        golden=None, name="x", manifest=SimpleNamespace(preprocess=None, processor=made_on)
+    )
     return run_selftest(repository, ServeConfig())
 
 
