@@ -38,7 +38,7 @@ from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.triton.usage import group_members
+from cbpt_runtime.serving.triton.process import group_members
 from export import random_bundle
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"

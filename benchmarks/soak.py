@@ -31,7 +31,7 @@ from cbpt_runtime.errors import RequestError, ServingError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.serving import AsyncClient, RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.triton.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 MAX_MEMORY_GROWTH = 0.02
 BAD_RATE = 0.05

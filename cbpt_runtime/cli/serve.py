@@ -191,7 +191,7 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 def _print_command(repository: Path, config: Any, trust: Trust, *, as_json: bool) -> None:
     from cbpt_runtime.serving.triton.command import require_plain, shell_text
-    from cbpt_runtime.serving.triton.plan import make_plan
+    from cbpt_runtime.serving.triton.startup import make_plan
 
     plan = make_plan(repository, config, trust=trust, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"

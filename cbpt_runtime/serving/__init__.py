@@ -1,6 +1,6 @@
 """Serving: what starts a Triton, guards and checks it, and its clients. No torch, no open_clip.
 
-config   what an operator decides
+config   what an operator decides, and where Triton itself listens
 triton   finds, starts, checks and keeps up a tritonserver: `running_server`
 guard    the public ports in front of it
 client   `AsyncClient` and `Client`, which ask it

@@ -21,7 +21,7 @@ from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.triton.plan import make_plan
+from cbpt_runtime.serving.triton.startup import make_plan
 
 GRAPH = "shapes_classifier/1/model.onnx"
 

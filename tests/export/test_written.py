@@ -13,7 +13,7 @@ from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.written import foreign_files, require_own_files
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.triton.plan import make_plan
+from cbpt_runtime.serving.triton.startup import make_plan
 
 Reseal = Callable[[Path], None]
 CHANGES: dict[str, tuple[str, Callable[[str], str]]] = {

@@ -19,10 +19,9 @@ import pytest
 from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.serving import Client, RunningServer, ServeConfig, running_server
 from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY
-from cbpt_runtime.serving.triton.plan import make_plan
-from cbpt_runtime.serving.triton.process import ServerProcess
+from cbpt_runtime.serving.triton.process import ServerProcess, command_of, group_members
 from cbpt_runtime.serving.triton.servers import TritonServer
-from cbpt_runtime.serving.triton.usage import command_of, group_members
+from cbpt_runtime.serving.triton.startup import make_plan
 
 Serve = Callable[..., AbstractContextManager[RunningServer]]
 Load = Callable[..., Coroutine[Any, Any, Counter[str]]]

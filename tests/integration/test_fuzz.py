@@ -22,7 +22,7 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ImageDataError, RequestError
 from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 from cbpt_runtime.serving import Client, RunningServer
-from cbpt_runtime.serving.triton.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # grpc's own

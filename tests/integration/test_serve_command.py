@@ -20,7 +20,7 @@ import pytest
 
 from cbpt_runtime.serving import Client
 from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY, scratch_root
-from cbpt_runtime.serving.triton.usage import group_members
+from cbpt_runtime.serving.triton.process import group_members
 
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 

@@ -17,7 +17,7 @@ import pytest
 
 from cbpt_runtime.serving import Client, RunningServer
 from cbpt_runtime.serving.page import UiServer
-from cbpt_runtime.serving.triton.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 INFER = "/v2/models/shapes_classifier/infer"
 ARRAYS = b"[" * 100_000 + b"]" * 100_000

@@ -23,8 +23,7 @@ from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.classification.prediction import Answer, Prediction, above, answers_of, parse_level
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.serving.client.retries import Retries
-from cbpt_runtime.serving.client.wire import Wire, open_wire
+from cbpt_runtime.serving.client.wire import Retries, Wire, open_wire
 
 _MAX_FILE_BYTES = 10**9  # the most any repository takes
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")

@@ -1,6 +1,6 @@
 """Who may ask over HTTP and what a question may look like, decided before Triton reads any of it.
 
-`grpc_admission` has what is gRPC's own; what holds for both is here.
+`grpc_admission` has what is gRPC's own; what holds for both is here, with how much is held at once.
 
 Web browsers send requests for any page to any port of this machine. Such a request is known by its `Origin`,
 its `Sec-Fetch-Site`, or by a `Host` that is somebody else's name for this machine (DNS rebinding).
@@ -40,6 +40,8 @@ _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 _BRACKETS = b"[{]}"
 _STEPS = bytes.maketrans(_BRACKETS, bytes((1, 1, 255, 255)))
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
+REQUEST_TIMEOUT_S = 120.0  # for all of a body or message
+ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,3 +242,32 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+FULL = Refusal(status=HTTPStatus.SERVICE_UNAVAILABLE, text="too many large requests. Try again.")
+NOT_THERE = Refusal(
+    status=HTTPStatus.SERVICE_UNAVAILABLE, text="Triton is not there: it starts, stops or broke. Try again."
+)
+
+
+class Room:
+    """Counts the bytes of requests that have no answer yet.
+
+    Args:
+        most_bytes: What fits.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.held_bytes = 0
+
+    def take(self, number: int) -> bool:
+        """Hold so many bytes more; False, and nothing more is held, when they do not fit."""
+        if self.held_bytes + number > self.most_bytes:
+            return False
+        self.held_bytes += number
+        return True
+
+    def give_back(self, number: int) -> None:
+        """Hold so many bytes less."""
+        self.held_bytes -= number

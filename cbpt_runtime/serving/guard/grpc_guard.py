@@ -10,11 +10,16 @@ from collections.abc import Collection
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.guard.admission import Refusal
+from cbpt_runtime.serving.config import Endpoint, ServeConfig
+from cbpt_runtime.serving.guard.admission import (
+    ANSWER_TIMEOUT_S,
+    FULL,
+    NOT_THERE,
+    REQUEST_TIMEOUT_S,
+    Refusal,
+    Room,
+)
 from cbpt_runtime.serving.guard.grpc_admission import refuse_message, refuse_method
-from cbpt_runtime.serving.guard.room import ANSWER_TIMEOUT_S, FULL, NOT_THERE, REQUEST_TIMEOUT_S, Room
-from cbpt_runtime.serving.triton.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import grpc

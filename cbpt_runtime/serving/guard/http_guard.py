@@ -17,12 +17,21 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.guard.admission import HEADER_LENGTH, Names, Refusal, refuse_body, refuse_caller
+from cbpt_runtime.serving.config import Endpoint, ServeConfig
+from cbpt_runtime.serving.guard.admission import (
+    ANSWER_TIMEOUT_S,
+    FULL,
+    HEADER_LENGTH,
+    NOT_THERE,
+    REQUEST_TIMEOUT_S,
+    Names,
+    Refusal,
+    Room,
+    refuse_body,
+    refuse_caller,
+)
 from cbpt_runtime.serving.guard.admission import refuse_request as refuse_head
 from cbpt_runtime.serving.guard.grpc_guard import GrpcGuard
-from cbpt_runtime.serving.guard.room import ANSWER_TIMEOUT_S, FULL, NOT_THERE, REQUEST_TIMEOUT_S, Room
-from cbpt_runtime.serving.triton.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import aiohttp

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.triton.endpoint import SECRET_HEADER, Endpoint
+from cbpt_runtime.serving.config import SECRET_HEADER, Endpoint, ServeConfig
 from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY, is_plain, region_prefix
 from cbpt_runtime.serving.triton.placement import Placement
 from cbpt_runtime.serving.triton.servers import OLDEST_VERSION, RELEASE, TritonServer

@@ -12,14 +12,19 @@ from pathlib import Path
 
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.export.manifest import require_unchanged
-from cbpt_runtime.serving.config import ServeConfig
+from cbpt_runtime.serving.config import Endpoint, ServeConfig
 from cbpt_runtime.serving.guard.http_guard import Guard
-from cbpt_runtime.serving.triton.endpoint import Endpoint
 from cbpt_runtime.serving.triton.leftovers import scratch_prefix, scratch_root, sweep
-from cbpt_runtime.serving.triton.plan import Plan, make_plan
 from cbpt_runtime.serving.triton.process import ServerProcess, describe_exit
-from cbpt_runtime.serving.triton.selftest import SelfTest
-from cbpt_runtime.serving.triton.startup import ReadyServer, backend_processes, start_server, startup_error
+from cbpt_runtime.serving.triton.startup import (
+    Plan,
+    ReadyServer,
+    SelfTest,
+    backend_processes,
+    make_plan,
+    start_server,
+    startup_error,
+)
 from cbpt_runtime.trust import ANYONE, Trust
 
 MAX_FAILED_STARTS = 5

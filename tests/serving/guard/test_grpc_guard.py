@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.config import Endpoint, ServeConfig, take_ports
 from cbpt_runtime.serving.guard import grpc_guard as module
 from cbpt_runtime.serving.guard.http_guard import Guard
-from cbpt_runtime.serving.triton.endpoint import Endpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # grpc's own

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.config import Endpoint, ServeConfig, take_ports
 from cbpt_runtime.serving.guard import http_guard as module
 from cbpt_runtime.serving.guard.http_guard import Guard
-from cbpt_runtime.serving.triton.endpoint import Endpoint
 
 INFER = "/v2/models/clip/infer"
 BINARY = "Inference-Header-Content-Length"

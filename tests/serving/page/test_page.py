@@ -21,7 +21,7 @@ from PIL import Image
 
 from cbpt_runtime.errors import ConfigError, WorkError
 from cbpt_runtime.serving.page import UiServer
-from cbpt_runtime.serving.page.handler import MAX_CONNECTIONS
+from cbpt_runtime.serving.page.server import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -335,7 +335,7 @@ def test_slow_clients_take_no_more_than_their_places(ui: UiServer, ask: Callable
 def test_a_request_that_trickles_in_loses_its_place(
     ui: UiServer, ask: Callable[..., Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cbpt_runtime.serving.page.handler.REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("cbpt_runtime.serving.page.server.REQUEST_TIMEOUT_S", 0.5)
     host, port = ui.url.removeprefix("http://").rstrip("/").split(":")
     begin = time.monotonic()
     with socket.create_connection((host, int(port)), timeout=0.05) as slow:

@@ -15,7 +15,7 @@ from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.export.manifest import Repository, read_repository
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
-from cbpt_runtime.serving.config import ServeConfig, take_ports
+from cbpt_runtime.serving.config import Endpoint, ServeConfig, private_endpoint, take_ports
 from cbpt_runtime.serving.triton import command, placement
 from cbpt_runtime.serving.triton.command import (
     check_exposure,
@@ -24,10 +24,9 @@ from cbpt_runtime.serving.triton.command import (
     require_plain,
     shell_text,
 )
-from cbpt_runtime.serving.triton.endpoint import Endpoint, private_endpoint
 from cbpt_runtime.serving.triton.placement import lay_out, place
-from cbpt_runtime.serving.triton.plan import make_plan
 from cbpt_runtime.serving.triton.servers import TritonServer
+from cbpt_runtime.serving.triton.startup import make_plan
 
 FLAGS_2_51 = frozenset(
     (

@@ -15,9 +15,13 @@ import pytest
 
 from cbpt_runtime.serving.triton.command import Command
 from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY
-from cbpt_runtime.serving.triton.log import ServerLog
-from cbpt_runtime.serving.triton.process import ServerProcess, describe_exit
-from cbpt_runtime.serving.triton.usage import group_members, group_usage
+from cbpt_runtime.serving.triton.process import (
+    ServerLog,
+    ServerProcess,
+    describe_exit,
+    group_members,
+    group_usage,
+)
 
 ORDERLY = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
 

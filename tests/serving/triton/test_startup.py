@@ -13,8 +13,8 @@ import pytest
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.export.golden import GoldenSet
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.triton import selftest, startup
-from cbpt_runtime.serving.triton.selftest import SelfTest, run_selftest
+from cbpt_runtime.serving.triton import startup
+from cbpt_runtime.serving.triton.startup import SelfTest, run_selftest
 
 
 def selftest_of(monkeypatch: pytest.MonkeyPatch, made_on: str | None, moved: float) -> SelfTest:
@@ -36,8 +36,8 @@ def selftest_of(monkeypatch: pytest.MonkeyPatch, made_on: str | None, moved: flo
 
         predict_pixels = predict_files
 
-    monkeypatch.setattr(selftest, "Client", FakeClient)
-    monkeypatch.setattr(selftest, "read_golden", lambda _: golden)
+    monkeypatch.setattr(startup, "Client", FakeClient)
+    monkeypatch.setattr(startup, "read_golden", lambda _: golden)
     monkeypatch.setattr(GoldenSet, "pixels", lambda *_: np.zeros((1, 2, 2, 3), np.uint8))
     repository: Any = SimpleNamespace(
         golden=None, name="x", manifest=SimpleNamespace(preprocess=None, processor=made_on)
