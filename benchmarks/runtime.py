@@ -39,8 +39,8 @@ import torch
 from PIL import Image
 from tables import write_tables
 
-from cbpt_runtime.bench.heads import plain_head, with_classes
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
+from cbpt_runtime.bench.results import describe_machine, describe_versions
+from cbpt_runtime.bench.scenarios import plain_head, with_classes
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images

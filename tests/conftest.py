@@ -409,7 +409,7 @@ def check_statement() -> Callable[[str | bytes], dict[str, Any]]:
         statement = json.loads(text)
         tests = Path(__file__).parent
         for value, place in (
-            (statement, tests / "papers" / "statement-v1.schema.json"),
+            (statement, tests / "bundle" / "statement-v1.schema.json"),
             (statement["predicate"], tests.parent / "docs" / "verdict-v1.schema.json"),
         ):
             schema = json.loads(place.read_text(encoding="utf-8"))

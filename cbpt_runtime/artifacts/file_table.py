@@ -1,4 +1,4 @@
-"""Files and their hashes, as manifests list them, and reading files that strangers may have made."""
+"""Files and their hashes, as manifests list them; and reading files that strangers may have made."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 NOT_LISTED = " is not in the manifest"
 """How `check_files` ends what it says of a file that nobody lists."""
 
 _CHUNK_BYTES = 1 << 20
+NUMBER: Final = (int, float)
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,3 +129,53 @@ def _hash(file: Path) -> ListedFile:
             digest.update(chunk)
             size += len(chunk)
     return ListedFile(sha256=digest.hexdigest(), size_bytes=size)
+
+
+def shape_problems(value: Any, shape: Any, name: str = "") -> list[str]:
+    """Compare a JSON value with a shape.
+
+    Args:
+        value: As `json.loads` gives it.
+        shape: A type or a tuple of types; ``[shape]`` for a list of such values; ``{"key": shape}`` for an
+            object with at least these keys; ``{str: shape}`` for an object of such values.
+        name: Of the value, for the problems.
+
+    Returns:
+        At most a handful of problems in words; none when it fits.
+    """
+    problems: list[str] = []
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [f"{name or 'the whole'!r} is not a list"]
+        for number, item in enumerate(value):
+            problems += shape_problems(item, shape[0], f"{name}[{number}]")
+            if len(problems) >= _MOST_SHOWN:
+                break
+    elif isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return [f"{name or 'the whole'!r} is not an object"]
+        wanted = dict.fromkeys(value, shape[str]) if str in shape else shape
+        for key, inner in wanted.items():
+            inside = f"{name}.{key}" if name else key
+            if key not in value:
+                problems.append(f"no {inside!r}")
+            else:
+                problems += shape_problems(value[key], inner, inside)
+            if len(problems) >= _MOST_SHOWN:
+                break
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        problems.append(
+            f"{name or 'the whole'!r} is not of type {' or '.join(_WORDS[kind] for kind in kinds)}"
+        )
+    return problems
+
+
+_WORDS: Final = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    dict: "object",
+    list: "list",
+    bool: "bool",
+}

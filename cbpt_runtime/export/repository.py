@@ -29,6 +29,7 @@ import torch
 
 from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.bundle.papers import repository_papers
 from cbpt_runtime.classification.bundled import BundleClassifier, encoder_tensors
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
@@ -45,7 +46,6 @@ from cbpt_runtime.export.triton import WARMUP, Served
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
-from cbpt_runtime.papers import repository_papers
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 

@@ -18,13 +18,13 @@ from google.protobuf import text_format
 
 from cbpt_runtime import runtime
 from cbpt_runtime.artifacts import read_regular_file
+from cbpt_runtime.bundle.papers import ATTESTATION, BOM
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.foreign_graph import foreign_graph_parts
 from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
 from cbpt_runtime.export.profiles import BUILT_IN
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
-from cbpt_runtime.papers import ATTESTATION, BOM
 from cbpt_runtime.runtime.preprocess import Preprocess
 
 GOLDEN_FOLDER = "golden"

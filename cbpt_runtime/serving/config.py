@@ -1,4 +1,4 @@
-"""What an operator decides about a server, and where Triton itself listens: behind the guard, with a secret."""
+"""What an operator decides about a server; and where Triton itself listens, behind the guard."""
 
 from __future__ import annotations
 

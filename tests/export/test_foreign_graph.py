@@ -14,7 +14,7 @@ from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.export.operators import OPERATORS
+from cbpt_runtime.export.onnx import OPERATORS
 from cbpt_runtime.export.precision import to_fp16
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.verify import verify_repository

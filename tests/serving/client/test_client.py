@@ -15,7 +15,8 @@ import pytest
 
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.serving import AsyncClient, Client
-from cbpt_runtime.serving.client import asynchronous, wire
+from cbpt_runtime.serving.client import asynchronous
+from cbpt_runtime.serving.client import wire as module
 from cbpt_runtime.serving.client.wire import WireError, open_wire
 
 NAMES = ("cat", "dog")
@@ -66,7 +67,7 @@ class FakeWire:
 def wire(monkeypatch: pytest.MonkeyPatch) -> FakeWire:
     fake = FakeWire()
     monkeypatch.setattr(asynchronous, "open_wire", lambda url, headers: fake)
-    monkeypatch.setattr(wire, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.001)
     return fake
 
 
@@ -94,7 +95,7 @@ def test_retries_are_bounded_in_number_and_in_time(wire: FakeWire, monkeypatch: 
     with Client("grpc://server:1", retries=3) as asked, pytest.raises(ServingError, match="asked 4 times"):
         asked.predict_files([b"x"])
     assert len(wire.requests) == 4
-    monkeypatch.setattr(wire, "_FIRST_PAUSE_S", 60)
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 60)
     with Client("grpc://server:1", timeout_s=1) as asked, pytest.raises(ServingError, match="full"):
         asked.predict_files([b"x"])
     assert len(wire.requests) == 5

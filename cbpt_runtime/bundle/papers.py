@@ -1,22 +1,81 @@
-"""What went into a classifier, as a CycloneDX ML-BOM: https://cyclonedx.org/docs/1.6/json/.
+"""Papers for auditors: what `purify` and `export` put beside their work, in formats other tools read.
 
-Written as plain JSON: cyclonedx-python-lib (11.12), which checks it in the tests, knows no model cards yet,
-and without one it is no ML-BOM.
+The verdict about the checkpoint is an in-toto Statement v1
+(https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md); its predicate is our own, as
+``docs/verdict-v1.schema.json`` describes it. What went into the classifier is a CycloneDX ML-BOM
+(https://cyclonedx.org/docs/1.6/json/), as plain JSON: cyclonedx-python-lib (11.12), which checks it in the
+tests, knows no model cards yet, and without one it is no ML-BOM. Both have a date in them; nothing of the
+product ever reads them back.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
 from cbpt_runtime.bundle import Bundle
 
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:cbpt-runtime:verdict:v1"
 SPEC_VERSION = "1.6"
 _MODEL = "machine-learning-model"
 _CLASSIFIER = "classifier"
+ATTESTATION = "verdict.intoto.json"
+BOM = "mlbom.cdx.json"
+
+__all__ = ["ATTESTATION", "BOM", "bundle_papers", "ml_bom", "repository_papers", "verdict_statement"]
+
+
+def verdict_statement(
+    bundle: Bundle,
+    *,
+    date: str,
+    products: Mapping[str, str],
+    export: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What was found about the suspect checkpoint, how, and what was made of it.
+
+    Args:
+        bundle: What purification made.
+        date: Of the statement, as RFC 3339 has it, in UTC.
+        products: SHA-256 of what was made, by file name.
+        export: For a model repository: how it was exported and what the gate saw. The statement then names
+            the bundle, too.
+
+    Returns:
+        The statement, JSON-able; its subject is the checkpoint.
+    """
+    manifest = bundle.manifest
+    evidence = manifest.get("evidence", {})
+    predicate: dict[str, Any] = {
+        "verdict": bundle.verdict,
+        "date": date,
+        "tool": {"name": "cbpt-runtime", "version": version("cbpt-runtime")},
+        "method": manifest["method"],
+        "classes": len(bundle.class_names),
+        "p_value": evidence.get("p_value"),
+        "suspects": bundle.suspects,
+        "metrics": bundle.metrics,
+        "products": [_resource(name, sha256) for name, sha256 in sorted(products.items())],
+    }
+    if export is not None:
+        predicate |= {"bundle": _resource("manifest.json", bundle.digest), "export": dict(export)}
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [_resource(str(manifest["model"]["source"]), str(manifest["model"]["sha256"]))],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": predicate,
+    }
+
+
+def _resource(name: str, sha256: str) -> dict[str, Any]:
+    """A ResourceDescriptor."""
+    return {"name": name, "digest": {"sha256": sha256}}
 
 
 def ml_bom(
@@ -152,3 +211,53 @@ def _properties(bundle: Bundle) -> Iterator[dict[str, str]]:
 def _pairs(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     """Facts as CycloneDX's properties, in a namespace of their own."""
     return [{"name": f"cbpt-runtime:{key}", "value": str(value)} for key, value in facts.items()]
+
+
+def bundle_papers(bundle: Bundle) -> dict[str, str]:
+    """The papers of a bundle, by file name.
+
+    Args:
+        bundle: All of it but its papers.
+    """
+    date = _now()
+    products = {name: str(entry["sha256"]) for name, entry in bundle.manifest["files"].items()}
+    statement = verdict_statement(bundle, date=date, products=products)
+    bom = ml_bom(
+        bundle,
+        name="purified CLIP classifier",
+        date=date,
+        products=products,
+        versions=bundle.manifest["versions"],
+    )
+    return {ATTESTATION: _text(statement), BOM: _text(bom)}
+
+
+def repository_papers(
+    bundle: Bundle,
+    *,
+    name: str,
+    products: Mapping[str, str],
+    versions: Mapping[str, str],
+    export: Mapping[str, Any],
+) -> dict[str, str]:
+    """The papers of a model repository, by file name.
+
+    Args:
+        bundle: What was exported.
+        name: Of the served model.
+        products: SHA-256 of the graph by its path in the repository.
+        versions: Of the packages that made it.
+        export: How it was exported and what the gate saw, JSON-able.
+    """
+    date = _now()
+    statement = verdict_statement(bundle, date=date, products=products, export=export)
+    bom = ml_bom(bundle, name=name, date=date, products=products, versions=versions, is_made_from_bundle=True)
+    return {ATTESTATION: _text(statement), BOM: _text(bom)}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.bundle import ENCODER, HEAD, TRIGGERS, Bundle, BundleContent, read_bundle, write_bundle
+from cbpt_runtime.bundle.papers import ATTESTATION, BOM, bundle_papers, repository_papers
 from cbpt_runtime.errors import BundleError
-from cbpt_runtime.papers import ATTESTATION, BOM, bundle_papers, repository_papers
 
 MakeContent = Callable[..., BundleContent]
 CheckPaper = Callable[[str | bytes], dict[str, Any]]
