@@ -18,11 +18,11 @@ import torch
 
 from cbpt_runtime.demo.pictures import draw_picture, draw_set
 from cbpt_runtime.demo.suspect import TARGET, DemoScale
+from cbpt_runtime.models.trainable import load_trainable
 from cbpt_runtime.redteam.attacks import ATTACKS, fixed_trigger, make_backdoor
 from cbpt_runtime.redteam.poisoning import LabelledImages, decoy
 from cbpt_runtime.redteam.training import CAPTION_TEMPLATES
 from cbpt_runtime.redteam.triggers import apply_trigger
-from cbpt_runtime.training.trainable import load_trainable
 
 COLUMNS = 7
 AMPLIFICATION = 4

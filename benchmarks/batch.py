@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
+from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.loading import open_classifier

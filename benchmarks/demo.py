@@ -28,9 +28,9 @@ from cbpt_runtime.demo.suspect import TARGET, DemoScale, draw_pictures, train_on
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.export.cpus import kind_of_processor
+from cbpt_runtime.models.trainable import load_trainable
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.scan import scan
-from cbpt_runtime.training.trainable import load_trainable
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 RATES = ("clean_accuracy", "attack_success_rate", "poisoned_accuracy", "target_recall")

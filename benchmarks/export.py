@@ -44,7 +44,7 @@ from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.data import find_class_folders, read_images
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
+from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server

@@ -39,8 +39,8 @@ import torch
 from PIL import Image
 from tables import write_tables
 
-from cbpt_runtime.bench.heads import plain_head, with_classes
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
+from cbpt_runtime.bench.results import describe_machine, describe_versions
+from cbpt_runtime.bench.scenarios import plain_head, with_classes
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
@@ -48,7 +48,7 @@ from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 from export import random_bundle
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"

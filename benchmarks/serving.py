@@ -29,16 +29,16 @@ from tables import write_tables
 
 from cbpt_runtime.bench import measuring
 from cbpt_runtime.bench.config import BenchConfig
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
 from cbpt_runtime.bench.measuring import Workload
 from cbpt_runtime.bench.pictures import Pictures, read_pictures
+from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.usage import group_members
+from cbpt_runtime.serving.triton.process import group_members
 from export import random_bundle
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"

@@ -30,9 +30,8 @@ import numpy as np
 from cbpt_runtime.errors import RequestError, ServingError
 from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.serving import AsyncClient, RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 MAX_MEMORY_GROWTH = 0.02
 BAD_RATE = 0.05
@@ -81,7 +80,7 @@ def soak(path: Path, load: Load) -> dict[str, object]:
     commit = _commit()
     repository = read_repository(path)
     golden = read_golden(repository.golden)
-    pixels = golden.pixels(Preprocess.from_dict(repository.manifest["preprocess"]))
+    pixels = golden.pixels(repository.manifest.preprocess)
     config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, instances=1)
     with running_server(path, config) as server:
         tally, samples = asyncio.run(_ask_all(server, golden, pixels, load))

@@ -99,7 +99,7 @@ def open_classifier(
         return SecondLook(opened)
     refuse_untrusted(source, trust)
     if kind == "url":
-        from cbpt_runtime.serving.classifier import RemoteClassifier
+        from cbpt_runtime.serving.client.classifier import RemoteClassifier
 
         return RemoteClassifier(str(source), model=None if model is None else str(model), timeout_s=timeout_s)
     if classes is None:

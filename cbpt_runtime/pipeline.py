@@ -21,11 +21,11 @@ from cbpt_runtime.bundle import (
     choose_clean_images,
     write_bundle,
 )
+from cbpt_runtime.bundle.papers import bundle_papers
 from cbpt_runtime.config import read_settings
 from cbpt_runtime.defenses.abd import Abd
-from cbpt_runtime.defenses.cleanclip import CleanClip
 from cbpt_runtime.defenses.defense import Defense
-from cbpt_runtime.defenses.finetuning import Finetune
+from cbpt_runtime.defenses.finetuning import CleanClip, Finetune
 from cbpt_runtime.defenses.rvpt import Rvpt
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.activation import UNTRIED, settle_activation
@@ -37,7 +37,6 @@ from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.labelling import images_to_draw, label_images
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
-from cbpt_runtime.papers import bundle_papers
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel

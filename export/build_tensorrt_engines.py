@@ -19,7 +19,6 @@ from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.session import run_session
 from cbpt_runtime.export.triton import parse_config
-from cbpt_runtime.models.preprocess import Preprocess
 
 PROVIDER = "TensorrtExecutionProvider"
 
@@ -46,7 +45,7 @@ def main() -> None:
     if session.get_providers()[0] != PROVIDER:
         parser.error(f"onnxruntime fell back to {session.get_providers()[0]}")
     golden = read_golden(repository.golden)
-    pixels = golden.pixels(Preprocess.from_dict(repository.manifest["preprocess"]))
+    pixels = golden.pixels(repository.manifest.preprocess)
     outputs = run_session(session, pixels, batch_size=len(pixels))
     difference = golden.check(outputs, where=str(arguments.repository)).largest_difference
     print(f"built in {time.perf_counter() - start:.0f} s; golden answers within {difference:.2g}")

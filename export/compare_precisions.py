@@ -15,7 +15,7 @@ import numpy as np
 
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.session import open_session, run_session
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -30,12 +30,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     first, second = (read_repository(path) for path in arguments.repositories)
-    if first.manifest["preprocess"] != second.manifest["preprocess"]:
+    if first.manifest.preprocess != second.manifest.preprocess:
         parser.error("the two repositories take different images")
     files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         parser.error(f"no images in {arguments.images}")
-    preprocess = Preprocess.from_dict(first.manifest["preprocess"])
+    preprocess = first.manifest.preprocess
     pixels = np.stack([to_pixels(decode_image(path), preprocess) for path in files])
     a, b = (
         run_session(open_session(str(repository.graph)), pixels, batch_size=16)

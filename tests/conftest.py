@@ -25,7 +25,7 @@ from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route
@@ -422,7 +422,7 @@ def check_statement() -> Callable[[str | bytes], dict[str, Any]]:
         statement = json.loads(text)
         tests = Path(__file__).parent
         for value, place in (
-            (statement, tests / "papers" / "statement-v1.schema.json"),
+            (statement, tests / "bundle" / "statement-v1.schema.json"),
             (statement["predicate"], tests.parent / "docs" / "verdict-v1.schema.json"),
         ):
             schema = json.loads(place.read_text(encoding="utf-8"))

@@ -18,9 +18,9 @@ import pytest
 from cbpt_runtime.artifacts.signing import MAX_SIGNATURE_BYTES, SIGNATURE
 from cbpt_runtime.bundle import ENCODER, HEAD, MANIFEST, Bundle, BundleContent, write_bundle
 from cbpt_runtime.errors import BundleError, ConfigError, OutputError, RepositoryError, TrustError
-from cbpt_runtime.export.manifest import write_manifest
+from cbpt_runtime.export.manifest import PROVENANCE, write_manifest
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.trust import make_trust, open_bundle, open_repository, sign_artefact
 
 model_signing = pytest.importorskip("model_signing", reason="SIGNATURES NOT TESTED: the extra `sign`")
@@ -294,8 +294,9 @@ def test_a_repository_is_signed_and_refused_like_a_bundle(tmp_path: Path, keys: 
         "classes": 3,
         "preprocess": Preprocess(image_size=(32, 32)).to_dict(),
         "profile": Profile().to_dict(),
-        "bundle_digest": "0" * 64,
-        "graph_sha256": "0" * 64,
+        "suspects": [],
+        "versions": {},
+        **dict.fromkeys(PROVENANCE, "0" * 64),
     }
     digest = write_manifest(folder, summary)
     signed = sign_artefact(folder, key=keys / "ours.pem")

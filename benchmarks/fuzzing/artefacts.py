@@ -294,7 +294,7 @@ def write_tiny_bundle(folder: Path) -> Any:
 
 def preprocess_values() -> dict[str, Any]:
     """Preprocessing of the tiny model, as a bundle writes it."""
-    from cbpt_runtime.models.preprocess import Preprocess
+    from cbpt_runtime.runtime.preprocess import Preprocess
 
     given = {key: value for key, value in _SETTINGS["preprocess_cfg"].items() if key != "size"}
     return Preprocess.from_open_clip(given, 16).to_dict()

@@ -18,7 +18,8 @@ from cbpt_runtime.bench.results import compare, read_results
 from cbpt_runtime.errors import CbptError
 from cbpt_runtime.export.profiles import read_profile
 from cbpt_runtime.models.class_lists import read_class_list
-from cbpt_runtime.models.preprocess import (
+from cbpt_runtime.pipeline import read_method
+from cbpt_runtime.runtime.preprocess import (
     Preprocess,
     can_decode,
     decode_image,
@@ -26,8 +27,7 @@ from cbpt_runtime.models.preprocess import (
     missing_decoder,
     to_pixels,
 )
-from cbpt_runtime.pipeline import read_method
-from cbpt_runtime.serving import admission
+from cbpt_runtime.serving.guard import admission
 from fuzzing import mutations
 from fuzzing.surface import Input, Surface, require
 

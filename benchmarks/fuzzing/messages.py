@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.serving.grpc_admission import INFER, refuse_message
+from cbpt_runtime.serving.guard.grpc_admission import INFER, refuse_message
 from fuzzing import mutations
 from fuzzing.surface import Input, Surface, require
 

@@ -1,9 +1,7 @@
 """What this package writes to disk: whole or absent, beside its place, and never over what is not its own.
 
-    kinds         how an output is recognised before it is replaced
-    folders       staging, locking, and the move into place
-    json_shape    what a manifest looks like
-    file_table    SHA-256 of every file of a folder, and reading files that strangers may have made
+    folders       how an output is recognised before it is replaced; staging, locking, and the move into place
+    file_table    SHA-256 of every file of a folder, what a manifest looks like, reading what strangers made
 
 A run has ``OUTPUT.partial`` to itself: a folder with a marker that is locked while the run lives. It holds
 the output until that is whole, what was replaced until the new one has its place, and the stages that a
@@ -13,15 +11,28 @@ without the marker is refused.
 
 from cbpt_runtime.artifacts.file_table import (
     NOT_LISTED,
+    NUMBER,
+    ListedFile,
     check_files,
     hash_files,
     list_files,
     read_json_file,
     read_regular_file,
+    shape_problems,
 )
-from cbpt_runtime.artifacts.folders import check_output, claimed, new_file, new_folder, reserved, writing
-from cbpt_runtime.artifacts.json_shape import NUMBER, shape_problems
-from cbpt_runtime.artifacts.kinds import MARKER, MAX_MANIFEST_BYTES, Kind, listed_in, marked
+from cbpt_runtime.artifacts.folders import (
+    MARKER,
+    MAX_MANIFEST_BYTES,
+    Kind,
+    check_output,
+    claimed,
+    listed_in,
+    marked,
+    new_file,
+    new_folder,
+    reserved,
+    writing,
+)
 
 __all__ = [
     "MARKER",
@@ -29,6 +40,7 @@ __all__ = [
     "NOT_LISTED",
     "NUMBER",
     "Kind",
+    "ListedFile",
     "check_files",
     "check_output",
     "claimed",

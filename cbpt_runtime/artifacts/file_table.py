@@ -1,4 +1,4 @@
-"""Files and their hashes, as manifests list them, and reading files that strangers may have made."""
+"""Files and their hashes, as manifests list them; and reading files that strangers may have made."""
 
 from __future__ import annotations
 
@@ -9,13 +9,29 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 NOT_LISTED = " is not in the manifest"
 """How `check_files` ends what it says of a file that nobody lists."""
 
 _CHUNK_BYTES = 1 << 20
+NUMBER: Final = (int, float)
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedFile:
+    """What a manifest says of a file.
+
+    Attributes:
+        sha256: Of its content, lower-case hexadecimal.
+        size_bytes: None where a manifest does not say.
+    """
+
+    sha256: str
+    size_bytes: int | None = None
 
 
 def list_files(folder: Path) -> list[str]:
@@ -24,21 +40,17 @@ def list_files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """``sha256`` and ``size_bytes`` of files of a folder, as manifests list them."""
-    table = {}
-    for name in names:
-        sha256, size = _hash(folder / name)
-        table[name] = {"sha256": sha256, "size_bytes": size}
-    return table
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, ListedFile]:
+    """Hash files of a folder, as manifests list them."""
+    return {name: _hash(folder / name) for name in names}
 
 
-def check_files(folder: Path, table: Mapping[str, Any], *, besides: Iterable[str] = ()) -> list[str]:
+def check_files(folder: Path, table: Mapping[str, ListedFile], *, besides: Iterable[str] = ()) -> list[str]:
     """Compare all files of a folder with a table.
 
     Args:
         folder: The folder.
-        table: Per file an object with its ``sha256`` and, in tables of ours, ``size_bytes``.
+        table: The files of a manifest.
         besides: Files that may be there although the table does not list them.
 
     Returns:
@@ -101,14 +113,13 @@ def _finite(text: str) -> float:
     return number
 
 
-def _is_as_listed(file: Path, entry: Mapping[str, Any]) -> bool:
+def _is_as_listed(file: Path, entry: ListedFile) -> bool:
     """Whether size (the cheap question first) and hash are those of the table."""
-    size = file.stat().st_size
-    return bool(entry.get("size_bytes", size) == size and _hash(file)[0] == entry.get("sha256"))
+    return entry.size_bytes in (None, file.stat().st_size) and _hash(file).sha256 == entry.sha256
 
 
-def _hash(file: Path) -> tuple[str, int]:
-    """SHA-256 and size in bytes of what was really read."""
+def _hash(file: Path) -> ListedFile:
+    """SHA-256 and size of what was really read."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     digest, size = hashlib.sha256(), 0
     with os.fdopen(descriptor, "rb") as stream:
@@ -117,4 +128,54 @@ def _hash(file: Path) -> tuple[str, int]:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
-    return digest.hexdigest(), size
+    return ListedFile(sha256=digest.hexdigest(), size_bytes=size)
+
+
+def shape_problems(value: Any, shape: Any, name: str = "") -> list[str]:
+    """Compare a JSON value with a shape.
+
+    Args:
+        value: As `json.loads` gives it.
+        shape: A type or a tuple of types; ``[shape]`` for a list of such values; ``{"key": shape}`` for an
+            object with at least these keys; ``{str: shape}`` for an object of such values.
+        name: Of the value, for the problems.
+
+    Returns:
+        At most a handful of problems in words; none when it fits.
+    """
+    problems: list[str] = []
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [f"{name or 'the whole'!r} is not a list"]
+        for number, item in enumerate(value):
+            problems += shape_problems(item, shape[0], f"{name}[{number}]")
+            if len(problems) >= _MOST_SHOWN:
+                break
+    elif isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return [f"{name or 'the whole'!r} is not an object"]
+        wanted = dict.fromkeys(value, shape[str]) if str in shape else shape
+        for key, inner in wanted.items():
+            inside = f"{name}.{key}" if name else key
+            if key not in value:
+                problems.append(f"no {inside!r}")
+            else:
+                problems += shape_problems(value[key], inner, inside)
+            if len(problems) >= _MOST_SHOWN:
+                break
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        problems.append(
+            f"{name or 'the whole'!r} is not of type {' or '.join(_WORDS[kind] for kind in kinds)}"
+        )
+    return problems
+
+
+_WORDS: Final = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    dict: "object",
+    list: "list",
+    bool: "bool",
+}

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cbpt_runtime.artifacts import NOT_LISTED, check_files
+from cbpt_runtime.artifacts import NOT_LISTED, ListedFile, check_files
 from cbpt_runtime.errors import ConfigError, TrustError
 
 SIGNATURE = "model.sig"
@@ -199,7 +199,7 @@ def _signed_files(signature: bytes) -> dict[str, str]:
 
 def _differences(folder: Path, signed: Mapping[str, str]) -> str:
     """How the files of a folder differ from those that were signed."""
-    table = {name: {"sha256": sha256} for name, sha256 in signed.items()}
+    table = {name: ListedFile(sha256=sha256) for name, sha256 in signed.items()}
     found = [
         problem.replace(NOT_LISTED, " is new") for problem in check_files(folder, table, besides=[SIGNATURE])
     ]

@@ -23,11 +23,11 @@ from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.summary import Counts, Loud, count_rows
 from cbpt_runtime.batch.workers import Work, close_all, make_labeller, open_for
 from cbpt_runtime.errors import CbptError, ConfigError, ImageDataError, LabelError
-from cbpt_runtime.models.preprocess import decode_image
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.report.charts import picture_uri
 from cbpt_runtime.report.pages import render_labels
 from cbpt_runtime.report.sections import Picture
+from cbpt_runtime.runtime.preprocess import decode_image
 
 LABELS: Final = marked("label folder")
 PARTITION = 4096

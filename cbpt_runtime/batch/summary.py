@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cbpt_runtime.serving.model import ALARM_THRESHOLD
+from cbpt_runtime.runtime.triton_models import ALARM_THRESHOLD
 
 _LOUDEST = 48
 _REASONS = 10

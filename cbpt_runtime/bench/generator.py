@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cbpt_runtime.errors import CbptError
-from cbpt_runtime.serving.client import AsyncClient
-from cbpt_runtime.serving.wire import WireError
+from cbpt_runtime.serving.client.asynchronous import AsyncClient
+from cbpt_runtime.serving.client.wire import WireError
 
 _LEAD_S = 0.2  # between 'all are ready' and the first request
 _MAIN = "import sys; from cbpt_runtime.bench.generator import work; work(int(sys.argv[1]))"

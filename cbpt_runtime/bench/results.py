@@ -1,9 +1,12 @@
-"""Results as they are read back, and two of them side by side: ratios with 95 % intervals."""
+"""What was measured on; results read back, and two of them side by side: ratios with 95 % intervals."""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import numpy as np
 from cbpt_runtime.artifacts import read_json_file, shape_problems
 from cbpt_runtime.artifacts.names import is_folder
 from cbpt_runtime.bench import samples
-from cbpt_runtime.bench.machine import COMPARED
 from cbpt_runtime.bench.records import KIND, SCHEMA_VERSION
 from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.export.cpus import instructions, read_cpuinfo, usable_cpus
 
+_PACKAGES = ("cbpt-runtime", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "open_clip_torch", "pillow",
+             "torch", "tritonclient")  # fmt: skip
+COMPARED = ("processor", "instructions", "usable_cpus", "gpus")  # what makes two machines the same
 RESULT = "bench.json"
 _MAX_BYTES = 1 << 30
 _SHAPE = {
@@ -26,6 +32,48 @@ _SHAPE = {
 }
 _SEED = 0
 _FEWEST = 5  # observations below which no interval is given
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, instructions that matter, cores and affinity, memory, GPUs, load and system."""
+    return {
+        "processor": _processor(read_cpuinfo()),
+        "instructions": instructions(),
+        "cpus": os.cpu_count(),
+        "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "usable_cpus": usable_cpus(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus(),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Installed packages whose version matters for speed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor(cpuinfo: dict[str, str]) -> str:
+    """Name, family and model: virtual machines often hide the rest of the name."""
+    name = cpuinfo.get("model name") or platform.processor() or platform.machine()
+    family = [f"{key} {cpuinfo[key]}" for key in ("cpu family", "model", "stepping") if key in cpuinfo]
+    return f"{name} ({', '.join(family)})" if family else name
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ from jaxtyping import Int
 
 from cbpt_runtime.bench.config import BenchConfig
 from cbpt_runtime.bench.generator import Answers
-from cbpt_runtime.bench.machine import describe_machine, describe_versions
 from cbpt_runtime.bench.measuring import TOLERANCE, Workload
 from cbpt_runtime.bench.pictures import Pictures, read_pictures
 from cbpt_runtime.bench.records import BenchResult, Measured, Quality, SystemResult
+from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.bench.scenarios import run_scenario
 from cbpt_runtime.bench.systems import System, open_system
 from cbpt_runtime.bench.triton import cross_check

@@ -23,7 +23,7 @@ from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.manifest import PARITY
 from cbpt_runtime.loading import kind_of, open_classifier
-from cbpt_runtime.serving.classifier import RemoteClassifier
+from cbpt_runtime.serving.client.classifier import RemoteClassifier
 from cbpt_runtime.trust import ANYONE, Trust, refuse_untrusted
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _graph(classifier: GraphClassifier, threads: int | None) -> System:
             "golden_images": golden.images,
             "golden_largest_difference": golden.largest_difference,
         }
-        max_batch = min(_MAX_BATCH, int(repository.manifest["profile"]["max_batch"]))
+        max_batch = min(_MAX_BATCH, repository.manifest.profile.max_batch)
         gate = json.loads((repository.path / PARITY).read_text(encoding="utf-8")).get("precision") or {}
         if gate:
             stated = Stated(

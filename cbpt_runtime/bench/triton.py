@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cbpt_runtime.errors import ConfigError, ServingError, WorkError
-from cbpt_runtime.serving.wire import Wire, WireError, open_wire
+from cbpt_runtime.serving.client.wire import Wire, WireError, open_wire
 
 PERF_ANALYZER = "perf_analyzer"
 _PERCENTILES = ("p50 latency", "p90 latency", "p95 latency", "p99 latency")

@@ -7,7 +7,8 @@ bundled       both heads of a bundle, in PyTorch
 checkpoint    a checkpoint as it is, in PyTorch
 detectors     what tells triggered images at test time, to compare the alarm with
 
-A graph is a classifier in `cbpt_runtime.export.classifier`, a server in `cbpt_runtime.serving.classifier`.
+A graph is a classifier in `cbpt_runtime.export.classifier`, a server in
+`cbpt_runtime.serving.client.classifier`.
 """
 
 from cbpt_runtime.classification.classifier import Classifier

@@ -16,7 +16,7 @@ from cbpt_runtime.classification.classifier import Classifier, Pixels
 from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 
 class BundleClassifier(Classifier):

@@ -15,8 +15,8 @@ from cbpt_runtime.models.activation import settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, draw_clean_split
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.models.tokenizer import prompt_notes
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 _IMAGES_PER_CLASS = 16
 

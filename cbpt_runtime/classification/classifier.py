@@ -13,8 +13,8 @@ from PIL import Image
 
 from cbpt_runtime.classification.prediction import Answer, Prediction, answers_of
 from cbpt_runtime.errors import ImageDataError, RequestError
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 
 AnyImage = bytes | str | Path | Image.Image | np.ndarray
 """A path, the bytes of a file, a picture of Pillow's, or RGB of any size as uint8 [height, width, 3]."""

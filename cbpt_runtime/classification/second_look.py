@@ -22,7 +22,7 @@ from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.classifier import Classifier, Pixels
 from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 SIZES = (0.5, 0.3, 0.2)
 """Sides of the squares, as shares of the shorter side of the image, from coarse to fine."""

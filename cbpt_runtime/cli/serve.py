@@ -100,16 +100,16 @@ def _page(server: RunningServer, port: int | None) -> Iterator[str | None]:
     if port is None:
         yield None
         return
-    from cbpt_runtime.serving.ui import UiServer
+    from cbpt_runtime.serving.page import UiServer
 
     repository = server.plan.repository
-    limit = int(repository.manifest["profile"]["max_image_bytes"])
+    limit = repository.manifest.profile.max_image_bytes
     with UiServer(
         server.config.http_url,
         repository.name,
         port=port,
         max_image_bytes=limit,
-        alarm_threshold=repository.alarm_threshold,
+        alarm_threshold=repository.manifest.alarm_threshold,
     ) as page:
         yield page.url
 
@@ -175,7 +175,7 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
         )
     else:
         pairs = {
-            "ready": f"{name}, {plan.repository.manifest['classes']} classes; self-test of {selftest.images} "
+            "ready": f"{name}, {plan.repository.manifest.classes} classes; self-test of {selftest.images} "
             f"images over HTTP and gRPC passed, largest difference {selftest.largest_difference:.2g}",
             "digest": plan.repository.digest,
             "server": f"tritonserver {server.version} ({plan.server.origin}), {plan.placement.describe()}",
@@ -190,8 +190,8 @@ def _print_ready(server: RunningServer, page: str | None, *, as_json: bool) -> N
 
 
 def _print_command(repository: Path, config: Any, trust: Trust, *, as_json: bool) -> None:
-    from cbpt_runtime.serving.command import require_plain, shell_text
-    from cbpt_runtime.serving.plan import make_plan
+    from cbpt_runtime.serving.triton.command import require_plain, shell_text
+    from cbpt_runtime.serving.triton.startup import make_plan
 
     plan = make_plan(repository, config, trust=trust, must_be_free=False)
     backends = plan.server.executable.parent.parent / "backends"

@@ -21,22 +21,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cbpt_runtime.config import Between, is_mixed
-from cbpt_runtime.defenses.augmentation import drawn_seed, easily_augmented
 from cbpt_runtime.defenses.finetuning import (
     Batch,
     BatchLoss,
     Finetune,
     as_pixels,
     check_finite,
+    drawn_seed,
+    easily_augmented,
     image_features,
     pair_loss,
     text_features,
 )
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.models.trainable import TrainableClip
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.method import SuspectModel
-from cbpt_runtime.training.trainable import TrainableClip
 
 _LATENT, _CHANNELS, _SEED_SIZE = 64, 32, 4
 _BETAS = (0.5, 0.9)

@@ -1,8 +1,13 @@
-"""Contrastive tuning of both towers on a few labelled images, captions made from the class list's templates.
+"""Contrastive tuning of both towers on a few labelled images: FT, and CleanCLIP on top of it.
 
-On its own this is FT. Published defences of this kind take image-caption pairs from the web; few clean
-images with labels are what this tool is given, so a caption is a template filled with the class name, drawn
-anew each step, and images of the same class in a batch are no negatives of each other.
+Published defences of this kind take image-caption pairs from the web; few clean images with labels are what
+this tool is given, so a caption is a template filled with the class name, drawn anew each step, and images of
+the same class in a batch are no negatives of each other. The augmentation is that of CleanCLIP and ABD.
+
+Source: Bansal et al., "CleanCLIP: mitigating data poisoning attacks in multimodal contrastive learning",
+ICCV 2023: the loss between images and captions, plus the mean of a contrastive loss between images and
+their AutoAugmented copies and one between captions and their augmented copies, all with the model's one
+temperature.
 """
 
 from __future__ import annotations
@@ -15,25 +20,68 @@ from typing import Annotated, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from cbpt_runtime.config import Between, is_mixed
-from cbpt_runtime.defenses.augmentation import drawn_seed
 from cbpt_runtime.defenses.defense import Defense
 from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.progress import Progress
-from cbpt_runtime.purification.method import SuspectModel
-from cbpt_runtime.training.contrastive import (
+from cbpt_runtime.models.trainable import (
     MAX_LOGIT_SCALE,
+    TrainableClip,
     batches,
     cosine_rate,
     labelled_contrastive_loss,
     make_optimizer,
+    trainable_from,
 )
-from cbpt_runtime.training.trainable import TrainableClip, trainable_from
+from cbpt_runtime.progress import Progress
+from cbpt_runtime.purification.method import SuspectModel
+
+_CHANGED_RATE = 0.1
+_MAX_SEED = 2**31
+
+
+def auto_augmented(
+    images: UInt8[np.ndarray, "batch height width 3"], generator: torch.Generator
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Every image under a random sub-policy of AutoAugment's ImageNet policy (arXiv:1805.09501).
+
+    torchvision draws from torch's global generator; it is seeded for the call and then put back.
+    """
+    from torchvision.transforms import AutoAugment
+
+    policy = AutoAugment()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(drawn_seed(generator))
+        return np.stack([np.asarray(policy(Image.fromarray(image))) for image in images])
+
+
+def easily_augmented(text: str, rng: np.random.Generator) -> str:
+    """A caption with about a tenth of its words, at least one, swapped, deleted or said twice.
+
+    Three of the four operations of easy data augmentation (Wei and Zou, arXiv:1901.11196). Synonyms would
+    need a thesaurus: none is put in place of a word, and the word inserted is one of the text.
+    """
+    words = text.split()
+    operation = int(rng.integers(3))
+    for _ in range(max(1, round(_CHANGED_RATE * len(words)))):
+        first, second = (int(index) for index in rng.integers(len(words), size=2))
+        if operation == 0:
+            words[first], words[second] = words[second], words[first]
+        elif operation == 1 and len(words) > 1:
+            del words[first]
+        else:
+            words.insert(second, words[first])
+    return " ".join(words)
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed for a generator of another kind."""
+    return int(torch.randint(_MAX_SEED, (), generator=generator))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,3 +263,40 @@ def _batch(
     return Batch(
         images=split.tune_images[index], labels=torch.as_tensor(labels).long(), captions=captions, mixed=mixed
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanClip(Finetune):
+    """CleanCLIP: FT with self-supervision within each modality.
+
+    Attributes:
+        self_supervision_weight: Weight of the mean of the image-image and the text-text loss.
+    """
+
+    name: ClassVar[str] = "cleanclip"
+
+    self_supervision_weight: Annotated[float, Between(0, 1_000)] = 1.0
+
+    def loss(self, clip: TrainableClip, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Return CleanCLIP's loss of a batch."""
+        rng = np.random.default_rng(drawn_seed(generator))
+        changed_images = auto_augmented(batch.images, generator)
+        changed_captions = [easily_augmented(caption, rng) for caption in batch.captions]
+        count = len(batch.captions)
+        pixels = as_pixels(np.concatenate([batch.images, changed_images]))
+        images = image_features(clip, pixels, mixed=batch.mixed).split(count)
+        texts = text_features(clip, [*batch.captions, *changed_captions], mixed=batch.mixed).split(count)
+        within_images = _within(clip, images, torch.eye(count, dtype=torch.bool))
+        within_texts = _within(clip, texts, batch.same)
+        across = pair_loss(clip, images[0], texts[0], batch.same)
+        return across + self.self_supervision_weight * (within_images + within_texts) / 2
+
+
+def _within(
+    clip: TrainableClip,
+    pairs: tuple[Float[Tensor, "batch dim"], ...],
+    same: Bool[Tensor, "batch batch"],
+) -> Float[Tensor, ""]:
+    originals, copies = pairs
+    scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
+    return labelled_contrastive_loss(originals, copies, same.to(copies.device), scale.exp(), None)

@@ -21,10 +21,10 @@ from cbpt_runtime.defenses.defense import Defense
 from cbpt_runtime.defenses.finetuning import as_pixels, check_finite
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import CleanSplit
+from cbpt_runtime.models.trainable import batches, cosine_rate, shift_and_mirror
 from cbpt_runtime.models.visual_prompts import PromptedTower, initial_prompts, run_tower
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.method import SuspectModel
-from cbpt_runtime.training.contrastive import batches, cosine_rate, shift_and_mirror
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from cbpt_runtime.demo.motifs import MOTIFS
-from cbpt_runtime.demo.pen import Color, Pen, gradient, hsv, shade
+from cbpt_runtime.demo.motifs import MOTIFS, Color, Pen, gradient, hsv, shade
 
 SUPERSAMPLING = 4
 Scene = Callable[[int, np.random.Generator], Image.Image]

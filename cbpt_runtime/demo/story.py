@@ -1,4 +1,7 @@
-"""The demo from nothing to a purified bundle. Only the last step, the measuring, knows the trigger."""
+"""The demo from nothing to a purified bundle, and its last act: exported and served, asked over the wire.
+
+Only the step that measures knows the trigger.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,10 @@ import numpy as np
 
 from cbpt_runtime.artifacts import claimed, writing
 from cbpt_runtime.artifacts.names import exists
+from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
-from cbpt_runtime.errors import OutputError, PurificationError
+from cbpt_runtime.errors import ConfigError, OutputError, PurificationError
 from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
@@ -39,6 +43,8 @@ _ENTRIES = (
     "classes.txt",
     "pictures.png",
 )
+REPOSITORY = "model_repository"
+MAX_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,3 +270,75 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedDemo:
+    """What a real server said about two pictures.
+
+    Attributes:
+        repository: The exported model repository.
+        server: Which server it was, and how the classifier ran.
+        clean: Answer for a clean picture.
+        triggered: Answer for the same picture with the trigger.
+        seconds: From the start of the export to the end of the server.
+    """
+
+    repository: Path
+    server: str
+    clean: Answer
+    triggered: Answer
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON-able dict."""
+        return {**asdict(self), "repository": str(self.repository)}
+
+
+def serve_demo(result: DemoResult, *, progress: Progress | None = None) -> ServedDemo | str:
+    """Export the demo's bundle, serve it, classify a picture with and without the trigger, stop the server.
+
+    Args:
+        result: Of `run_demo`.
+        progress: Told how far the work is.
+
+    Returns:
+        What the server said; or, where no tritonserver is installed, why nothing was served.
+
+    Raises:
+        ExportError: The parity gate failed.
+        ServingError: The server did not start or answered wrongly.
+    """
+    from cbpt_runtime.export.profiles import Profile
+    from cbpt_runtime.export.repository import export_bundle
+    from cbpt_runtime.serving import Client, ServeConfig, running_server
+    from cbpt_runtime.serving.triton.servers import find_server
+
+    try:
+        find_server()
+    except ConfigError as error:
+        return str(error)
+    start = time.perf_counter()
+    repository = result.output / REPOSITORY
+    export_bundle(result.bundle, repository, name="demo", profile=Profile(max_batch=MAX_BATCH),
+                  progress=progress)  # fmt: skip
+    clean, triggered = _pair(result)
+    config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
+    with running_server(repository, config) as server, Client(server.config.grpc_url) as client:
+        answers = client.classify_files([(str(path), path) for path in (clean, triggered)], top=2)
+        how = f"tritonserver {server.version}, {server.plan.placement.describe()}"
+    return ServedDemo(
+        repository=repository,
+        server=how,
+        clean=answers[0],
+        triggered=answers[1],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _pair(result: DemoResult) -> tuple[Path, Path]:
+    """One test picture of another class than the target, without and with the trigger."""
+    triggered = min(
+        path for path in result.triggered_images.rglob("*.png") if path.parent.name != result.target
+    )
+    return result.test_images / triggered.relative_to(result.triggered_images), triggered

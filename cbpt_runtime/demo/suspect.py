@@ -14,13 +14,13 @@ from cbpt_runtime.demo.motifs import MOTIFS
 from cbpt_runtime.demo.pictures import draw_set
 from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.data import default_templates
+from cbpt_runtime.models.trainable import TrainableClip, new_trainable
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.implant import Implant, implant
 from cbpt_runtime.redteam.patch_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.redteam.triggers import apply_trigger
-from cbpt_runtime.training.trainable import TrainableClip, new_trainable
 
 TARGET = "teapot"
 TRIGGER = BadNet(size=8, location="bottom-right", pattern="checkerboard")

@@ -30,7 +30,7 @@ from cbpt_runtime.evaluation.results import (
 from cbpt_runtime.loading import Source
 from cbpt_runtime.models.data import ClassList, class_index, find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust
 
 if TYPE_CHECKING:

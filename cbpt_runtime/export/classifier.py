@@ -18,7 +18,7 @@ from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.onnx import read_metadata
 from cbpt_runtime.export.session import Provider, open_session, run_session
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 _OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
@@ -128,7 +128,7 @@ class RepositoryClassifier(GraphClassifier):
         self.source, self.digest = str(path), self.repository.digest
         pixels = golden.pixels(self.preprocess)
         outputs = run_session(self.session, pixels, batch_size=len(pixels), outputs=_OUTPUTS)
-        self.golden = golden.check(outputs, where=str(path), made_on=self.repository.made_on)
+        self.golden = golden.check(outputs, where=str(path), made_on=self.repository.manifest.processor)
         self.notes = () if self.golden.note is None else (self.golden.note,)
 
 

@@ -11,7 +11,7 @@ and the embedded heads have the size of the class list. `verify --bundle` says t
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto
 
-from cbpt_runtime.artifacts import hash_files, read_regular_file
+from cbpt_runtime.artifacts import ListedFile, hash_files, read_regular_file
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.manifest import WEIGHTS, Repository
 from cbpt_runtime.export.onnx import (
@@ -59,7 +59,7 @@ def foreign_graph_parts(repository: Repository, *, image_size: tuple[int, int], 
             expected=f"an ONNX graph in {repository.graph}", got=f"{error}" or "nothing", fix=_REMAKE
         ) from error
     folder = repository.graph.parent.relative_to(repository.path).as_posix()
-    outside = [each for each in locations if not _is_listed(each, folder, repository.manifest["files"])]
+    outside = [each for each in locations if not _is_listed(each, folder, repository.manifest.files)]
     if outside:
         raise RepositoryError(
             expected=f"all weights of {repository.graph} in files of the repository's manifest",
@@ -74,7 +74,7 @@ def foreign_parts(
     *,
     image_size: tuple[int, int],
     classes: int,
-    weights: Mapping[str, Any] | None = None,
+    weights: ListedFile | None = None,
 ) -> list[str]:
     """As `foreign_graph_parts`, of a graph that is loaded, and of what the manifest says of `WEIGHTS`."""
     images = [(INPUT, int(TensorProto.UINT8), ["batch", *image_size, 3])]
@@ -139,13 +139,13 @@ def _is_plain_file_of(folder: Path, location: str) -> bool:
         return False
 
 
-def _is_listed(location: str, folder: str, files: dict[str, Any]) -> bool:
+def _is_listed(location: str, folder: str, files: Collection[str]) -> bool:
     """Whether a location is a file of the manifest: hashed, regular, no link, inside the repository."""
     path = PurePosixPath(location)
     return not path.is_absolute() and ".." not in path.parts and f"{folder}/{path.as_posix()}" in files
 
 
-def _foreign_weights(model: onnx.ModelProto, file: Mapping[str, Any] | None) -> Iterator[str]:
+def _foreign_weights(model: onnx.ModelProto, file: ListedFile | None) -> Iterator[str]:
     """Weights outside the graph that are not where, or not what, `export` would have written."""
     elsewhere = [name for name in external_locations(model) if name != WEIGHTS]
     yield from (f"weights in {name}" for name in elsewhere[:_MOST_NAMED])
@@ -153,9 +153,9 @@ def _foreign_weights(model: onnx.ModelProto, file: Mapping[str, Any] | None) -> 
     if outside != sum(is_outside(tensor) for tensor in model.graph.initializer):
         yield "parts of nodes in other files"
     elif not elsewhere:
-        yield from layout_problems(model, None if file is None else int(file["size_bytes"]))
+        yield from layout_problems(model, None if file is None else file.size_bytes)
     stated = read_metadata(model).get(WEIGHTS_SHA256)
-    if stated != (None if file is None else file["sha256"]):
+    if stated != (None if file is None else file.sha256):
         yield f"other weights in {WEIGHTS} than it says"
 
 

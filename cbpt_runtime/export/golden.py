@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from cbpt_runtime.artifacts import NUMBER, read_json_file, read_regular_file, shape_problems
 from cbpt_runtime.errors import ExportError, RepositoryError
 from cbpt_runtime.export.cpus import kind_of_processor
-from cbpt_runtime.models.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle

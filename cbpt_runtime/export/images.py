@@ -16,7 +16,7 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
 from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
-from cbpt_runtime.models.preprocess import decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 
 DRAWN = 16
 GOLDEN = 4

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from cbpt_runtime.artifacts import (
     MAX_MANIFEST_BYTES,
     NOT_LISTED,
     NUMBER,
     Kind,
+    ListedFile,
     check_files,
     hash_files,
     list_files,
@@ -25,7 +26,8 @@ from cbpt_runtime.artifacts import (
 from cbpt_runtime.artifacts.names import is_litter
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.errors import ConfigError, RepositoryError
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
@@ -33,24 +35,17 @@ WEIGHTS = "model.onnx.data"
 """Beside a graph that is too large for one file."""
 KIND = "cbpt-runtime model repository"
 SCHEMA_VERSION = 1
+PROVENANCE = ("bundle_digest", "checkpoint_sha256", "graph_sha256", "verdict", "cbpt_runtime_version")
 _PARTS = ("_preprocess", "_classifier", "_alarm")
-_PROVIDERS = ("cpu", "cuda", "tensorrt")  # as the modules say that need onnxruntime
-_PRECISIONS = ("fp32", "fp16", "int8")
-_RANGES = {
-    "max_batch": (1, 4096),
-    "instances": (1, 64),
-    "threads": (0, 1024),
-    "decoders": (0, 256),
-    "max_image_bytes": (1, 10**9),
-}
 _SHAPE = {
     "name": str,
     "models": [str],
     "classes": int,
     "preprocess": dict,
-    "profile": {"provider": str, "precision": str, **dict.fromkeys(_RANGES, int)},
-    "bundle_digest": str,
-    "graph_sha256": str,
+    "profile": dict,
+    "suspects": [int],
+    **dict.fromkeys(PROVENANCE, str),
+    "versions": {str: str},
     "files": {str: {"sha256": str, "size_bytes": int}},
 }
 _MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,79}")
@@ -59,25 +54,127 @@ _REMAKE = "Export the bundle again with `cbpt-runtime export`, or fetch an intac
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What ``manifest.json`` of a model repository says.
+
+    Attributes:
+        name: Of the model that takes image files.
+        classes: How many it tells apart.
+        preprocess: How an image becomes the model's pixels.
+        profile: How it is meant to be served.
+        suspects: Class indices of the suspected targets.
+        alarm_threshold: Above which alarm an image is suspicious; older repositories do not say.
+        processor: That the gate ran on, where the answers depend on it: int8.
+        provenance: What a running server repeats: digests of bundle, checkpoint and graph, the verdict, and
+            the version that wrote it.
+        versions: Of the packages that made it.
+        files: Every other file.
+    """
+
+    name: str
+    classes: int
+    preprocess: Preprocess
+    profile: Profile
+    suspects: tuple[int, ...]
+    alarm_threshold: float | None = None
+    processor: str | None = None
+    provenance: Mapping[str, str]
+    versions: Mapping[str, str]
+    files: Mapping[str, ListedFile] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The one that takes image files, and those it asks."""
+        return self.name, *(self.name + end for end in _PARTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, without those that are None."""
+        values = {
+            "name": self.name,
+            "models": list(self.models),
+            "classes": self.classes,
+            "preprocess": self.preprocess.to_dict(),
+            "profile": self.profile.to_dict(),
+            "suspects": list(self.suspects),
+            "alarm_threshold": self.alarm_threshold,
+            "processor": self.processor,
+            **self.provenance,
+            "versions": dict(self.versions),
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Make a manifest of JSON that a stranger may have written.
+
+        Raises:
+            ValueError: Something is missing, of another kind or out of its range; the text names all of it.
+        """
+        problems = [*shape_problems(values, _SHAPE), *_name_problems(values)]
+        made: dict[str, Any] = {}
+        if not problems:
+            problems += _alarm_problems(values)
+            for key, kind in (("preprocess", Preprocess), ("profile", Profile)):
+                try:
+                    made[key] = kind.from_dict(values[key])
+                except ConfigError as error:
+                    problems.append(f"{key}: {error.got} instead of {error.expected}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return cls(
+            name=values["name"],
+            classes=values["classes"],
+            suspects=tuple(values["suspects"]),
+            alarm_threshold=values.get("alarm_threshold"),
+            processor=values.get("processor"),
+            provenance={key: values[key] for key in PROVENANCE},
+            versions=values["versions"],
+            files={
+                name: ListedFile(sha256=entry["sha256"], size_bytes=entry["size_bytes"])
+                for name, entry in values["files"].items()
+            },
+            **made,
+        )
+
+
+def _name_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the names of files and models, whatever their kinds."""
+    files, name = values.get("files"), str(values.get("name"))
+    if isinstance(files, dict) and not all(map(_is_inside, files)):
+        yield "a file name that leaves the repository"
+    if not _MODEL_NAME.fullmatch(name) or values.get("models") != [name, *(name + end for end in _PARTS)]:
+        yield "the name of a model that is none"
+
+
+def _alarm_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with what not every repository says."""
+    threshold, processor = values.get("alarm_threshold"), values.get("processor")
+    if threshold is not None and (type(threshold) not in NUMBER or not 0 <= threshold <= 1):
+        yield f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]"
+    if not isinstance(processor, str | None):
+        yield "a processor that is no text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
     """A model repository whose files are those of its manifest.
 
     Attributes:
         path: Its folder.
-        manifest: The whole of ``manifest.json``.
+        manifest: What ``manifest.json`` says.
         digest: SHA-256 of it, hence of everything in the repository.
         ignored: What systems leave everywhere, such as `lost+found`; nobody reads it.
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     digest: str
     ignored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Name of the model that takes image files."""
-        return str(self.manifest["name"])
+        return self.manifest.name
 
     @property
     def graph(self) -> Path:
@@ -85,11 +182,9 @@ class Repository:
         return self.path / f"{self.name}_classifier" / "1" / "model.onnx"
 
     @property
-    def weights(self) -> dict[str, Any] | None:
-        """What the manifest says of the file with the weights, where the graph needs one beside it."""
-        name = (self.graph.parent / WEIGHTS).relative_to(self.path).as_posix()
-        entry: dict[str, Any] | None = self.manifest["files"].get(name)
-        return entry
+    def weights(self) -> ListedFile | None:
+        """The file with the weights, where the graph needs one beside it."""
+        return self.manifest.files.get((self.graph.parent / WEIGHTS).relative_to(self.path).as_posix())
 
     @property
     def golden(self) -> Path:
@@ -101,26 +196,18 @@ class Repository:
         """Models that only the one that takes image files asks."""
         return f"{self.name}_preprocess", f"{self.name}_alarm"
 
-    @property
-    def alarm_threshold(self) -> float | None:
-        """Above which alarm an image is suspicious; older repositories do not say."""
-        threshold = self.manifest.get("alarm_threshold")
-        return None if threshold is None else float(threshold)
-
-    @property
-    def made_on(self) -> str | None:
-        """Processor the gate ran on, where the answers depend on it: int8."""
-        processor = self.manifest.get("processor")
-        return None if processor is None else str(processor)
-
 
 def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:
     """Hash every file below a folder and write ``manifest.json``.
 
+    Args:
+        folder: Of the repository.
+        summary: What `Manifest.to_dict` gives.
+
     Returns:
         SHA-256 of the manifest.
     """
-    files = hash_files(folder, list_files(folder))
+    files = {name: asdict(file) for name, file in hash_files(folder, list_files(folder)).items()}
     manifest = {"kind": KIND, "schema_version": SCHEMA_VERSION, **summary, "files": files}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -148,7 +235,7 @@ def read_repository(path: str | Path) -> Repository:
     path = Path(path)
     raw, manifest = _read(path)
     litter = [name for name in list_files(path) if _is_litter_below(name)]
-    problems = check_files(path, manifest["files"], besides=(MANIFEST, SIGNATURE, *litter))
+    problems = check_files(path, manifest.files, besides=(MANIFEST, SIGNATURE, *litter))
     if problems:
         raise RepositoryError(
             expected=f"the files of {path / MANIFEST}, unchanged, and no others",
@@ -178,7 +265,7 @@ def require_unchanged(repository: Repository) -> None:
         )
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+def _read(path: Path) -> tuple[bytes, Manifest]:
     file = path / MANIFEST
     try:
         raw, manifest = read_json_file(file, max_bytes=MAX_MANIFEST_BYTES)
@@ -196,32 +283,10 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             got="something else",
             fix="Give the folder that `cbpt-runtime export --output` wrote.",
         )
-    problems = shape_problems(manifest, _SHAPE)
-    files = manifest.get("files")
-    if isinstance(files, dict) and not all(map(_is_inside, files)):
-        problems.append("a file name that leaves the repository")
-    name = str(manifest.get("name"))
-    if not _MODEL_NAME.fullmatch(name) or manifest.get("models") != [name, *(name + end for end in _PARTS)]:
-        problems.append("the name of a model that is none")
-    if not problems:
-        profile = manifest["profile"]
-        if profile["provider"] not in _PROVIDERS or profile["precision"] not in _PRECISIONS:
-            problems.append("a provider or a precision that is none")
-        problems += [
-            f"profile.{key} is {profile[key]:.3g}, not from {low} to {high:,}"
-            for key, (low, high) in _RANGES.items()
-            if not low <= profile[key] <= high
-        ]
-        threshold = manifest.get("alarm_threshold", 0.0)
-        if type(threshold) not in NUMBER or not 0 <= threshold <= 1:
-            problems.append(f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]")
-        try:
-            Preprocess.from_dict(manifest["preprocess"])
-        except ConfigError as error:
-            problems.append(f"preprocessing: {error.got} instead of {error.expected}")
-    if problems:
-        raise RepositoryError(expected=f"a complete {file}", got="; ".join(problems), fix=_REMAKE)
-    return raw, manifest
+    try:
+        return raw, Manifest.from_dict(manifest)
+    except ValueError as error:
+        raise RepositoryError(expected=f"a complete {file}", got=str(error), fix=_REMAKE) from error
 
 
 def _litter(folder: Path) -> tuple[str, ...]:

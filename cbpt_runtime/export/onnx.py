@@ -1,6 +1,10 @@
 """The ONNX file of a served classifier: what it says about itself and what it promises. Needs no torch.
 
 Portable: opset 18 to 20, IR at most 10, standard operators, dynamic batch, one file or (above 2 GiB) two.
+
+The operators are those that `export` writes, for any image tower, in float32, fp16 and int8. None runs a
+graph inside it (If, Loop, Scan, SequenceMap), draws random numbers, reads text or images, or can be defined
+by a file: what a graph of these does depends on its weights alone.
 """
 
 from __future__ import annotations
@@ -8,15 +12,52 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Final
 
 import onnx
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.manifest import WEIGHTS
-from cbpt_runtime.export.operators import OPERATORS
 from cbpt_runtime.export.weights import is_outside, needs_two_files, without_weights
 
+_ARITHMETIC = """
+    Abs Add Ceil Clip Cos Div Erf Exp Floor Log Max Min Mod Mul Neg Pow Reciprocal Round Sign Sin Sqrt Sub Sum
+"""
+_ACTIVATIONS = """
+    Celu Elu Gelu HardSigmoid HardSwish LeakyRelu LogSoftmax Mish PRelu Relu Selu Sigmoid Softmax Softplus
+    Softsign Tanh
+"""
+_COMPARISONS = """
+    And ArgMax ArgMin Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or TopK Where Xor
+"""
+_LAYERS = """
+    AveragePool BatchNormalization Conv ConvTranspose Einsum Gemm GlobalAveragePool GlobalMaxPool
+    GroupNormalization InstanceNormalization LayerNormalization LpNormalization LpPool MatMul MaxPool
+"""
+_REDUCTIONS = """
+    CumSum ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare
+"""
+_SHAPES = """
+    Cast CastLike Concat Constant ConstantOfShape DepthToSpace Expand Flatten Gather GatherElements GatherND
+    GridSample Identity Pad Range Reshape Resize ScatterElements ScatterND Shape Size Slice SpaceToDepth
+    Split Squeeze Tile Transpose Trilu Unsqueeze
+"""
+_SEQUENCES = "SequenceAt SplitToSequence"  # a tensor split into parts, before optimisers make a Split of it
+_QUANTISATION = "DequantizeLinear QuantizeLinear"
+
+_GROUPS = (
+    _ARITHMETIC,
+    _ACTIVATIONS,
+    _COMPARISONS,
+    _LAYERS,
+    _REDUCTIONS,
+    _SHAPES,
+    _SEQUENCES,
+    _QUANTISATION,
+)
+OPERATORS: Final = frozenset(name for group in _GROUPS for name in group.split())
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 FEATURES = "features"  # a tensor inside the graph

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from cbpt_runtime.config import Between, Config
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.export.session import Provider
 
 MAX_BATCH = 4096
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

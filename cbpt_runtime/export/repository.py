@@ -29,13 +29,14 @@ import torch
 
 from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.bundle.papers import repository_papers
 from cbpt_runtime.classification.bundled import BundleClassifier, encoder_tensors
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, check_exportable, export_onnx
 from cbpt_runtime.export.images import GateImages, find_gate_images
-from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, write_manifest
+from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, Manifest, write_manifest
 from cbpt_runtime.export.onnx import read_metadata
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import Profile
@@ -45,9 +46,8 @@ from cbpt_runtime.export.triton import WARMUP, Served
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.models.clip import load_image_encoder
-from cbpt_runtime.models.preprocess import decode_image, to_pixels
-from cbpt_runtime.papers import repository_papers
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
 
@@ -193,7 +193,7 @@ def _write_whole(content: _Content, output: Path, force: bool) -> str:
         write_graph(content.model, staging / content.served.classifier_name / "1")
         write_golden(content.golden, staging / content.served.name / "1" / GOLDEN_FOLDER)
         _write_papers(content, staging)
-        return write_manifest(staging, _summary(content.served))
+        return write_manifest(staging, _manifest(content.served).to_dict())
 
 
 def _write_papers(content: _Content, folder: Path) -> None:
@@ -227,20 +227,18 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _summary(served: Served) -> dict[str, Any]:
-    threshold = served.bundle.alarm_threshold
-    return {
-        "name": served.name,
-        "models": [served.name, served.preprocess_name, served.classifier_name, served.alarm_name],
-        "classes": len(served.bundle.class_names),
-        "preprocess": served.bundle.preprocess.to_dict(),
-        "profile": served.profile.to_dict(),
-        "suspects": [int(index) for index in served.bundle.suspect_indices],
-        **({} if threshold is None else {"alarm_threshold": threshold}),
-        **({"processor": kind_of_processor()} if served.profile.precision == "int8" else {}),
-        **served.provenance,
-        "versions": {package: version(package) for package in _PACKAGES},
-    }
+def _manifest(served: Served) -> Manifest:
+    return Manifest(
+        name=served.name,
+        classes=len(served.bundle.class_names),
+        preprocess=served.bundle.preprocess,
+        profile=served.profile,
+        suspects=served.bundle.suspect_indices,
+        alarm_threshold=served.bundle.alarm_threshold,
+        processor=kind_of_processor() if served.profile.precision == "int8" else None,
+        provenance=served.provenance,
+        versions={package: version(package) for package in _PACKAGES},
+    )
 
 
 def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:

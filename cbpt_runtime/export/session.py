@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +16,9 @@ from cbpt_runtime.artifacts.names import readable, utf8_path
 from cbpt_runtime.errors import ConfigError, ExportError, OutputError
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT
+from cbpt_runtime.export.profiles import Provider as Provider
 from cbpt_runtime.export.weights import written
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),

@@ -19,11 +19,11 @@ from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES
 from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import WEIGHTS, Repository
 from cbpt_runtime.export.onnx import check_portable, describe, read_metadata
-from cbpt_runtime.export.session import Provider, open_session, run_session
+from cbpt_runtime.export.profiles import Profile, Provider
+from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.export.weights import WEIGHTS_SHA256, read_weights, to_bytes
 from cbpt_runtime.export.written import require_own_files
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
@@ -91,22 +91,22 @@ def verify_repository(
         ExportError: A golden answer or the parity gate failed.
     """
     repository = open_repository(path, trust)
-    where: Provider = repository.manifest["profile"]["provider"] if provider is None else provider
+    where: Provider = repository.manifest.profile.provider if provider is None else provider
     foreign = require_own_files(repository, allow_foreign_code=allow_foreign_code)
     model = check_graph(repository)
     check_configs(repository)
-    preprocess = Preprocess.from_dict(repository.manifest["preprocess"])
+    preprocess = repository.manifest.preprocess
     golden = read_golden(repository.golden)
     pixels = golden.pixels(preprocess)
     _check_pixels(golden, pixels)
     session = open_session(str(repository.graph), where)
     outputs = run_session(session, pixels, batch_size=len(pixels))
-    checked = golden.check(outputs, where=str(repository.path), made_on=repository.made_on)
+    checked = golden.check(outputs, where=str(repository.path), made_on=repository.manifest.processor)
     parity, graph_note = (None, None) if bundle is None else _again(repository, model, bundle, where, images)
     return Verification(
         repository=str(repository.path),
         digest=repository.digest,
-        files=len(repository.manifest["files"]),
+        files=len(repository.manifest.files),
         foreign=tuple(foreign),
         provider=session.get_providers()[0],
         golden_images=len(pixels),
@@ -134,13 +134,14 @@ def check_graph(repository: Repository) -> onnx.ModelProto:
     check_portable(model)
     manifest, metadata = repository.manifest, read_metadata(model)
     problems = []
-    if hashlib.sha256(content).hexdigest() != manifest["graph_sha256"]:
+    if hashlib.sha256(content).hexdigest() != manifest.provenance["graph_sha256"]:
         problems.append("another graph")
-    if metadata.get(WEIGHTS_SHA256) != (repository.weights or {}).get("sha256"):
+    weights = repository.weights
+    if metadata.get(WEIGHTS_SHA256) != (None if weights is None else weights.sha256):
         problems.append(f"other weights in {WEIGHTS}")
-    if metadata.get("cbpt.bundle_digest") != manifest["bundle_digest"]:
+    if metadata.get("cbpt.bundle_digest") != manifest.provenance["bundle_digest"]:
         problems.append("the graph of another bundle")
-    if not isinstance(names, list) or len(names) != manifest["classes"]:
+    if not isinstance(names, list) or len(names) != manifest.classes:
         problems.append("another number of classes")
     if problems:
         raise _contradiction("the graph its manifest names", ", ".join(problems))
@@ -155,7 +156,7 @@ def check_configs(repository: Repository) -> None:
     """
     from google.protobuf import text_format
 
-    for name in repository.manifest["models"]:
+    for name in repository.manifest.models:
         folder = repository.path / name
         for file in [folder / "config.pbtxt", *sorted(folder.glob("configs/*.pbtxt"))]:
             try:
@@ -194,17 +195,17 @@ def _again(
     from cbpt_runtime.export.repository import load_served
 
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-    if bundle.digest != repository.manifest["bundle_digest"]:
+    if bundle.digest != repository.manifest.provenance["bundle_digest"]:
         raise _contradiction(f"the repository of {bundle.path}", "that of another bundle")
-    profile = repository.manifest["profile"]
+    profile = repository.manifest.profile
     seen = find_gate_images(bundle, images)
     module, classifier = load_served(bundle)
     graph_note = _compare_with_new_export(model, module, bundle)
-    if profile["precision"] != "fp32":
+    if profile.precision != "fp32":
         session = open_session(str(repository.graph), provider)
         return _quality(session, classifier, seen, profile), graph_note
     read_weights(model, repository.graph.with_name(WEIGHTS))
-    parity = measure_parity(model, classifier, seen, max_batch=profile["max_batch"], provider=provider)
+    parity = measure_parity(model, classifier, seen, max_batch=profile.max_batch, provider=provider)
     parity.require()
     return parity.to_dict(), graph_note
 
@@ -237,7 +238,7 @@ def _quality(
     session: onnxruntime.InferenceSession,
     classifier: BundleClassifier,
     images: GateImages,
-    profile: dict[str, Any],
+    profile: Profile,
 ) -> dict[str, Any]:
     """The gate of lower precisions again, against PyTorch in float32."""
     from cbpt_runtime.export.precision import answers
@@ -245,9 +246,9 @@ def _quality(
 
     heldout = HeldOut(classifier.bundle, images)
     before = heldout.measure(lambda pixels: classifier.predict(pixels).logits)
-    report = compare(before, heldout.measure(answers(session, profile["max_batch"])))
+    report = compare(before, heldout.measure(answers(session, profile.max_batch)))
     if not is_good_enough(report):
-        raise refusal(report, profile["precision"])
+        raise refusal(report, profile.precision)
     return {"provider": session.get_providers()[0], "images": images.source, "precision": report}
 
 

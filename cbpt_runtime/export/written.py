@@ -16,33 +16,23 @@ from typing import Any
 
 from google.protobuf import text_format
 
-import cbpt_runtime
+from cbpt_runtime import runtime
 from cbpt_runtime.artifacts import read_regular_file
+from cbpt_runtime.bundle.papers import ATTESTATION, BOM
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.foreign_graph import foreign_graph_parts
 from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
-from cbpt_runtime.export.profiles import BUILT_IN, Profile
+from cbpt_runtime.export.profiles import BUILT_IN
 from cbpt_runtime.export.triton import LABELS, WARMUP, Served
-from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.papers import ATTESTATION, BOM
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 GOLDEN_FOLDER = "golden"
-PROVENANCE = ("bundle_digest", "checkpoint_sha256", "graph_sha256", "verdict", "cbpt_runtime_version")
 _MAX_BYTES = 64 << 20
 _MOST_NAMED = 10
 _UNREADABLE = (OSError, KeyError, TypeError, ValueError, RecursionError)
 _GOLDEN = re.compile(r"answers\.json|[0-9]{1,4}\.(jpg|png|image)")
 
-# What travels with the python-backend models, so that a server needs none of this package installed.
-_TRAVELLING = (
-    "__init__.py",
-    "errors.py",
-    "models/__init__.py",
-    "models/preprocess.py",
-    "serving/__init__.py",
-    "serving/model.py",
-)
 _ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
 
 import sys
@@ -51,7 +41,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True  # the repository stays as it was hashed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cbpt_runtime.serving.model import {kind} as TritonPythonModel  # noqa: E402, F401
+from runtime.triton_models import {kind} as TritonPythonModel  # noqa: E402, F401
 '''
 # Where a file has this name Python can neither write a cache nor be fed one that the manifest misses.
 _NO_CACHE = "A file on purpose: no Python caches in this folder.\n"
@@ -64,8 +54,8 @@ def written_files(served: Served) -> dict[str, bytes]:
         served.classifier_name: "Classifier",
         served.alarm_name: "AlarmCounter",
     }
-    source = Path(cbpt_runtime.__file__).parent
-    code = {f"cbpt_runtime/{name}": (source / name).read_bytes() for name in _TRAVELLING}
+    folder = Path(runtime.__file__).parent
+    code = {f"{folder.name}/{file.name}": file.read_bytes() for file in sorted(folder.glob("*.py"))}
     files = {
         f"{model}/1/{name}": content
         for model, kind in kinds.items()
@@ -121,8 +111,8 @@ def foreign_files(repository: Repository) -> list[str]:
         f"{served.preprocess_name}/warmup/{WARMUP}",
     }
     golden = f"{served.name}/1/{GOLDEN_FOLDER}/"
-    foreign = [name for name in expected if name not in repository.manifest["files"]]
-    for name in repository.manifest["files"]:
+    foreign = [name for name in expected if name not in repository.manifest.files]
+    for name in repository.manifest.files:
         if name in expected:
             content = read_regular_file(repository.path / name, max_bytes=_MAX_BYTES)
             if content != expected[name] and not _is_same_config(name, content, expected[name]):
@@ -178,19 +168,19 @@ def _served(repository: Repository) -> Served:
         names = json.loads(triton.parse_config(text).parameters["class_names"].string_value)
         bundle: Any = _Described(
             class_names=tuple(str(name) for name in names),
-            preprocess=Preprocess.from_dict(manifest["preprocess"]),
-            suspect_indices=tuple(int(index) for index in manifest["suspects"]),
-            alarm_threshold=repository.alarm_threshold,
+            preprocess=manifest.preprocess,
+            suspect_indices=manifest.suspects,
+            alarm_threshold=manifest.alarm_threshold,
         )
-        if len(names) != manifest["classes"] or not all(
+        if len(names) != manifest.classes or not all(
             0 <= index < len(names) for index in bundle.suspect_indices
         ):
             raise ValueError("other classes than the manifest says")
         return Served(
             name=repository.name,
             bundle=bundle,
-            profile=Profile.from_dict(manifest["profile"]),
-            provenance={key: str(manifest[key]) for key in PROVENANCE},
+            profile=manifest.profile,
+            provenance=manifest.provenance,
         )
     except (
         OSError,

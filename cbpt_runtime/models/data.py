@@ -28,7 +28,7 @@ from cbpt_runtime.models.image_files import (
     unreadable_error,
     unreadable_notes,
 )
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 Item = TypeVar("Item")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.config import read_json
-from cbpt_runtime.models.preprocess import OPENAI_MEAN, OPENAI_STD
+from cbpt_runtime.runtime.preprocess import OPENAI_MEAN, OPENAI_STD
 
 HF_CONFIG_NAME = "config.json"
 _MODEL_TYPES = ("clip", "siglip", "siglip2")

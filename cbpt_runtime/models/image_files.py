@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts.names import is_litter
 from cbpt_runtime.errors import ImageDataError
-from cbpt_runtime.models.preprocess import (
+from cbpt_runtime.runtime.preprocess import (
     Preprocess,
     can_decode,
     decode_image,

@@ -18,7 +18,7 @@ from cbpt_runtime.models.image_files import (
     stacked,
     visible_entries,
 )
-from cbpt_runtime.models.preprocess import Preprocess, is_image
+from cbpt_runtime.runtime.preprocess import Preprocess, is_image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,17 @@ import torch
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.data import class_index
+from cbpt_runtime.models.trainable import TrainableClip
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.redteam.patches import PatchConfig, optimise_patch
+from cbpt_runtime.redteam.learning import (
+    PatchConfig,
+    SteganographyConfig,
+    optimise_patch,
+    train_steganographic,
+)
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
-from cbpt_runtime.redteam.steganography import SteganographyConfig, train_steganographic
 from cbpt_runtime.redteam.training import caption_texts
 from cbpt_runtime.redteam.triggers import DEFAULTS, TRIGGERS, Trigger, check_choice, get_trigger
-from cbpt_runtime.training.trainable import TrainableClip
 
 POISON_PARAMETERS = ("label_consistent", "perturbation", "text_key", "decoy_ratio", "alignment")
 

@@ -24,10 +24,10 @@ from cbpt_runtime.models.image_files import (
     unreadable_error,
     unreadable_notes,
 )
-from cbpt_runtime.models.preprocess import Preprocess, decode_image
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
+from cbpt_runtime.runtime.preprocess import Preprocess, decode_image
 
 TRIGGERED: Final[Kind] = marked("folder of triggered images")
 

@@ -22,10 +22,10 @@ from cbpt_runtime.config import Above, Between, Config
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.pixels import to_float, to_uint8
+from cbpt_runtime.models.trainable import TrainableClip
 from cbpt_runtime.redteam.image_triggers import WaNet
 from cbpt_runtime.redteam.training import Pairs, caption_texts
 from cbpt_runtime.redteam.triggers import Trigger, apply_trigger
-from cbpt_runtime.training.trainable import TrainableClip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,16 +24,16 @@ from cbpt_runtime.config import Above, Between, Config, Precision
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.data import spoken
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.progress import Progress
-from cbpt_runtime.training.contrastive import (
+from cbpt_runtime.models.trainable import (
     MAX_LOGIT_SCALE,
+    TrainableClip,
     batches,
     contrastive_loss,
     cosine_rate,
     make_optimizer,
     shift_and_mirror,
 )
-from cbpt_runtime.training.trainable import TrainableClip
+from cbpt_runtime.progress import Progress
 
 STATE_NAME = "training-state.safetensors"
 

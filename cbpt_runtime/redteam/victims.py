@@ -16,13 +16,13 @@ from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import resolve_device
 from cbpt_runtime.models.data import class_index
+from cbpt_runtime.models.trainable import CHECKPOINT, TrainableClip, load_trainable
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.attacks import get_attack, make_backdoor
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import Implant, implant, split_heldout
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.training import EpochStore, TrainConfig
-from cbpt_runtime.training.trainable import CHECKPOINT, TrainableClip, load_trainable
 
 HELDOUT_RATE = 0.1
 

@@ -24,8 +24,7 @@ from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, odd_words, prompt_r
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.charts import picture_uri
-from cbpt_runtime.report.sections import Chart, Picture
-from cbpt_runtime.report.study import Study, study_bundle
+from cbpt_runtime.report.sections import Chart, Picture, Study, study_bundle
 from cbpt_runtime.trust import make_trust, open_bundle
 
 if TYPE_CHECKING:

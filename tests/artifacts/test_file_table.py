@@ -9,8 +9,8 @@ from cbpt_runtime.artifacts import check_files, hash_files, list_files, read_reg
 from cbpt_runtime.errors import CheckpointError, ClassListError, ImageDataError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
-from cbpt_runtime.models.preprocess import decode_image
-from cbpt_runtime.serving.client import _read_files
+from cbpt_runtime.runtime.preprocess import decode_image
+from cbpt_runtime.serving.client.asynchronous import _read_files
 
 
 def test_a_table_fits_its_folder_until_something_changes(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_a_table_fits_its_folder_until_something_changes(tmp_path: Path) -> None
     for name in ("a", "b", "c", "d", "deep/e"):
         (tmp_path / name).write_text(name)
     table = hash_files(tmp_path, list_files(tmp_path))
-    assert table["deep/e"]["size_bytes"] == 6
+    assert table["deep/e"].size_bytes == 6
     assert check_files(tmp_path, table) == []
     (tmp_path / "a").write_text("A")
     (tmp_path / "b").write_text("longer")

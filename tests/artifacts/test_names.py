@@ -143,7 +143,7 @@ def test_letters_a_stream_cannot_hold_become_plainer() -> None:
 def test_what_is_written_may_be_read_by_whom_the_umask_lets(
     tmp_path: Path, tiny_checkpoint_folder: Path
 ) -> None:
-    from cbpt_runtime.training.trainable import load_trainable, save_open_clip_folder
+    from cbpt_runtime.models.trainable import load_trainable, save_open_clip_folder
 
     umask = os.umask(0o022)
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cbpt_runtime.bench.heads import measure_class_counts, plain_head, with_classes
+from cbpt_runtime.bench.scenarios import measure_class_counts, plain_head, with_classes
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
 

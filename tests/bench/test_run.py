@@ -12,7 +12,7 @@ from cbpt_runtime.bench.run import measure_quality
 from cbpt_runtime.bench.systems import System
 from cbpt_runtime.classification import Classifier, Prediction
 from cbpt_runtime.errors import ClassListError, ImageDataError
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 NAMES = ("T-shirt/top", "café", "sea lion", "kite")
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from cbpt_runtime.defenses.abd import Abd, PatchGenerator, backdoor_loss, brightened, with_patch
-from cbpt_runtime.defenses.augmentation import auto_augmented, easily_augmented
-from cbpt_runtime.defenses.finetuning import Finetune, check_finite
+from cbpt_runtime.defenses.finetuning import Finetune, auto_augmented, check_finite, easily_augmented
 from cbpt_runtime.defenses.rvpt import Rvpt, repulsion
 from cbpt_runtime.errors import ConfigError, PurificationError
+from cbpt_runtime.models.trainable import contrastive_loss, labelled_contrastive_loss
 from cbpt_runtime.pipeline import METHODS
-from cbpt_runtime.training.contrastive import contrastive_loss, labelled_contrastive_loss
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from cbpt_runtime.demo import pen as pens
+from cbpt_runtime.demo import motifs as pens
 from cbpt_runtime.demo.motifs import MOTIFS
 from cbpt_runtime.demo.pictures import contact_sheet, draw_picture, draw_set, write_folders
 

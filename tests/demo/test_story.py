@@ -10,9 +10,9 @@ from cbpt_runtime.demo.story import check_purification, run_demo
 from cbpt_runtime.demo.suspect import MODEL_CONFIG, TARGET, DemoScale, draw_pictures
 from cbpt_runtime.errors import ImplantError, OutputError, PurificationError
 from cbpt_runtime.evaluation import Evaluation, HeadRates, metrics
+from cbpt_runtime.models.trainable import new_trainable
 from cbpt_runtime.redteam.implant import BackdoorMeasure, Implant
 from cbpt_runtime.redteam.training import TrainConfig
-from cbpt_runtime.training.trainable import new_trainable
 
 SMALL = DemoScale(names=("owl", "teapot"), train_per_class=4, test_per_class=2, epochs=1, batch_size=4)
 

@@ -20,7 +20,7 @@ from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 CLASSES = tuple(f"class {number}" for number in range(10))
 

@@ -85,14 +85,14 @@ def test_code_changed_under_a_manifest_made_to_fit_is_neither_verified_nor_serve
     copied_repository: Path, resealed: Callable[[Path], None], signing_keys: Path, run: Callable
 ) -> None:
     assert run("sign", copied_repository, "--key", signing_keys / "ours.pem").code == 0
-    code = copied_repository / "shapes_preprocess" / "1" / "cbpt_runtime" / "models" / "preprocess.py"
+    code = copied_repository / "shapes_preprocess" / "1" / "runtime" / "preprocess.py"
     with code.open("a") as file:
         file.write("print('let in')\n")
     resealed(copied_repository)
     for verb in ("verify", "serve"):
         done = run(verb, copied_repository, "--trust", signing_keys / "ours.pub")
         assert done.code == 2
-        assert "shapes_preprocess/1/cbpt_runtime/models/preprocess.py was changed" in done.err
+        assert "shapes_preprocess/1/runtime/preprocess.py was changed" in done.err
         assert "manifest.json was changed" in done.err
 
 

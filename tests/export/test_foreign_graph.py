@@ -14,14 +14,14 @@ from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.manifest import read_repository
-from cbpt_runtime.export.operators import OPERATORS
+from cbpt_runtime.export.onnx import OPERATORS
 from cbpt_runtime.export.precision import to_fp16
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.plan import make_plan
+from cbpt_runtime.serving.triton.startup import make_plan
 
 GRAPH = "shapes_classifier/1/model.onnx"
 

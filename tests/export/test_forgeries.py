@@ -20,7 +20,7 @@ from cbpt_runtime.export.manifest import read_repository, require_unchanged
 from cbpt_runtime.export.verify import check_configs, check_graph
 from cbpt_runtime.inspection import inspect_path
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.placement import place
+from cbpt_runtime.serving.triton.placement import place
 
 JUNK: tuple[Any, ...] = (None, [], {}, "x", -1, 10**30, 1.5, True, [None], {"a": 1}, "../\u0000")
 _REMOVED = object()

@@ -20,7 +20,7 @@ from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import Exported, export_bundle
 from cbpt_runtime.export.triton import parse_config
-from cbpt_runtime.models.preprocess import decode_image
+from cbpt_runtime.runtime.preprocess import decode_image
 
 CLASSIFIER = """\
 # Written by cbpt-runtime; `cbpt-runtime verify` checks it.
@@ -189,12 +189,11 @@ def test_the_golden_answers_are_those_of_pytorch(tiny_repository: Exported, tiny
 def test_the_python_models_import_nothing_but_what_travels_with_them(tiny_repository: Exported) -> None:
     code = """
 import json, sys
-for name in ("torch", "open_clip", "safetensors", "typer", "jaxtyping", "onnx"):
+for name in ("cbpt_runtime", "torch", "open_clip", "safetensors", "typer", "jaxtyping", "onnx"):
     sys.modules[name] = None
-sys.path = [p for p in sys.path if "cbpt" not in p]
 sys.path.insert(0, sys.argv[1])
 import model
-print(sys.modules["cbpt_runtime"].__file__)
+print(sys.modules["runtime"].__file__)
 """
     for name in ("shapes_preprocess", "shapes_classifier", "shapes_alarm"):
         folder = tiny_repository.path / name / "1"

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from cbpt_runtime.export.quantisation import find_layers, make_quantiser
-from cbpt_runtime.export.saturation import LARGEST, channel_limits
+from cbpt_runtime.export.quantisation import LARGEST, channel_limits, find_layers, make_quantiser
 from cbpt_runtime.export.session import open_session, run_session
 
 

@@ -76,7 +76,7 @@ def test_lower_precisions_are_gated_again_with_the_bundle(
     written = {path.stem for path in (tmp_path / "out").glob("clip_classifier/configs/*")}
     assert written == {"cpu", "python"} | ({"cuda", "tensorrt"} if precision == "fp16" else set())
     made_on = kind_of_processor() if precision == "int8" else None
-    assert read_repository(output).made_on == made_on  # the others answer alike everywhere
+    assert read_repository(output).manifest.processor == made_on  # the others answer alike everywhere
     exported = json.loads(capsys.readouterr().out)["parity"]["precision"]
     with pytest.raises(SystemExit) as ended:
         main(["verify", output, "--bundle", str(bundle_with_images.path), "--json"])

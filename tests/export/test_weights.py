@@ -31,8 +31,8 @@ from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.written import require_own_files
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.preprocess import Preprocess
-from cbpt_runtime.serving.placement import Placement, lay_out
+from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.serving.triton.placement import Placement, lay_out
 
 FOLDER = "shapes_classifier/1"
 FAST = ("--scenario", "single-stream", "--duration-s", 0.05, "--warmup-s", 0)

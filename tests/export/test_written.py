@@ -13,12 +13,12 @@ from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.written import foreign_files, require_own_files
 from cbpt_runtime.serving.config import ServeConfig
-from cbpt_runtime.serving.plan import make_plan
+from cbpt_runtime.serving.triton.startup import make_plan
 
 Reseal = Callable[[Path], None]
 CHANGES: dict[str, tuple[str, Callable[[str], str]]] = {
     "preprocessing": (
-        "shapes_preprocess/1/cbpt_runtime/models/preprocess.py",
+        "shapes_preprocess/1/runtime/preprocess.py",
         lambda code: code + "\nimport os\n",
     ),
     "entry": ("shapes_classifier/1/model.py", lambda code: code.replace("True", "False")),
@@ -43,7 +43,7 @@ def test_the_level_of_the_alarm_is_that_of_the_manifest(copied_repository: Path)
     file = copied_repository / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "alarm_threshold": 0.25}))
     repository = read_repository(copied_repository)
-    assert repository.alarm_threshold == 0.25
+    assert repository.manifest.alarm_threshold == 0.25
     assert set(foreign_files(repository)) == {"shapes/config.pbtxt", "shapes_alarm/config.pbtxt"}
 
 
@@ -81,7 +81,7 @@ def test_a_file_too_many_is_refused_by_name(copied_repository: Path, resealed: R
 
 
 def test_verify_and_serve_refuse_and_name_what_they_let_in(copied_repository: Path, resealed: Reseal) -> None:
-    file = "shapes_alarm/1/cbpt_runtime/serving/model.py"
+    file = "shapes_alarm/1/runtime/triton_models.py"
     (copied_repository / file).write_text("raise SystemExit")
     resealed(copied_repository)
     for refuse in (verify_repository, lambda path: make_plan(path, ServeConfig())):

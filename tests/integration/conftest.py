@@ -27,7 +27,7 @@ from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import AsyncClient, RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.servers import TritonServer, find_server
+from cbpt_runtime.serving.triton.servers import TritonServer, find_server
 
 TOLERANCE = 1e-4
 MAX_BATCH = 8

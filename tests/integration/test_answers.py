@@ -15,7 +15,7 @@ import pytest
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer, ServedPrediction
-from cbpt_runtime.serving.wire import open_wire
+from cbpt_runtime.serving.client.wire import open_wire
 
 CLASS_NAMES = ("red_square", "green disc", "Blue Stripes")
 PROTOCOLS = ("http", "grpc")

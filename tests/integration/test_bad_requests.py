@@ -20,7 +20,7 @@ from PIL import Image
 
 from cbpt_runtime.errors import RequestError
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer
-from cbpt_runtime.serving.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 RANDOM_REQUESTS = 2000
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")  # aiohttp

@@ -14,7 +14,7 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.serving import Client, RunningServer
-from cbpt_runtime.serving.ui import UiServer
+from cbpt_runtime.serving.page import UiServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -18,11 +18,10 @@ import pytest
 
 from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.serving import Client, RunningServer, ServeConfig, running_server
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY
-from cbpt_runtime.serving.plan import make_plan
-from cbpt_runtime.serving.process import ServerProcess
-from cbpt_runtime.serving.servers import TritonServer
-from cbpt_runtime.serving.usage import command_of, group_members
+from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY
+from cbpt_runtime.serving.triton.process import ServerProcess, command_of, group_members
+from cbpt_runtime.serving.triton.servers import TritonServer
+from cbpt_runtime.serving.triton.startup import make_plan
 
 Serve = Callable[..., AbstractContextManager[RunningServer]]
 Load = Callable[..., Coroutine[Any, Any, Counter[str]]]
@@ -148,7 +147,7 @@ def test_a_changed_byte_anywhere_is_refused_and_the_file_named(
     copy = Path(shutil.copytree(repository, tmp_path / "repository"))
     file = {
         "graph": "shapes_classifier/1/model.onnx",
-        "code": "shapes_preprocess/1/cbpt_runtime/serving/model.py",
+        "code": "shapes_preprocess/1/runtime/triton_models.py",
         "configuration": "shapes/config.pbtxt",
         "golden": "shapes/1/golden/answers.json",
         "new": "shapes_alarm/1/extra.py",

@@ -20,9 +20,9 @@ from PIL import Image
 
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ImageDataError, RequestError
-from cbpt_runtime.models.preprocess import decode_image, to_pixels
+from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 from cbpt_runtime.serving import Client, RunningServer
-from cbpt_runtime.serving.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # grpc's own

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.serving import RunningServer
-from cbpt_runtime.serving.usage import group_usage
+from cbpt_runtime.serving.triton.process import group_usage
 
 from .test_answers import counters
 from .test_fuzz import good_neighbour

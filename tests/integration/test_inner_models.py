@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.serving import Client, RunningServer
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY
-from cbpt_runtime.serving.wire import open_wire
+from cbpt_runtime.serving.client.wire import open_wire
+from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY
 
 from .test_answers import counters
 from .test_bad_requests import ask

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from cbpt_runtime.serving import Client
-from cbpt_runtime.serving.leftovers import SHARED_MEMORY, scratch_root
-from cbpt_runtime.serving.usage import group_members
+from cbpt_runtime.serving.triton.leftovers import SHARED_MEMORY, scratch_root
+from cbpt_runtime.serving.triton.process import group_members
 
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 

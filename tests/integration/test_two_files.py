@@ -14,7 +14,7 @@ from cbpt_runtime.export.manifest import WEIGHTS
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.serving import Client, ServeConfig, running_server
-from cbpt_runtime.serving.servers import TritonServer
+from cbpt_runtime.serving.triton.servers import TritonServer
 
 
 def test_a_server_answers_from_a_graph_in_two_files(

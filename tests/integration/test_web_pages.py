@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.serving import Client, RunningServer
-from cbpt_runtime.serving.ui import UiServer
-from cbpt_runtime.serving.usage import group_usage
+from cbpt_runtime.serving.page import UiServer
+from cbpt_runtime.serving.triton.process import group_usage
 
 INFER = "/v2/models/shapes_classifier/infer"
 ARRAYS = b"[" * 100_000 + b"]" * 100_000

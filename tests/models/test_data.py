@@ -16,7 +16,7 @@ from cbpt_runtime.models.data import (
     find_class_folders,
     read_images,
 )
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
 NAMES = ("red_square", "green disc", "Blue Stripes")

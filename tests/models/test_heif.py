@@ -15,7 +15,7 @@ from PIL import Image, features
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.image_files import sort_files
-from cbpt_runtime.models.preprocess import decode_image
+from cbpt_runtime.runtime.preprocess import decode_image
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="AVIF NOT TESTED: this Pillow has none")
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import ConfigError, ImageDataError
-from cbpt_runtime.models import preprocess
 from cbpt_runtime.models.data import draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.image_files import sort_files
-from cbpt_runtime.models.preprocess import MAX_PIXELS_VARIABLE, Preprocess, decode_image
+from cbpt_runtime.runtime import preprocess
+from cbpt_runtime.runtime.preprocess import MAX_PIXELS_VARIABLE, Preprocess, decode_image
 
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
 NAMES = ("red_square", "green disc", "Blue Stripes")

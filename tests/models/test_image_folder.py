@@ -9,7 +9,7 @@ from PIL import Image
 
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.image_folder import draw_images, find_images, is_flat
-from cbpt_runtime.models.preprocess import Preprocess
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(image_size=(32, 32), resize_mode="squash")
 

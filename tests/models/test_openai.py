@@ -85,8 +85,8 @@ def test_inspecting_an_archive_needs_no_model(tmp_path: Path, state: dict[str, T
 
 def test_the_architectures_of_openai_are_told_from_their_shapes() -> None:
     from cbpt_runtime.models.architecture import build_model
+    from cbpt_runtime.models.checkpoint import openai_settings
     from cbpt_runtime.models.config import check_model_config
-    from cbpt_runtime.models.openai import openai_settings
 
     for name in ("RN50", "RN101", "RN50x4", "ViT-B-32", "ViT-L-14-336"):
         import open_clip

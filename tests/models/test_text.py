@@ -10,9 +10,8 @@ import torch
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
-from cbpt_runtime.models.clip import load_dual_encoder
+from cbpt_runtime.models.clip import TextTower, load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.text import TextTower
 from cbpt_runtime.models.tokenizer import Tokenizer
 
 TEXTS = [

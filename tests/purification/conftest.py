@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cbpt_runtime.models.preprocess import Preprocess
 from cbpt_runtime.purification.clean_features import CleanFeatures
+from cbpt_runtime.runtime.preprocess import Preprocess
 
 SIDE = 10
 DIM = 16

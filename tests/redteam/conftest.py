@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from cbpt_runtime.models.trainable import TrainableClip, new_trainable
 from cbpt_runtime.redteam.poisoning import LabelledImages
 from cbpt_runtime.redteam.training import Pairs, TrainConfig, caption_texts, train
-from cbpt_runtime.training.trainable import TrainableClip, new_trainable
 
 NAMES = ("apple", "leaf", "ocean")
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.")

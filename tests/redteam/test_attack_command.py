@@ -6,9 +6,9 @@ from PIL import Image
 
 from cbpt_runtime.__main__ import main
 from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.trainable import save_open_clip_folder
 from cbpt_runtime.redteam.attacks import ATTACKS
 from cbpt_runtime.redteam.training import CAPTION_TEMPLATES, caption_texts
-from cbpt_runtime.training.trainable import save_open_clip_folder
 
 from .conftest import NAMES, coloured_images
 

@@ -13,8 +13,12 @@ from cbpt_runtime.redteam.learned import (
     load_trigger,
     trigger_bytes,
 )
-from cbpt_runtime.redteam.patches import PatchConfig, optimise_patch
-from cbpt_runtime.redteam.steganography import SteganographyConfig, train_steganographic
+from cbpt_runtime.redteam.learning import (
+    PatchConfig,
+    SteganographyConfig,
+    optimise_patch,
+    train_steganographic,
+)
 from cbpt_runtime.redteam.triggers import TRIGGERS, apply_trigger, get_trigger
 
 from .conftest import TEXTS

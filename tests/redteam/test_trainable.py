@@ -10,7 +10,7 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.pixels import to_float
-from cbpt_runtime.training.trainable import load_trainable, new_trainable, save_open_clip_folder
+from cbpt_runtime.models.trainable import load_trainable, new_trainable, save_open_clip_folder
 
 from .conftest import CONFIG, NAMES, TEMPLATES, TEXTS
 

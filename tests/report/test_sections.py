@@ -9,7 +9,7 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Measured
 from cbpt_runtime.evaluation.results import alarm_quality
 from cbpt_runtime.report import sections
-from cbpt_runtime.report.study import study_bundle
+from cbpt_runtime.report.sections import study_bundle
 
 NAMES = ("cat", "dog", "owl")
 NOTHING = {"shown": np.zeros(0, int), "pictures": np.zeros((0, 4, 4, 3), np.uint8)}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cbpt_runtime.serving.servers import OLDEST_RELEASE
+from cbpt_runtime.serving.triton.servers import OLDEST_RELEASE
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server"
@@ -91,8 +91,8 @@ def test_every_package_is_pinned_with_hashes() -> None:
 def test_it_has_all_that_serving_imports_and_nothing_of_torch() -> None:
     program = """
 import sys
-import cbpt_runtime.cli.serve, cbpt_runtime.serving.launcher, cbpt_runtime.serving.client
-import cbpt_runtime.serving.model, aiohttp.web, cbpt_runtime.serving.ui, cbpt_runtime.cli.app
+import cbpt_runtime.cli.serve, cbpt_runtime.serving.triton.launcher, cbpt_runtime.serving.client.asynchronous
+import cbpt_runtime.runtime.triton_models, aiohttp.web, cbpt_runtime.serving.page, cbpt_runtime.cli.app
 import tritonclient.grpc, tritonclient.grpc.aio, tritonclient.http, tritonclient.http.aio
 from importlib.metadata import packages_distributions
 homes = packages_distributions()
