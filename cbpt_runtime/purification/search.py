@@ -137,23 +137,35 @@ def search(
         reference: A trusted encoder, asked for the same concepts on the same images. What counts is then how
             much more the suspect can be forced: natural perturbations work on both.
     """
-    order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
-    measured = order[:MEASURED_IMAGES]
-    goals, trusted = suspect.goals(), None if reference is None else reference.goals()
     reached, margins = [], []
     for number, family in enumerate(SEARCH_FAMILIES.values()):
-        inversion = _inverted(suspect, family, goals, config)
-        reached.append(_measure(suspect, family, inversion, goals, measured))
-        margins.append(reached[-1].margins)
-        if reference is not None and trusted is not None:
-            same = _inverted(reference, family, trusted, config, rows=inversion.rows)
-            known = _measure(reference, family, same, trusted, measured).margins
-            margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
+        more, reach = _family_margins(suspect, reference, family, config)
+        margins.append(more)
+        reached.append(reach)
         if progress is not None:
             progress("search", number + 1, len(SEARCH_FAMILIES), {})
     stacked = torch.stack(margins, dim=1)
     outliers = find_outliers(stacked, _taken(reached, reference), config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
+
+
+def _family_margins(
+    suspect: SearchInput, reference: SearchInput | None, family: TriggerFamily, config: PurifyConfig
+) -> tuple[Float[Tensor, "2 concepts"], Reach]:
+    """One family, asked for every concept: margins to be judged, and what the suspect's triggers reach.
+
+    The unit of the search: it depends on nothing but its arguments, wherever it is computed.
+    """
+    order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
+    measured, goals = order[:MEASURED_IMAGES], suspect.goals()
+    inversion = _inverted(suspect, family, goals, config)
+    reach = _measure(suspect, family, inversion, goals, measured)
+    if reference is None:
+        return reach.margins, reach
+    goals = reference.goals()
+    same = _inverted(reference, family, goals, config, rows=inversion.rows)
+    known = _measure(reference, family, same, goals, measured).margins
+    return torch.where(known > -torch.inf, reach.margins - known, known), reach
 
 
 def _taken(reached: list[Reach], reference: SearchInput | None) -> Bool[Tensor, "families concepts"]:
