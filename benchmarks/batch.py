@@ -31,13 +31,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import two_nodes
 from PIL import Image
 
 from cbpt_runtime.bench.machine import describe_machine, describe_versions
@@ -247,45 +248,25 @@ def measure_cluster(folder: Path, options: argparse.Namespace) -> dict[str, Any]
     """The files of two Ray workers against those of this process."""
     pictures, classifier = make_pictures(folder, 3000, side=16), tiny_graph(folder)
     outputs = {}
-    with two_nodes() as (address, nodes):
-        for name, more in (("process", {}), ("cluster", {"RAY_ADDRESS": address})):
+    program = [sys.executable, two_nodes.__file__]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        address = running.stdout.readline().strip()
+        for name, more in (("process", {}), ("cluster", {**two_nodes.CLIENT, "RAY_ADDRESS": address})):
             outputs[name] = folder / f"cluster-{name}"
             shutil.rmtree(outputs[name], ignore_errors=True)
             command = label_command(pictures, classifier, outputs[name], "--partition", "256")
             subprocess.run(command, env={**os.environ, **more}, check=True, stdout=subprocess.DEVNULL)
+        running.stdin.close()
     files = {name: sorted((output / "labels").iterdir()) for name, output in outputs.items()}
     same = [one.read_bytes() == other.read_bytes() for one, other in zip(*files.values(), strict=True)]
     tables = [pa.concat_tables(map(pq.read_table, own)) for own in files.values()]
     assert tables[0].equals(tables[1])
     return {
         "images": len(tables[0]),
-        "nodes": nodes,
+        "nodes": 2,
         "files": len(same),
         "files_with_the_same_bytes": sum(same),
     }
-
-
-def two_nodes() -> Any:
-    """Address of a Ray cluster of two nodes on this machine, one CPU each."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def running() -> Iterator[tuple[str, int]]:
-        os.environ |= {"RAY_raylet_start_wait_time_s": "600", "RAY_USAGE_STATS_ENABLED": "0", "NO_PROXY": "*"}
-        import ray
-        from ray.cluster_utils import Cluster
-
-        small = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args={**small, "node_ip_address": "127.0.0.1"})
-        cluster.add_node(**small, node_ip_address="127.0.0.1")
-        try:
-            ray.init(address=cluster.address, logging_level="ERROR")
-            yield cluster.address, len(ray.nodes())
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
-    return running()
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
