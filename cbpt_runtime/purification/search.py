@@ -7,7 +7,7 @@ depend on how many words there are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers, find_outliers
+from cbpt_runtime.purification.devices import in_parallel
 from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered
+from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES, TriggerFamily
 from cbpt_runtime.purification.vocabulary import Vocabulary
 
@@ -80,6 +82,10 @@ class Reach:
     directions: Float[Tensor, "concepts dim"]
 
 
+Unit = tuple[Tensor, Reach]
+"""What a family gives: margins to be judged, [2, concepts], and what the suspect's triggers reach."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """What the search found.
@@ -127,6 +133,8 @@ def search(
     progress: Progress | None = None,
     *,
     reference: SearchInput | None = None,
+    stages: StageStore | None = None,
+    cluster: str | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
@@ -136,22 +144,47 @@ def search(
         progress: Told how far the work is.
         reference: A trusted encoder, asked for the same concepts on the same images. What counts is then how
             much more the suspect can be forced: natural perturbations work on both.
+        stages: Where finished families are kept and looked for.
+        cluster: Address of a Ray cluster to search on; the devices of this machine when None.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+        PurificationError: The cluster gave a family up.
     """
-    reached, margins = [], []
-    for number, family in enumerate(SEARCH_FAMILIES.values()):
-        more, reach = _family_margins(suspect, reference, family, config)
-        margins.append(more)
-        reached.append(reach)
+    texts = suspect.vocabulary.texts
+    mixed = is_mixed(config.precision, texts.device)  # another machine may have other instructions
+    asked = (suspect, reference, replace(config, precision="bf16" if mixed else "fp32"))
+    units = {} if stages is None else _finished(stages)
+    missing = [name for name in SEARCH_FAMILIES if name not in units]
+    for name, unit in in_parallel(_unit, asked, missing, texts.device, cluster=cluster):
+        units[name] = unit
+        if stages is not None:
+            parts = {field.name: getattr(unit[1], field.name) for field in fields(Reach)}
+            stages.save(f"search-{name}", {"judged": unit[0], **parts}, {})
         if progress is not None:
-            progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    stacked = torch.stack(margins, dim=1)
+            progress("search", len(units), len(SEARCH_FAMILIES), {})
+    stacked = torch.stack([units[name][0] for name in SEARCH_FAMILIES], dim=1)
+    reached = [units[name][1] for name in SEARCH_FAMILIES]
+    reached = [replace(one, directions=one.directions.to(texts.device)) for one in reached]
     outliers = find_outliers(stacked, _taken(reached, reference), config.suspect_p_value)
     return _result(suspect.vocabulary, outliers, stacked, reached)
 
 
+def _finished(stages: StageStore) -> dict[str, Unit]:
+    """Families that an interrupted search has left."""
+    found = {name: stages.load(f"search-{name}") for name in SEARCH_FAMILIES}
+    parts = {name: stage[0] for name, stage in found.items() if stage is not None}
+    return {name: (tensors.pop("judged"), Reach(**tensors)) for name, tensors in parts.items()}
+
+
+def _unit(asked: tuple[SearchInput, SearchInput | None, PurifyConfig], name: str) -> Unit:
+    suspect, reference, config = asked
+    return _family_margins(suspect, reference, SEARCH_FAMILIES[name], config)
+
+
 def _family_margins(
     suspect: SearchInput, reference: SearchInput | None, family: TriggerFamily, config: PurifyConfig
-) -> tuple[Float[Tensor, "2 concepts"], Reach]:
+) -> Unit:
     """One family, asked for every concept: margins to be judged, and what the suspect's triggers reach.
 
     The unit of the search: it depends on nothing but its arguments, wherever it is computed.
