@@ -70,6 +70,7 @@ def purify_checkpoint(
     reference: str | Path | None = None,
     method: Method | None = None,
     device: str = "auto",
+    cluster: str | None = None,
     force: bool = False,
     resume: bool = False,
     keep_images: bool = True,
@@ -98,7 +99,9 @@ def purify_checkpoint(
         method: How to purify, `Cbpt()` if None; its seed also draws the images. A defence that tunes the
             image tower looks for no target, and the verdict is 'unknown'; `Chain(first=CleanClip(),
             then=Cbpt())` purifies the tuned model after it.
-        device: 'auto', 'cpu' or 'cuda'.
+        device: 'auto', 'cpu' or 'cuda'; the search takes all of its kind.
+        cluster: Address of a Ray cluster to search on; this machine when None, and with a method that does
+            not search.
         force: Replace a bundle that is already at ``output``.
         resume: Continue from the finished stages of an interrupted run with the same input.
         keep_images: Put some of the clean images into the bundle and its report, for exports to calibrate and
@@ -116,12 +119,13 @@ def purify_checkpoint(
     output = Path(output)
     check_output(output, BUNDLE, force=force)
     method = Cbpt() if method is None else method
-    if reference is not None and not method.is_search:
-        raise ConfigError(
-            expected="--reference with --method cbpt",
-            got=f"--reference with --method {method.name}, which searches for no target",
-            fix="Leave --reference away.",
-        )
+    for option, value in (("--reference", reference), ("--cluster", cluster)):
+        if value is not None and not method.is_search:
+            raise ConfigError(
+                expected=f"{option} with --method cbpt",
+                got=f"{option} with --method {method.name}, which searches for no target",
+                fix=f"Leave {option} away.",
+            )
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
@@ -152,6 +156,7 @@ def purify_checkpoint(
             encoder=encoder,
             classes=class_list,
             reference=None if trusted is None else load_dual_encoder(trusted, device=str(place)),
+            cluster=cluster,
         )
         stages = StageStore(kept, _fingerprint(suspect, trusted, split, method))
         with writing(kept):  # nothing but the stages is written

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -195,6 +199,26 @@ def skip_loudly(message: str) -> NoReturn:
         warnings.simplefilter("default")
         warnings.warn(message, stacklevel=2)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Address of a Ray cluster of two nodes with a CPU each, on the loopback."""
+    if find_spec("ray") is None:
+        skip_loudly("CLUSTERS NOT TESTED: no package ray; install cbpt-runtime[cluster]")
+    program = Path(__file__).parents[1] / "benchmarks" / "two_nodes.py"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running,
+    ):
+        for name, value in runpy.run_path(str(program))["CLIENT"].items():
+            patch.setenv(name, value)
+        assert running.stdin is not None
+        assert running.stdout is not None
+        address = running.stdout.readline().decode().strip()
+        assert address, "no Ray cluster came up"
+        yield address
+        running.stdin.close()
 
 
 def find_browser() -> str | None:

@@ -43,6 +43,13 @@ ReferenceOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="Ray cluster to work on, for example ray://head:10001; this machine without.",
+    ),
+]
 ReportOption = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")]
 ForcePageOption = Annotated[bool, typer.Option("--force", help="Replace the page at --report.")]
 

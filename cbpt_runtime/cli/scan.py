@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.cli.options import (
+    ClusterOption,
     DeviceOption,
     ForcePageOption,
     ImageSizeOption,
@@ -49,6 +50,7 @@ def command(
     reference: ReferenceOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    cluster: ClusterOption = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with settings, as for purify; flags given here win.")
     ] = None,
@@ -73,6 +75,7 @@ def command(
                 reference=reference,
                 config=settings,
                 device=device,
+                cluster=cluster,
                 progress=progress,
             )
         for note in found.notes:

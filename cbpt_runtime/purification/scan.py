@@ -98,6 +98,7 @@ def scan(
     reference: str | Path | None = None,
     config: PurifyConfig | None = None,
     device: str = "auto",
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Scan:
     """Say whether a CLIP checkpoint carries a backdoor, and for which word.
@@ -111,7 +112,8 @@ def scan(
         classes: Class names that a target is looked for among, beside a thousand other words.
         reference: The trusted model that the suspect was fine-tuned from: natural triggers work on both.
         config: Numbers of the search; its seed draws the images.
-        device: 'auto', 'cpu' or 'cuda'.
+        device: 'auto', 'cpu' or 'cuda'; the search takes all of its kind.
+        cluster: Address of a Ray cluster to search on; this machine when None.
         progress: Told how far the work is.
 
     Raises:
@@ -137,7 +139,7 @@ def scan(
         other = comparison(load_dual_encoder(trusted, device=place), listed, subject)
     _tell(progress, "encode")
     loaded = time.perf_counter()
-    found = search(subject, config, progress, reference=other)
+    found = search(subject, config, progress, reference=other, cluster=cluster)
     _check_judged(found)
     suspects = _suspects(found, subject.vocabulary, listed)
     evidence = found.to_dict(subject.vocabulary)

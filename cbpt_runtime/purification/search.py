@@ -7,7 +7,7 @@ depend on how many words there are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers, find_outliers
+from cbpt_runtime.purification.devices import in_parallel
 from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered
+from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES, TriggerFamily
 from cbpt_runtime.purification.vocabulary import Vocabulary
 
@@ -156,6 +158,8 @@ def search(
     progress: Progress | None = None,
     *,
     reference: Reference | None = None,
+    stages: StageStore | None = None,
+    cluster: str | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
@@ -165,13 +169,36 @@ def search(
         progress: Told how far the work is.
         reference: A trusted relative. What counts is then how much more a trigger does to the suspect that
             it was made on: natural perturbations work on both.
+        stages: Where finished families are kept and looked for.
+        cluster: Address of a Ray cluster to search on; the devices of this machine when None.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+        PurificationError: The cluster gave a family up.
     """
-    reached = []
-    for number, family in enumerate(SEARCH_FAMILIES.values()):
-        reached.append(family_reach(suspect, reference, family, config))
+    texts = suspect.vocabulary.texts
+    mixed = is_mixed(config.precision, texts.device)  # another machine may have other instructions
+    asked = (suspect, reference, replace(config, precision="bf16" if mixed else "fp32"))
+    reached = {} if stages is None else _finished(stages)
+    missing = [name for name in SEARCH_FAMILIES if name not in reached]
+    for name, reach in in_parallel(_unit, asked, missing, texts.device, cluster=cluster):
+        reached[name] = reach
+        if stages is not None:
+            stages.save(f"search-{name}", {k: v for k, v in asdict(reach).items() if v is not None}, {})
         if progress is not None:
-            progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    return judge(suspect, reached, config.suspect_p_value)
+            progress("search", len(reached), len(SEARCH_FAMILIES), {})
+    return judge(suspect, [reached[name] for name in SEARCH_FAMILIES], config.suspect_p_value)
+
+
+def _finished(stages: StageStore) -> dict[str, Reach]:
+    """Families that an interrupted search has left."""
+    found = {name: stages.load(f"search-{name}") for name in SEARCH_FAMILIES}
+    return {name: Reach(**stage[0]) for name, stage in found.items() if stage is not None}
+
+
+def _unit(asked: tuple[SearchInput, Reference | None, PurifyConfig], name: str) -> Reach:
+    suspect, reference, config = asked
+    return family_reach(suspect, reference, SEARCH_FAMILIES[name], config)
 
 
 def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchResult:
@@ -243,7 +270,7 @@ def _measure(
     texts, members, rivals = vocabulary.texts, vocabulary.members(), vocabulary.rivals()
     margins = torch.full((2, len(members)), -torch.inf)
     success = torch.zeros(len(members))
-    directions = torch.zeros(len(members), texts.shape[1], device=texts.device)
+    directions = torch.zeros(len(members), texts.shape[1])
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
         own = members[concept]
@@ -269,6 +296,7 @@ def _result(
 ) -> SearchResult:
     best = [reached[family] for family in outliers.families]
     directions = torch.stack([one.directions[concept] for concept, one in enumerate(best)])
+    directions = directions.to(vocabulary.texts)
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
     known = [one.reference_success for one in best if one.reference_success is not None]
     return SearchResult(
