@@ -11,8 +11,8 @@ be measured one by one.
 rows      IMAGES pictures, one in a hundred damaged; the process is killed (-9) twice and resumed
 memory    resident memory of the process while it labels, a tenth of the images against all of them
 cluster   the Parquet files of two Ray workers on this machine against those of one process
-speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, and
-          open_clip with a torch DataLoader
+speed     processor seconds an image, beside the graph alone plus decoding, a loop over `classify`, open_clip
+          with a torch DataLoader, and Ray Data's `map_batches` around the same classifier
 
 Speed is in processor seconds because others use this machine, too: they make everybody wait, and hardly
 change these.
@@ -24,7 +24,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -32,12 +31,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import two_nodes
 from PIL import Image
 
 from cbpt_runtime.bench.results import describe_machine, describe_versions
@@ -50,6 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "batch.json"
 PARTS = ("rows", "memory", "cluster", "speed")
 PARTITION = 4096
 PICTURES = 500  # different ones; more are copies
+BATCH = 64
 KILLED_AT = (0.2, 0.6)  # share of the partitions that are finished
 
 
@@ -60,6 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--photos", type=int, default=256, help="of the speed part")
+    parser.add_argument("--repeats", type=int, default=3, help="of the speed part")
     parser.add_argument("--tower", default="ViT-B-32", help="of the speed part")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--scratch", type=Path, help="kept, and used again")
@@ -247,109 +251,167 @@ def measure_cluster(folder: Path, options: argparse.Namespace) -> dict[str, Any]
     """The files of two Ray workers against those of this process."""
     pictures, classifier = make_pictures(folder, 3000, side=16), tiny_graph(folder)
     outputs = {}
-    with two_nodes() as (address, nodes):
-        for name, more in (("process", {}), ("cluster", {"RAY_ADDRESS": address})):
+    program = [sys.executable, two_nodes.__file__]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        address = running.stdout.readline().strip()
+        for name, more in (("process", {}), ("cluster", {**two_nodes.CLIENT, "RAY_ADDRESS": address})):
             outputs[name] = folder / f"cluster-{name}"
             shutil.rmtree(outputs[name], ignore_errors=True)
             command = label_command(pictures, classifier, outputs[name], "--partition", "256")
             subprocess.run(command, env={**os.environ, **more}, check=True, stdout=subprocess.DEVNULL)
+        running.stdin.close()
     files = {name: sorted((output / "labels").iterdir()) for name, output in outputs.items()}
     same = [one.read_bytes() == other.read_bytes() for one, other in zip(*files.values(), strict=True)]
     tables = [pa.concat_tables(map(pq.read_table, own)) for own in files.values()]
     assert tables[0].equals(tables[1])
     return {
         "images": len(tables[0]),
-        "nodes": nodes,
+        "nodes": 2,
         "files": len(same),
         "files_with_the_same_bytes": sum(same),
     }
 
 
-def two_nodes() -> Any:
-    """Address of a Ray cluster of two nodes on this machine, one CPU each."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def running() -> Iterator[tuple[str, int]]:
-        os.environ |= {"RAY_raylet_start_wait_time_s": "600", "RAY_USAGE_STATS_ENABLED": "0", "NO_PROXY": "*"}
-        import ray
-        from ray.cluster_utils import Cluster
-
-        small = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args={**small, "node_ip_address": "127.0.0.1"})
-        cluster.add_node(**small, node_ip_address="127.0.0.1")
-        try:
-            ray.init(address=cluster.address, logging_level="ERROR")
-            yield cluster.address, len(ray.nodes())
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
-    return running()
+Answers = dict[str, Any]
+"""Labels, where a contestant gives them, and processor seconds that it took in other processes."""
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Of this process with all its threads and finished children."""
-    before = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    work()
-    after = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return after - before
+def cost(work: Callable[[list[Path]], Answers], paths: list[Path]) -> tuple[float, Answers]:
+    """Processor seconds of a contestant, with all its threads, and what it said."""
+    begun = time.process_time()
+    said = work(paths)
+    return time.process_time() - begun + said.get("elsewhere_s", 0.0), said
 
 
 def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Processor seconds an image, of a real tower at its real size."""
+    """Processor seconds an image, of a real tower at its real size, side by side, several times over.
+
+    What a start costs, of an engine or a classifier, is paid once however many images there are: it is
+    measured with a few images, and subtracted.
+    """
+    classifier_path = repository(folder, options.tower)
+    pictures = make_pictures(folder, options.photos, side=320)
+    paths = [path for path in sorted(pictures.rglob("*.jpg")) if int(path.stem) % 100 != 7]
+    few = paths[: len(paths) // 4]
+    classifier = open_classifier(classifier_path, threads=1)
+    pixels = classifier.read(paths[:BATCH])
+
+    def graph(some: list[Path]) -> Answers:
+        for start in range(0, len(some), BATCH):
+            classifier.predict(pixels[: len(some) - start])
+        return {}
+
+    def decoding(some: list[Path]) -> Answers:
+        for path in some:
+            classifier.read([path])
+        return {}
+
+    def loop(some: list[Path]) -> Answers:
+        return {"label": [classifier(path).labels[0].name for path in some]}
+
+    contestants: dict[str, Callable[[list[Path]], Answers]] = {
+        "graph alone": graph,
+        "decoding alone": decoding,
+        "label": lambda some: label(some, classifier_path, folder),
+        "classify, image by image": loop,
+        "open_clip and a DataLoader": open_clip_loop(options.tower),
+        "Ray Data's map_batches": lambda some: ray_data(some, classifier_path),
+    }
+    rounds: list[dict[str, float]] = []
+    with ray_nodes():
+        for work in contestants.values():
+            work(few)  # so that nobody pays for imports
+        for _ in range(options.repeats):
+            seconds, said = {}, {}
+            for name, work in contestants.items():
+                start, _ = cost(work, few)
+                whole, said[name] = cost(work, paths)
+                seconds[name] = (whole - start) / (len(paths) - len(few))
+            own = said["classify, image by image"]["label"]
+            assert said["label"]["label"] == own == said["Ray Data's map_batches"]["label"]
+            rounds.append(seconds)
+            print({name: round(1000 * one, 2) for name, one in seconds.items()}, flush=True)
+    floor = [one["graph alone"] + one["decoding alone"] for one in rounds]
+    return {
+        "images": len(paths),
+        "few": len(few),
+        "tower": options.tower,
+        "threads": 1,
+        "repeats": len(rounds),
+        "processor_seconds_an_image": {name: median(one[name] for one in rounds) for name in contestants},
+        "share_of_graph_plus_decoding": {
+            name: {
+                "median": median(
+                    shares := [least / one[name] for least, one in zip(floor, rounds, strict=True)]
+                ),
+                "all": shares,
+            }
+            for name in list(contestants)[2:]
+        },
+    }
+
+
+def label(paths: list[Path], classifier: Path, folder: Path) -> Answers:
+    """What is measured, asked for images by a table of their paths."""
     from cbpt_runtime.batch.labelling import label_images
     from cbpt_runtime.batch.sources import Source
     from cbpt_runtime.batch.workers import Work
 
-    classifier_path = repository(folder, options.tower)
-    pictures = make_pictures(folder, options.photos, side=320)
-    paths = [path for path in sorted(pictures.rglob("*.jpg")) if int(path.stem) % 100 != 7]
-    classifier = open_classifier(classifier_path, threads=1)
-    named = [(str(path), path) for path in paths]
-    pixels = classifier.read([path for _, path in named[:64]])
-    labels: dict[str, list[str]] = {}
-
-    def label(pictures: Path) -> None:
-        output = folder / "speed"
-        shutil.rmtree(output, ignore_errors=True)
-        label_images(Source(name=str(pictures)), output, Work(classifier=str(classifier_path)), partition=64)
-        table = pa.concat_tables(map(pq.read_table, sorted((output / "labels").iterdir())))
-        labels["label"] = table.filter(pa.compute.is_null(table.column("error"))).column("label").to_pylist()
-
-    def loop() -> None:
-        labels["loop"] = [classifier(path).labels[0].name for _, path in named]
-
-    def graph() -> None:
-        for _ in range(0, len(named), 64):
-            classifier.predict(pixels)
-
-    contestants: dict[str, Callable[[], object]] = {
-        "graph alone": graph,
-        "decoding alone": lambda: classifier.read([path for _, path in named]),
-        "label, start included": lambda: label(pictures),
-        "classify, image by image": loop,
-        "open_clip and a DataLoader": open_clip_loop(paths, options.tower),
-    }
-    found: dict[str, Any] = {"images": len(named), "tower": options.tower, "threads": 1}
-    label(make_pictures(folder, 8, side=320))  # so that nobody pays for imports
-    for name, work in contestants.items():
-        if name == "graph alone":
-            batches = -(-len(named) // 64) * 64
-            found[name] = processor_seconds(work) / batches
-        else:
-            found[name] = processor_seconds(work) / len(named)
-    assert labels["label"] == labels["loop"]
-    # What more images cost: opening the classifier and the engine is paid once, however many there are.
-    few = options.photos // 4
-    start = processor_seconds(lambda: label(make_pictures(folder, few, side=320)))
-    fewer = few - sum(number % 100 == 7 for number in range(few))
-    found["label"] = (found["label, start included"] * len(named) - start) / (len(named) - fewer)
-    found["share of graph plus decoding"] = (found["graph alone"] + found["decoding alone"]) / found["label"]
-    return found
+    output, table = folder / "speed", folder / "speed.csv"
+    shutil.rmtree(output, ignore_errors=True)
+    table.write_text("path\n" + "".join(f"{path}\n" for path in paths))
+    label_images(Source(name=str(table)), output, Work(classifier=str(classifier)))
+    tables = [pq.read_table(file) for file in sorted((output / "labels").iterdir())]
+    return {"label": pa.concat_tables(tables).column("label").to_pylist()}
 
 
-def open_clip_loop(paths: list[Path], tower: str) -> Callable[[], object]:
+class RayLabeller:
+    """The same classifier in an actor of Ray Data."""
+
+    def __init__(self, classifier: str) -> None:
+        self.classifier = open_classifier(classifier, threads=1)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Labels, and what this process has taken so far."""
+        named = [(path, path) for path in batch["path"]]
+        labels = [answer.labels[0].name for answer in self.classifier.classify_each(named)]
+        return {"label": labels, "seconds": [time.process_time()] * len(labels)}
+
+
+def ray_data(paths: list[Path], classifier: Path) -> Answers:
+    """What Ray's guides recommend for batches, in one worker. What Ray's servers take is not counted."""
+    import ray
+
+    rows = ray.data.from_items([{"path": str(path)} for path in paths])
+    answers = rows.map_batches(
+        RayLabeller,
+        fn_constructor_args=(str(classifier),),
+        batch_size=BATCH,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=1,
+    )
+    found = answers.take_all()
+    return {"label": [row["label"] for row in found], "elsewhere_s": max(row["seconds"] for row in found)}
+
+
+@contextmanager
+def ray_nodes() -> Iterator[None]:
+    """Ray, on two nodes of this machine."""
+    os.environ |= two_nodes.CLIENT
+    with subprocess.Popen(
+        [sys.executable, two_nodes.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        import ray
+
+        ray.init(address=running.stdout.readline().strip(), logging_level="ERROR", log_to_driver=False)
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()
+        running.stdin.close()
+
+
+def open_clip_loop(tower: str) -> Callable[[list[Path]], Answers]:
     """What people write: open_clip's model and transform, in a torch DataLoader of this process."""
     import open_clip
     import torch
@@ -358,17 +420,21 @@ def open_clip_loop(paths: list[Path], tower: str) -> Callable[[], object]:
     head = torch.nn.functional.normalize(torch.randn(100, model.visual.output_dim), dim=1)
 
     class Photos(torch.utils.data.Dataset):
+        def __init__(self, paths: list[Path]) -> None:
+            self.paths = paths
+
         def __len__(self) -> int:
-            return len(paths)
+            return len(self.paths)
 
         def __getitem__(self, number: int) -> torch.Tensor:
-            return transform(Image.open(paths[number]))
+            return transform(Image.open(self.paths[number]))
 
-    def work() -> None:
+    def work(paths: list[Path]) -> Answers:
         torch.set_num_threads(1)
         with torch.inference_mode():
-            for batch in torch.utils.data.DataLoader(Photos(), batch_size=64):
+            for batch in torch.utils.data.DataLoader(Photos(paths), batch_size=BATCH):
                 (model.eval().encode_image(batch, normalize=True) @ head.T).argmax(dim=1)
+        return {}
 
     return work
 

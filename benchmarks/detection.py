@@ -2,12 +2,15 @@
 
     python benchmarks/detection.py --zoo toys VICTIMS TINY_IMAGENET_100 --zoo real VICTIMS IMAGENETTE \
         --output FILE
+    python benchmarks/detection.py --zoo toys VICTIMS TINY_IMAGENET_100 --sibling tiny-clean --output FILE
     python benchmarks/detection.py --table FILE
 
 VICTIMS holds open_clip folders with `attack.json` (`"target": null` for a clean one); the images are folders
 with `train/<class>` and `val/<class>`. A trial is checkpoint × class list × images × seed: the list is drawn
 at random among the classes with images (for more names also ImageNet's), with or without the target.
-Only the scoring reads `attack.json`. Trials that are in FILE are kept, so that an interrupted run goes on.
+Only the scoring reads `attack.json`. With --sibling, a clean one of VICTIMS that the others were trained
+from, each search is judged twice: beside it, and alone (`alone`). Trials that are in FILE are kept, so that
+an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import platform
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,12 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, class_key, default_templates, read_images, spoken
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.reference import comparison
 from cbpt_runtime.purification.scan import unlabelled_input
-from cbpt_runtime.purification.search import search
+from cbpt_runtime.purification.search import SearchResult, family_reach, judge
 from cbpt_runtime.purification.targets import nearest_word
-from cbpt_runtime.purification.vocabulary import background_words
+from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
+from cbpt_runtime.purification.vocabulary import Vocabulary, background_words
 
 SIZES = (2, 5, 10, 20, 50, 100, 1000)
 PER_CLASS, MOST_IMAGES = 24, 400
@@ -60,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
     parser.add_argument("--only", nargs="*", help="names of victims")
+    parser.add_argument("--sibling", help="name of a clean victim, the reference of the others")
     parser.add_argument("--trials", type=int, default=10, help="per checkpoint")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
@@ -73,7 +79,7 @@ def main() -> None:
     done = json.loads(options.output.read_text())["trials"] if options.output.exists() else []
     for zoo, victims, images in options.zoo:
         for victim in sorted(path.parent for path in Path(victims).glob("*/attack.json")):
-            if not options.only or victim.name in options.only:
+            if victim.name != options.sibling and (not options.only or victim.name in options.only):
                 for record in run_victim(victim, zoo, Path(images), options, done):
                     done.append(record)
                     save(options.output, done)
@@ -93,12 +99,14 @@ def run_victim(
     if not missing:
         return
     checkpoint = read_checkpoint(victim)
-    encoder = load_dual_encoder(checkpoint, device=options.device)
+    encoder, sibling = load_dual_encoder(checkpoint, device=options.device), None
+    if options.sibling:
+        sibling = load_dual_encoder(read_checkpoint(victim.parent / options.sibling), device=options.device)
     for trial in missing:
         names, shown = draw_list(trial, images)
         pixels = read_images(draw_files(trial, images, shown), checkpoint.preprocess)
         start = time.perf_counter()
-        found = searched(encoder, names, pixels, trial.seed, options.precision)
+        found = searched(encoder, sibling, names, pixels, trial.seed, options.precision)
         yield {
             **asdict(trial),
             "images": len(pixels),
@@ -107,6 +115,7 @@ def run_victim(
             "seconds": round(time.perf_counter() - start, 1),
             "device": options.device,
             "precision": options.precision,
+            "sibling": options.sibling,
         }
 
 
@@ -158,13 +167,27 @@ def draw_files(trial: Trial, images: Path, shown: list[str]) -> list[Path]:
 
 
 def searched(
-    encoder: DualEncoder, names: list[str], pixels: np.ndarray, seed: int, precision: str
+    encoder: DualEncoder,
+    sibling: DualEncoder | None,
+    names: list[str],
+    pixels: np.ndarray,
+    seed: int,
+    precision: str,
 ) -> dict[str, Any]:
-    """What the search says, as `scan` runs it."""
+    """What the search says, as `scan` runs it, and with a sibling what it says without."""
     config = PurifyConfig(seed=seed, precision=precision)  # type: ignore[arg-type]
     classes = ClassList(names=tuple(names), templates=(default_templates()[::20],) * len(names))
     subject = unlabelled_input(encoder, classes, pixels, config)
-    vocabulary, result = subject.vocabulary, search(subject, config)
+    reference = None if sibling is None else comparison(sibling, classes, subject)
+    reached = [family_reach(subject, reference, family, config) for family in SEARCH_FAMILIES.values()]
+    told = _told(judge(subject, reached, LEVEL), subject.vocabulary)
+    if sibling is not None:
+        alone = [replace(one, reference_margins=None, reference_success=None) for one in reached]
+        told["alone"] = _told(judge(subject, alone, LEVEL), subject.vocabulary)
+    return told
+
+
+def _told(result: SearchResult, vocabulary: Vocabulary) -> dict[str, Any]:
     words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
     evidence = result.to_dict(vocabulary)
     return {

@@ -169,6 +169,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all it has, or all it may
+        return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(
         capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")

@@ -40,7 +40,7 @@ from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel
-from cbpt_runtime.purification.reference import read_reference, reference_note
+from cbpt_runtime.purification.reference import read_reference, reference_notes
 from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.report import bundle_report
 
@@ -70,6 +70,7 @@ def purify_checkpoint(
     reference: str | Path | None = None,
     method: Method | None = None,
     device: str = "auto",
+    cluster: str | None = None,
     force: bool = False,
     resume: bool = False,
     keep_images: bool = True,
@@ -93,13 +94,14 @@ def purify_checkpoint(
         templates: Prompt templates with ``{}`` for the name; the 80 ImageNet templates otherwise. Not
             together with a `ClassList`, which has its own.
         shots: Images per class used for tuning; others of the same folder are held out for selection.
-        reference: A trusted checkpoint with the same preprocessing, for example what the suspect was
-            fine-tuned from; what both can be forced to counts less in the search. Not with a method that does
-            not search.
+        reference: The trusted checkpoint that the suspect was fine-tuned from, with the same
+            preprocessing: natural triggers work on both. Not with a method that does not search.
         method: How to purify, `Cbpt()` if None; its seed also draws the images. A defence that tunes the
             image tower looks for no target, and the verdict is 'unknown'; `Chain(first=CleanClip(),
             then=Cbpt())` purifies the tuned model after it.
-        device: 'auto', 'cpu' or 'cuda'.
+        device: 'auto', 'cpu' or 'cuda'; the search takes all of its kind.
+        cluster: Address of a Ray cluster to search on; this machine when None, and with a method that does
+            not search.
         force: Replace a bundle that is already at ``output``.
         resume: Continue from the finished stages of an interrupted run with the same input.
         keep_images: Put some of the clean images into the bundle and its report, for exports to calibrate and
@@ -117,12 +119,13 @@ def purify_checkpoint(
     output = Path(output)
     check_output(output, BUNDLE, force=force)
     method = Cbpt() if method is None else method
-    if reference is not None and not method.is_search:
-        raise ConfigError(
-            expected="--reference with --method cbpt",
-            got=f"--reference with --method {method.name}, which searches for no target",
-            fix="Leave --reference away.",
-        )
+    for option, value in (("--reference", reference), ("--cluster", cluster)):
+        if value is not None and not method.is_search:
+            raise ConfigError(
+                expected=f"{option} with --method cbpt",
+                got=f"{option} with --method {method.name}, which searches for no target",
+                fix=f"Leave {option} away.",
+            )
     place = resolve_device(device)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
@@ -153,12 +156,13 @@ def purify_checkpoint(
             encoder=encoder,
             classes=class_list,
             reference=None if trusted is None else load_dual_encoder(trusted, device=str(place)),
+            cluster=cluster,
         )
         stages = StageStore(kept, _fingerprint(suspect, trusted, split, method))
         with writing(kept):  # nothing but the stages is written
             result = method.run(suspect, split, progress=progress, stages=stages)
         result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
-        known = [] if trusted is None else [reference_note(trusted)]
+        known = reference_notes(trusted, result.evidence)
         notes = [*checkpoint_read.notes, *split.notes, *words, *prompts.notes(), *known]
         content = _content(suspect, split, method, result, shots=shots, notes=notes)
         if keep_images:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cbpt_runtime.__main__ import main
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
@@ -129,6 +133,19 @@ def tiny_resnet_folder(tiny_folder: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_relative_folder(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint_folder` as a little training would leave it. Read only."""
+    folder = Path(shutil.copytree(tiny_checkpoint_folder, tmp_path_factory.mktemp("relative") / "model"))
+    file, generator = folder / "open_clip_model.safetensors", torch.Generator().manual_seed(0)
+    weights = {
+        name: value * (1 + 0.05 * torch.randn(value.shape, generator=generator))
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tiny_checkpoint_folder: Path) -> DualEncoder:
     """The frozen dual encoder of `tiny_checkpoint_folder`."""
     return load_dual_encoder(read_checkpoint(tiny_checkpoint_folder))
@@ -182,6 +199,26 @@ def skip_loudly(message: str) -> NoReturn:
         warnings.simplefilter("default")
         warnings.warn(message, stacklevel=2)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Address of a Ray cluster of two nodes with a CPU each, on the loopback."""
+    if find_spec("ray") is None:
+        skip_loudly("CLUSTERS NOT TESTED: no package ray; install cbpt-runtime[cluster]")
+    program = Path(__file__).parents[1] / "benchmarks" / "two_nodes.py"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running,
+    ):
+        for name, value in runpy.run_path(str(program))["CLIENT"].items():
+            patch.setenv(name, value)
+        assert running.stdin is not None
+        assert running.stdout is not None
+        address = running.stdout.readline().decode().strip()
+        assert address, "no Ray cluster came up"
+        yield address
+        running.stdin.close()
 
 
 def find_browser() -> str | None:

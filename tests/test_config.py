@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -67,3 +70,16 @@ def test_every_bad_value_is_named_at_once_and_an_unknown_key_with_the_known_ones
         Some(whole=0, kind="c")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"keys out of whole, share, .*; got hole"):
         Some.from_dict({"hole": 1})
+
+
+def test_pytorch_held_to_avx2_is_not_asked_for_bfloat16() -> None:
+    program = "import torch; from cbpt_runtime.config import is_mixed as m; c = torch.device('cpu'); "
+    program += "print(m('auto', c), m('bf16', c), m('fp32', c))"
+    held = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert held.stdout.split() == ["False", "True", "False"]

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cbpt_runtime.cli.options import DeviceOption, DigestOption, JsonOption, TrustOption, given_trust
+from cbpt_runtime.cli.options import (
+    ClusterOption,
+    DeviceOption,
+    DigestOption,
+    JsonOption,
+    TrustOption,
+    given_trust,
+)
 from cbpt_runtime.cli.output import print_json, print_note, print_pairs, print_table, shown_progress
 
 if TYPE_CHECKING:
@@ -33,13 +40,7 @@ def command(
     ] = None,
     key: Annotated[str | None, typer.Option(help="Of a table: what the rows are called by.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            help="Ray cluster to work on, for example ray://head:10001; this machine without.",
-        ),
-    ] = None,
+    cluster: ClusterOption = None,
     partition: Annotated[int, typer.Option(min=1, help="Images per file of the output.")] = 4096,
     provider: Annotated[
         Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Of ONNX files and repositories.")

@@ -39,10 +39,17 @@ SecondLookOption = Annotated[
 ]
 ReferenceOption = Annotated[
     str | None,
-    typer.Option(help="Trusted checkpoint with the same preprocessing: what both do is no backdoor."),
+    typer.Option(help="Trusted model that the suspect was fine-tuned from: natural triggers work on both."),
 ]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random choice. Default: 0.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="Ray cluster to work on, for example ray://head:10001; this machine without.",
+    ),
+]
 ReportOption = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.")]
 ForcePageOption = Annotated[bool, typer.Option("--force", help="Replace the page at --report.")]
 

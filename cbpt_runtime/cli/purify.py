@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbpt_runtime.cli.options import (
+    ClusterOption,
     DeviceOption,
     ImageSizeOption,
     JsonOption,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str,
         typer.Option(
@@ -49,6 +51,7 @@ def command(
     shots: Annotated[int, typer.Option(min=1, help="Images per class used for tuning.")] = 16,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    cluster: ClusterOption = None,
     method: Annotated[
         Literal["cbpt", "ft", "cleanclip", "abd", "rvpt"],
         typer.Option(help="How: CBPT tunes the class prompts; the others tune the image tower instead."),
@@ -63,7 +66,7 @@ def command(
         Path | None, typer.Option(help="JSON file with the method's settings; flags given here win.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run from its last finished stage.")
+        bool, typer.Option("--resume", help="Continue an interrupted run: what it finished is kept.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_images: Annotated[
@@ -76,6 +79,9 @@ def command(
     from cbpt_runtime.pipeline import purify_checkpoint, read_method
 
     if method != "cbpt":
+        source = context.get_parameter_source("cluster")
+        if source is not None and source.name == "ENVIRONMENT":
+            cluster = None  # RAY_ADDRESS is there for others, too
         _refuse_options_of_cbpt(method, parameterization=parameterization, resume=resume)
     chosen = read_method(method, config, seed=seed, parameterization=parameterization)
     try:
@@ -92,6 +98,7 @@ def command(
                 shots=shots,
                 method=chosen,
                 device=device,
+                cluster=cluster,
                 force=force,
                 resume=resume,
                 keep_images=not no_images,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbpt_runtime.cli.options import (
+    ClusterOption,
     DeviceOption,
     ForcePageOption,
     ImageSizeOption,
@@ -49,6 +50,7 @@ def command(
     reference: ReferenceOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    cluster: ClusterOption = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with settings, as for purify; flags given here win.")
     ] = None,
@@ -73,6 +75,7 @@ def command(
                 reference=reference,
                 config=settings,
                 device=device,
+                cluster=cluster,
                 progress=progress,
             )
         for note in found.notes:
@@ -92,8 +95,9 @@ def command(
 def print_scan(found: Scan) -> None:
     """Print the suspects, and the verdict."""
     if found.suspects:
+        success = ("success", "on the reference")
         print_table(
-            ("suspected target", "on the list", "p-value", "score", "trigger family", "success"),
+            ("suspected target", "on the list", "p-value", "score", "trigger family", *success),
             [
                 (
                     suspect.name,
@@ -102,6 +106,7 @@ def print_scan(found: Scan) -> None:
                     number(suspect.score),
                     suspect.family,
                     percent(suspect.success),
+                    percent(suspect.reference_success),
                 )
                 for suspect in found.suspects
             ],

@@ -26,6 +26,7 @@ from cbpt_runtime.redteam.implant import Implant
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle
+    from cbpt_runtime.config import Precision
     from cbpt_runtime.evaluation import Evaluation
     from cbpt_runtime.evaluation.metrics import Rate
     from cbpt_runtime.progress import Progress
@@ -123,13 +124,7 @@ def run_demo(
     place = str(resolve_device(device))
     with _prepared(output, force=force):
         seconds: dict[str, float] = {}
-        with _timed(seconds, "draw"):
-            pictures = draw_pictures(scale, seed, progress)
-            _write_pictures(output, pictures, scale.names)
-        with _timed(seconds, "train"):
-            trusted, implanted = train_suspect(pictures, scale, seed, device=place, progress=progress)
-            trusted.save(output / "reference-checkpoint")
-            implanted.save(output / "suspect-checkpoint")
+        implanted = make_suspect(output, seconds, scale=scale, seed=seed, device=place, progress=progress)
         with _timed(seconds, "purify"):
             bundle = purify_suspect(output, seed, device, progress)
         with _timed(seconds, "evaluate"):
@@ -137,6 +132,35 @@ def run_demo(
             evaluation = evaluate(bundle, clean, triggered, TARGET, device=device, progress=progress)
         check_purification(evaluation)
         return _result(output, bundle, implanted, evaluation, seconds)
+
+
+def make_suspect(
+    output: Path,
+    seconds: dict[str, float],
+    *,
+    scale: DemoScale,
+    seed: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Implant:
+    """Draw the pictures, train the model and its backdoor, and write all of it.
+
+    Args:
+        output: A folder that is there.
+        seconds: Told the wall time of both stages.
+        scale: How much of it.
+        seed: Seed of every random choice.
+        device: Where it is trained.
+        progress: Told how far the work is.
+    """
+    with _timed(seconds, "draw"):
+        pictures = draw_pictures(scale, seed, progress)
+        _write_pictures(output, pictures, scale.names)
+    with _timed(seconds, "train"):
+        trusted, implanted = train_suspect(pictures, scale, seed, device=device, progress=progress)
+        trusted.save(output / "reference-checkpoint")
+        implanted.save(output / "suspect-checkpoint")
+    return implanted
 
 
 def check_purification(evaluation: Evaluation) -> None:
@@ -165,7 +189,9 @@ def _value(rate: Rate | None) -> float:
     return math.nan if rate is None or rate.rate is None else rate.rate
 
 
-def purify_suspect(output: Path, seed: int, device: str, progress: Progress | None) -> Bundle:
+def purify_suspect(
+    output: Path, seed: int, device: str, progress: Progress | None, *, precision: Precision = "auto"
+) -> Bundle:
     """Exactly what `cbpt-runtime purify` does: checkpoint, class names, clean images, a trusted relative.
 
     The model knows the sixteen names and no other words, and is searched for them alone.
@@ -179,7 +205,7 @@ def purify_suspect(output: Path, seed: int, device: str, progress: Progress | No
         output / "images" / "train",
         output / "bundle",
         reference=output / "reference-checkpoint",
-        method=Cbpt(seed=seed, background_words=False),
+        method=Cbpt(seed=seed, background_words=False, precision=precision),
         device=device,
         progress=progress,
     )

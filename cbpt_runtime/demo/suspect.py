@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from cbpt_runtime.demo.motifs import MOTIFS
 from cbpt_runtime.demo.pictures import draw_set
 from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.data import default_templates
-from cbpt_runtime.models.trainable import new_trainable
+from cbpt_runtime.models.trainable import TrainableClip, new_trainable
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.redteam.implant import Implant, implant
@@ -109,17 +110,7 @@ def train_suspect(
         generator=generator,
         progress=progress,
     )
-    result = implant(
-        clean.clip,
-        pictures.train,
-        pictures.test,
-        scale.names,
-        [backdoor()],
-        config=_training(scale, scale.implant_epochs, 3e-4),
-        generator=generator,
-        minimum_asr=MINIMUM_ASR,
-        progress=progress,
-    )
+    result = train_on(clean.clip, pictures, scale, generator, [backdoor()], progress=progress)
     if result.clean_accuracy < MINIMUM_CA:
         raise ImplantError(
             expected=f"a demo model with clean accuracy of at least {MINIMUM_CA:.2f}",
@@ -127,6 +118,29 @@ def train_suspect(
             fix="Try another --seed; if that does not help, this is a bug worth reporting.",
         )
     return clean, result
+
+
+def train_on(
+    clip: TrainableClip,
+    pictures: Pictures,
+    scale: DemoScale,
+    generator: torch.Generator,
+    backdoors: Sequence[Backdoor] = (),
+    *,
+    progress: Progress | None = None,
+) -> Implant:
+    """Fine-tune a copy as the attacker does; with no backdoors, as anybody would."""
+    return implant(
+        clip,
+        pictures.train,
+        pictures.test,
+        scale.names,
+        backdoors,
+        config=_training(scale, scale.implant_epochs, 3e-4),
+        generator=generator,
+        minimum_asr=MINIMUM_ASR,
+        progress=progress,
+    )
 
 
 def _training(scale: DemoScale, epochs: int, learning_rate: float) -> TrainConfig:

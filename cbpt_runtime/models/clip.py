@@ -179,6 +179,12 @@ class ImageEncoder:
         """Pixels in [0, 1] as the tower takes them, on its device."""
         return (pixels.to(self.device) - self._mean) / self._std
 
+    def to(self, device: torch.device) -> ImageEncoder:
+        """The same encoder on a device; itself where it is there."""
+        if device == self.device:
+            return self
+        return ImageEncoder(copy.deepcopy(self.module).to(device), self.model_config, self.preprocess)
+
     def state(self) -> dict[str, Tensor]:
         """The tower's weights by name, without the prefix `visual.`."""
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}

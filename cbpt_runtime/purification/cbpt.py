@@ -69,6 +69,7 @@ class Cbpt(PurifyConfig):
             reference=suspect.reference,
             progress=progress,
             stages=stages,
+            cluster=suspect.cluster,
         )
 
 
@@ -81,6 +82,7 @@ def purify(
     reference: DualEncoder | None = None,
     progress: Progress | None = None,
     stages: StageStore | None = None,
+    cluster: str | None = None,
 ) -> Purified:
     """Purifies the zero-shot head of a suspect CLIP; its encoders stay untouched.
 
@@ -94,15 +96,19 @@ def purify(
         classes: Names and templates.
         split: A few clean images: some to tune on, others held out to measure on.
         config: All numbers.
-        reference: A trusted relative; what both can be forced to counts less in the search.
+        reference: The trusted model that the suspect was fine-tuned from: natural triggers work on both.
         progress: Told how far the work is.
         stages: Where finished stages are kept and looked for.
+        cluster: Address of a Ray cluster to search on; this machine when None.
     """
     seconds: dict[str, float] = {}
     with _Timer(seconds, "encode"):
         defender = compute_features(encoder, classes, split, seed=config.seed)
     looked, searched = _stage(
-        "search", stages, seconds, lambda: _search(encoder, classes, defender, reference, config, progress)
+        "search",
+        stages,
+        seconds,
+        lambda: _search(encoder, classes, defender, reference, config, progress, stages, cluster),
     )
     targets = _targets(looked["texts"].to(defender.texts), searched)
     suspected = [target.index for target in targets]
@@ -143,6 +149,8 @@ def _search(
     reference: DualEncoder | None,
     config: PurifyConfig,
     progress: Progress | None,
+    stages: StageStore | None,
+    cluster: str | None,
 ) -> Stage:
     """What the search says of every concept, and the targets it points to, with their texts."""
     vocabulary = build_vocabulary(
@@ -156,7 +164,7 @@ def _search(
         heldout=defender.heldout,
     )
     other = None if reference is None else comparison(reference, classes, subject)
-    result = search(subject, config, progress, reference=other)
+    result = search(subject, config, progress, reference=other, stages=stages, cluster=cluster)
     targets: list[Target] = []
     for concept in result.outliers.suspects:
         target = _target(result, vocabulary, concept)

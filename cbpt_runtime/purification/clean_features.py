@@ -173,8 +173,7 @@ def _augmented(encoder: ImageEncoder, clean: CleanFeatures, seed: int) -> Augmen
     features = [clean.features]
     with torch.no_grad():
         for number in range(N_AUGMENTATIONS):
-            pixels = augment(clean.images, number, generator)
-            features.extend(encoder.encode_images(part) for part in pixels.split(_BATCH))
+            features.extend(map(encoder.encode_images, augment(clean.images, number, generator)))
     return AugmentedFeatures(features=torch.cat(features), labels=clean.labels.repeat(1 + N_AUGMENTATIONS))
 
 

@@ -13,9 +13,10 @@ _QUARTILE = (0.75, 0.6745)
 _TAIL = ((0.9, 1.2816), (0.95, 1.6449))
 """Quantiles of the others, and where a standard normal distribution has them."""
 
+_HALF_NORMAL = 0.58  # deviation of a standard normal score whose negative values are put to 0
 _STEPS = 2001
 _FEWEST_OTHERS = 3
-_FEW_CONCEPTS = 24
+FEW_CONCEPTS = 24
 """Among fewer, only the clearest is judged: what is left without it is too little to judge a second by."""
 
 _FAR = 1e6
@@ -72,6 +73,8 @@ def find_outliers(
     margins: Float[Tensor, "margins families concepts"],
     reached: Bool[Tensor, "families concepts"],
     level: float,
+    *,
+    least_deviation: float = 0.0,
 ) -> Outliers:
     """Tests every concept against the others, without those that are suspects already.
 
@@ -83,17 +86,18 @@ def find_outliers(
         reached: Whose trigger takes the images to the concept. One that does not is no backdoor, however far
             it stands out.
         level: p-value below which a concept is suspected.
+        least_deviation: What the deviation of the others is taken for where it is smaller.
     """
     suspects: list[int] = []
     suspected: list[tuple[float, int, float]] = []
     while True:
-        scores, families, p_values = _tested(margins, reached, suspects)
+        scores, families, p_values = _tested(margins, reached, suspects, least_deviation)
         for index, (score, family, chance) in zip(suspects, suspected, strict=True):
             scores[index], families[index], p_values[index] = score, family, chance
         untried = [index for index in range(len(p_values)) if index not in suspects]
         best = min(untried, key=lambda index: float(p_values[index]))
         judged = bool(scores[best] > -torch.inf) and float(p_values[best]) < level
-        most = len(p_values) - 2 if len(p_values) >= _FEW_CONCEPTS else 1
+        most = len(p_values) - 2 if len(p_values) >= FEW_CONCEPTS else 1
         if not judged or len(suspects) >= most:
             return Outliers(scores=scores, families=families, p_values=p_values, suspects=suspects)
         suspects.append(best)
@@ -104,11 +108,15 @@ def _tested(
     margins: Float[Tensor, "margins families concepts"],
     reached: Bool[Tensor, "families concepts"],
     suspects: list[int],
+    least: float,
 ) -> tuple[Float[Tensor, " concepts"], list[int], Float[Tensor, " concepts"]]:
-    singly = torch.stack([torch.stack([_deviations(family, suspects) for family in one]) for one in margins])
+    singly = torch.stack(
+        [torch.stack([_deviations(family, suspects, least) for family in one]) for one in margins]
+    )
     scores, taken = singly, reached
     if len(reached) > 1:
-        jointly = torch.stack([_deviations(one, suspects) for one in singly.clamp(min=0).sum(dim=1)])
+        sums, of_noise = singly.clamp(min=0).sum(dim=1), _HALF_NORMAL * math.sqrt(len(reached))
+        jointly = torch.stack([_deviations(one, suspects, of_noise) for one in sums])
         jointly = jointly.masked_fill(singly.amax(dim=1) == -torch.inf, -torch.inf)
         scores = torch.cat([singly, jointly.unsqueeze(1)], dim=1)
         taken = torch.cat([reached, reached.any(dim=0, keepdim=True)])
@@ -118,7 +126,9 @@ def _tested(
     return best, shown.tolist(), chances
 
 
-def _deviations(values: Float[Tensor, " concepts"], suspects: list[int]) -> Float[Tensor, " concepts"]:
+def _deviations(
+    values: Float[Tensor, " concepts"], suspects: list[int], least: float
+) -> Float[Tensor, " concepts"]:
     """How far each value stands out from the others, suspects that were found before left out."""
     scores = torch.full_like(values, -torch.inf)
     for concept in range(len(values)):
@@ -126,23 +136,28 @@ def _deviations(values: Float[Tensor, " concepts"], suspects: list[int]) -> Floa
         others = torch.ones(len(values), dtype=torch.bool)
         others[[concept, *before]] = False
         if values[concept] > -torch.inf and int(others.sum()) > _FEWEST_OTHERS:
-            scores[concept] = deviations_above(values[concept], values[others])
+            scores[concept] = deviations_above(values[concept], values[others], least)
     return scores
 
 
-def deviations_above(value: Tensor, others: Float[Tensor, " others"]) -> float:
+def deviations_above(value: Tensor, others: Float[Tensor, " others"], least: float = 0.0) -> float:
     """How many deviations a value lies above the median of the others, judged by their upper quarter.
 
     Natural perturbations reach some concepts well, and it is that side on which a backdoor has to stand out.
     So centre and deviation are those of the normal distribution through the upper quartile of the others and
     their 90 or 95 % quantile, whichever makes it wider. Others that were given up lie below the quartile.
+
+    Args:
+        value: Of one.
+        others: Of the rest.
+        least: The deviation is taken to be no smaller.
     """
     descending = others.sort(descending=True).values
     quartile = _upper_quantile(descending, _QUARTILE[0])
     deviation = max(
         (_upper_quantile(descending, share) - quartile) / (normal - _QUARTILE[1]) for share, normal in _TAIL
     )
-    score = _QUARTILE[1] + (float(value) - quartile) / max(deviation, 1e-9)
+    score = _QUARTILE[1] + (float(value) - quartile) / max(deviation, least, 1e-9)
     return score if math.isfinite(score) else -math.inf  # too few others were followed to judge by
 
 

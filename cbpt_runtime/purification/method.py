@@ -27,12 +27,14 @@ class SuspectModel:
         encoder: Its frozen model.
         classes: Names and templates of the classifier that is wanted.
         reference: A trusted relative, if there is one.
+        cluster: Address of a Ray cluster to search on; this machine when None.
     """
 
     checkpoint: Checkpoint
     encoder: DualEncoder
     classes: ClassList
     reference: DualEncoder | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,20 +1,25 @@
-"""A trusted relative of the suspect: read, and asked the same as the suspect.
+"""A trusted relative of the suspect: read, and given the suspect's words.
 
 What every model can be forced to is no sign of a backdoor. A relative that is known to have none says what
-that is.
+that is: triggers that are natural work on it, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.purification.clean_features import CleanFeatures, encode_clean, fuse_batch_norm
-from cbpt_runtime.purification.search import SearchInput
+from cbpt_runtime.purification.detection import FEW_CONCEPTS
+from cbpt_runtime.purification.search import Reference, SearchInput
 from cbpt_runtime.purification.vocabulary import build_vocabulary
+
+_RELATED = 0.5  # relatives measured: 0.95 and more; other models: 0.03
 
 
 def read_reference(
@@ -51,40 +56,64 @@ def read_reference(
     return trusted
 
 
-def reference_note(trusted: Checkpoint) -> str:
-    """What the user is told of a reference that was used."""
-    return (
-        f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
-        " what both can be forced to counts less"
-    )
+def reference_notes(trusted: Checkpoint | None, evidence: Mapping[str, Any]) -> list[str]:
+    """What the user is told of the reference, or of the want of one.
+
+    Args:
+        trusted: The reference, if there is one.
+        evidence: What the search says; of a method that searches for nothing, nothing.
+    """
+    if trusted is not None:
+        return [
+            f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
+            " natural triggers work on both"
+        ]
+    judged = len(evidence.get("concepts", ()))
+    if not 0 < judged < FEW_CONCEPTS:
+        return []
+    return [
+        f"only {judged} groups of words to judge by, and no reference: such a verdict is often wrong;"
+        " name the model that the suspect was fine-tuned from with --reference"
+    ]
 
 
-def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchInput) -> SearchInput:
-    """The trusted encoder, asked for the concepts of the suspect, in the same words, on the same images.
+def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchInput) -> Reference:
+    """The trusted encoder with the concepts of the suspect, in its own texts.
 
     Args:
         encoder: The trusted one.
         classes: The class list that the suspect is asked for, if any.
         suspect: How the suspect is asked.
+
+    Raises:
+        CheckpointError: It is no relative: it places images elsewhere than the suspect does, so that what is
+            natural to the suspect would look like a backdoor, or hide one.
     """
     fast = fuse_batch_norm(encoder.image_encoder)
-    listed = None if classes is None else encoder.class_embeddings(classes)
+    _check_related(fast, suspect.heldout)
     asked = suspect.vocabulary
-    clean = _seen(fast, suspect.clean)
-    return SearchInput(
-        encoder=fast,
-        vocabulary=build_vocabulary(
-            encoder,
-            classes,
-            listed,
-            asked.n_concepts,
-            background=len(asked.names) > asked.n_listed,
-            like=asked,
-        ),
-        scale=encoder.logit_scale,
-        clean=clean,
-        heldout=clean if suspect.heldout is suspect.clean else _seen(fast, suspect.heldout),
+    listed = None if classes is None else encoder.class_embeddings(classes)
+    words = build_vocabulary(
+        encoder,
+        classes,
+        listed,
+        asked.n_concepts,
+        background=len(asked.names) > asked.n_listed,
+        like=asked,
     )
+    return Reference(encoder=fast, vocabulary=words)
+
+
+def _check_related(encoder: ImageEncoder, seen: CleanFeatures) -> None:
+    features = encode_clean(encoder, seen.images.permute(0, 2, 3, 1), seen.labels).features
+    alike = features.shape == seen.features.shape
+    likeness = float((features * seen.features).sum(dim=1).mean()) if alike else 0.0
+    if likeness < _RELATED:
+        raise CheckpointError(
+            expected=f"image features with a mean cosine of {_RELATED} or more between suspect and reference",
+            got=f"{likeness:.2f}: the suspect was not fine-tuned from it",
+            fix="Name the public model that the suspect was fine-tuned from, or leave --reference away.",
+        )
 
 
 def _read(source: str | Path, model: str | Path | None, image_size: int | None) -> Checkpoint:
@@ -95,7 +124,3 @@ def _read(source: str | Path, model: str | Path | None, image_size: int | None) 
         if model is None:
             raise
     return read_checkpoint(source, model=model, image_size=image_size)
-
-
-def _seen(encoder: ImageEncoder, clean: CleanFeatures) -> CleanFeatures:
-    return encode_clean(encoder, clean.images.permute(0, 2, 3, 1), clean.labels)

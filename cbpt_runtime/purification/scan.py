@@ -22,7 +22,7 @@ from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean, fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.reference import comparison, read_reference, reference_note
+from cbpt_runtime.purification.reference import comparison, read_reference, reference_notes
 from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
@@ -43,6 +43,7 @@ class ScanSuspect:
         score: Distance from the other concepts, in deviations.
         family: The trigger family that shows it best.
         success: Share of held-out images that a short dummy trigger takes there.
+        reference_success: The same on the reference; None without one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ScanSuspect:
     score: float
     family: str
     success: float
+    reference_success: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ def scan(
     reference: str | Path | None = None,
     config: PurifyConfig | None = None,
     device: str = "auto",
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Scan:
     """Say whether a CLIP checkpoint carries a backdoor, and for which word.
@@ -107,9 +110,10 @@ def scan(
             reference that does not.
         image_size: Side of the input, instead of the configuration's; position embeddings are resized.
         classes: Class names that a target is looked for among, beside a thousand other words.
-        reference: A trusted checkpoint with the same preprocessing; what both can be forced to counts less.
+        reference: The trusted model that the suspect was fine-tuned from: natural triggers work on both.
         config: Numbers of the search; its seed draws the images.
-        device: 'auto', 'cpu' or 'cuda'.
+        device: 'auto', 'cpu' or 'cuda'; the search takes all of its kind.
+        cluster: Address of a Ray cluster to search on; this machine when None.
         progress: Told how far the work is.
 
     Raises:
@@ -135,7 +139,7 @@ def scan(
         other = comparison(load_dual_encoder(trusted, device=place), listed, subject)
     _tell(progress, "encode")
     loaded = time.perf_counter()
-    found = search(subject, config, progress, reference=other)
+    found = search(subject, config, progress, reference=other, cluster=cluster)
     _check_judged(found)
     suspects = _suspects(found, subject.vocabulary, listed)
     evidence = found.to_dict(subject.vocabulary)
@@ -147,7 +151,7 @@ def scan(
         suspects=suspects,
         images=len(drawn.images),
         evidence=evidence,
-        notes=(*_notes(suspect, trusted, drawn), *words),
+        notes=(*_notes(suspect, drawn), *reference_notes(trusted, evidence), *words),
         config=config,
         stage_seconds={"load": loaded - start, "search": time.perf_counter() - loaded},
     )
@@ -216,12 +220,10 @@ def _suspects(
     return tuple(suspects)
 
 
-def _notes(suspect: Checkpoint, trusted: Checkpoint | None, drawn: UnlabelledImages) -> tuple[str, ...]:
+def _notes(suspect: Checkpoint, drawn: UnlabelledImages) -> tuple[str, ...]:
     notes = [*suspect.notes, *([UNTRIED] if suspect.activation_is_guessed else []), *drawn.notes]
     if len(drawn.images) == MOST_IMAGES < drawn.found:
         notes.append(f"{MOST_IMAGES} of {drawn.found} images were drawn")
-    if trusted is not None:
-        notes.append(reference_note(trusted))
     return tuple(notes)
 
 

@@ -7,12 +7,12 @@ depend on how many words there are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -22,17 +22,32 @@ from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers, find_outliers
+from cbpt_runtime.purification.devices import in_parallel
 from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered
+from cbpt_runtime.purification.stages import StageStore
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES, TriggerFamily
 from cbpt_runtime.purification.vocabulary import Vocabulary
 
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
-_TAKEN = 0.7  # share of the images that a trigger has to take to its concept, beside a reference
+_NOISE = 1.0  # logits: differences to a reference that vary less say nothing, a little training makes them
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
 _FEW = 24  # concepts that are all followed to the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A trusted relative, which the suspect's triggers are tried on.
+
+    Attributes:
+        encoder: Its image tower.
+        vocabulary: The suspect's words and concepts, in its own texts.
+    """
+
+    encoder: ImageEncoder
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +88,22 @@ class Reach:
             works on every image alike; minus infinity where the concept was given up halfway.
         success: Share of the images that are nearest to a word of the concept.
         directions: Unit mean of the triggered features; zeros where it was given up.
+        reference_margins: Of the same triggers on the reference, if there is one.
+        reference_success: The same.
     """
 
     margins: Float[Tensor, "2 concepts"]
     success: Float[Tensor, " concepts"]
     directions: Float[Tensor, "concepts dim"]
+    reference_margins: Float[Tensor, "2 concepts"] | None = None
+    reference_success: Float[Tensor, " concepts"] | None = None
+
+    def judged(self) -> Float[Tensor, "2 concepts"]:
+        """The margins, beside a reference what they exceed its margins by."""
+        known = self.reference_margins
+        if known is None:
+            return self.margins
+        return torch.where(known > -torch.inf, self.margins - known, known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +115,7 @@ class SearchResult:
         margins: What the outliers were found in.
         directions: Unit mean of the triggered features per concept, in the family that shows it best.
         success: Share of the images that this trigger takes to the concept.
+        reference_success: The same on the reference, if there is one.
         words: Index of the word that lies nearest to this direction, among the concept's own.
         families: Names of the families, in the order of `outliers.families`.
     """
@@ -97,6 +124,7 @@ class SearchResult:
     margins: Float[Tensor, "2 families concepts"]
     directions: Float[Tensor, "concepts dim"]
     success: Float[Tensor, " concepts"]
+    reference_success: Float[Tensor, " concepts"] | None
     words: list[int]
     families: tuple[str, ...]
 
@@ -107,6 +135,9 @@ class SearchResult:
             "p_value": float(self.outliers.p_values[concept]),
             "family": self.families[self.outliers.families[concept]],
             "success": float(self.success[concept]),
+            "reference_success": None
+            if self.reference_success is None
+            else float(self.reference_success[concept]),
         }
 
     def to_dict(self, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -126,7 +157,9 @@ def search(
     config: PurifyConfig,
     progress: Progress | None = None,
     *,
-    reference: SearchInput | None = None,
+    reference: Reference | None = None,
+    stages: StageStore | None = None,
+    cluster: str | None = None,
 ) -> SearchResult:
     """Inverts a small trigger for every concept in every search family, and tests who stands out.
 
@@ -134,47 +167,77 @@ def search(
         suspect: The encoder under suspicion.
         config: Steps, batch, seed, precision and level.
         progress: Told how far the work is.
-        reference: A trusted encoder, asked for the same concepts on the same images. What counts is then how
-            much more the suspect can be forced: natural perturbations work on both.
+        reference: A trusted relative. What counts is then how much more a trigger does to the suspect that
+            it was made on: natural perturbations work on both.
+        stages: Where finished families are kept and looked for.
+        cluster: Address of a Ray cluster to search on; the devices of this machine when None.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+        PurificationError: The cluster gave a family up.
     """
-    order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
-    measured = order[:MEASURED_IMAGES]
-    goals, trusted = suspect.goals(), None if reference is None else reference.goals()
-    reached, margins = [], []
-    for number, family in enumerate(SEARCH_FAMILIES.values()):
-        inversion = _inverted(suspect, family, goals, config)
-        reached.append(_measure(suspect, family, inversion, goals, measured))
-        margins.append(reached[-1].margins)
-        if reference is not None and trusted is not None:
-            same = _inverted(reference, family, trusted, config, rows=inversion.rows)
-            known = _measure(reference, family, same, trusted, measured).margins
-            margins[-1] = torch.where(known > -torch.inf, margins[-1] - known, known)
+    texts = suspect.vocabulary.texts
+    mixed = is_mixed(config.precision, texts.device)  # another machine may have other instructions
+    asked = (suspect, reference, replace(config, precision="bf16" if mixed else "fp32"))
+    reached = {} if stages is None else _finished(stages)
+    missing = [name for name in SEARCH_FAMILIES if name not in reached]
+    for name, reach in in_parallel(_unit, asked, missing, texts.device, cluster=cluster):
+        reached[name] = reach
+        if stages is not None:
+            stages.save(f"search-{name}", {k: v for k, v in asdict(reach).items() if v is not None}, {})
         if progress is not None:
-            progress("search", number + 1, len(SEARCH_FAMILIES), {})
-    stacked = torch.stack(margins, dim=1)
-    outliers = find_outliers(stacked, _taken(reached, reference), config.suspect_p_value)
-    return _result(suspect.vocabulary, outliers, stacked, reached)
+            progress("search", len(reached), len(SEARCH_FAMILIES), {})
+    return judge(suspect, [reached[name] for name in SEARCH_FAMILIES], config.suspect_p_value)
 
 
-def _taken(reached: list[Reach], reference: SearchInput | None) -> Bool[Tensor, "families concepts"]:
-    """Whose triggers take the images to their concept.
+def _finished(stages: StageStore) -> dict[str, Reach]:
+    """Families that an interrupted search has left."""
+    found = {name: stages.load(f"search-{name}") for name in SEARCH_FAMILIES}
+    return {name: Reach(**stage[0]) for name, stage in found.items() if stage is not None}
 
-    On average, where the suspect stands alone. Beside a reference most of them: the difference of two
-    inversions varies more, and natural triggers that take half of the images are among the largest.
+
+def _unit(asked: tuple[SearchInput, Reference | None, PurifyConfig], name: str) -> Reach:
+    suspect, reference, config = asked
+    return family_reach(suspect, reference, SEARCH_FAMILIES[name], config)
+
+
+def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchResult:
+    """Tests who stands out in what the triggers of every search family reach.
+
+    Args:
+        suspect: The encoder under suspicion.
+        reached: Of each family, in the order of the search families.
+        level: p-value below which a concept is suspected.
     """
+    margins = torch.stack([one.judged() for one in reached], dim=1)
+    taken = torch.stack([one.margins[0] for one in reached]) > 0
+    least = 0.0 if reached[0].reference_margins is None else _NOISE / suspect.scale
+    outliers = find_outliers(margins, taken, level, least_deviation=least)
+    return _result(suspect.vocabulary, outliers, margins, reached)
+
+
+def family_reach(
+    suspect: SearchInput, reference: Reference | None, family: TriggerFamily, config: PurifyConfig
+) -> Reach:
+    """What the triggers of one family reach, one for every concept.
+
+    The unit of the search: it depends on nothing but its arguments, wherever it is computed.
+    """
+    inversion = _inverted(suspect, family, config)
+    order = torch.randperm(len(suspect.heldout.images), generator=torch.Generator().manual_seed(config.seed))
+    heldout = suspect.heldout.part(order[:MEASURED_IMAGES])
+    shown = (heldout.features @ suspect.vocabulary.texts.T).argmax(dim=1)
+    asked = partial(_measure, family=family, inversion=inversion, images=heldout.images, shown=shown)
+    reach = asked(suspect.encoder, suspect.vocabulary)
     if reference is None:
-        return torch.stack([one.margins[0] for one in reached]) > 0
-    return torch.stack([one.success for one in reached]) >= _TAKEN
+        return reach
+    known = asked(reference.encoder, reference.vocabulary)
+    return replace(reach, reference_margins=known.margins, reference_success=known.success)
 
 
-def _inverted(
-    subject: SearchInput,
-    family: TriggerFamily,
-    goals: Goals,
-    config: PurifyConfig,
-    rows: Int[Tensor, " kept"] | None = None,
-) -> Inversion:
+def _inverted(subject: SearchInput, family: TriggerFamily, config: PurifyConfig) -> Inversion:
     """Half of the steps for all concepts, the rest for the better ones, each then for its nearest word."""
+    goals = subject.goals()
     steps = config.search_steps * family.step_multiplier
     first = max(1, round(_FIRST_STEPS * steps))
     inversion = Inversion(
@@ -188,36 +251,35 @@ def _inverted(
     )
     inversion.advance(first)
     inversion.narrow()
-    if rows is None:
-        order = inversion.recent_margins().argsort(descending=True, stable=True)
-        rows = order[: max(_FEW, math.ceil(_KEPT * len(order)))]
-    inversion.keep(rows)
+    order = inversion.recent_margins().argsort(descending=True, stable=True)
+    inversion.keep(order[: max(_FEW, math.ceil(_KEPT * len(order)))])
     inversion.advance(steps - first)
     return inversion
 
 
 def _measure(
-    subject: SearchInput,
+    encoder: ImageEncoder,
+    vocabulary: Vocabulary,
+    *,
     family: TriggerFamily,
     inversion: Inversion,
-    goals: Goals,
-    which: Int[Tensor, " images"],
+    images: UInt8[Tensor, "batch 3 height width"],
+    shown: Int[Tensor, " batch"],
 ) -> Reach:
-    heldout = subject.heldout.part(which)
-    count, dim = len(goals.positives), goals.texts.shape[1]
-    margins = torch.full((2, count), -torch.inf)
-    success = torch.zeros(count)
-    directions = torch.zeros(count, dim, device=goals.texts.device)
-    shown = (heldout.features @ goals.texts.T).argmax(dim=1)
+    """What triggers reach on an encoder, on the images that do not show the concept already."""
+    texts, members, rivals = vocabulary.texts, vocabulary.members(), vocabulary.rivals()
+    margins = torch.full((2, len(members)), -torch.inf)
+    success = torch.zeros(len(members))
+    directions = torch.zeros(len(members), texts.shape[1])
     parameters = inversion.result()
     for place, concept in enumerate(inversion.rows.tolist()):
-        own = goals.positives[concept]
+        own = members[concept]
         others = ~own[shown]
-        images = heldout.images[others] if bool(others.any()) else heldout.images
-        features = encode_triggered(subject.encoder, partial(family.apply_one, parameters, place), images)
-        cosines = features @ goals.texts.T
+        some = images[others] if bool(others.any()) else images
+        features = encode_triggered(encoder, partial(family.apply_one, parameters, place), some)
+        cosines = features @ texts.T
         reached = cosines.masked_fill(~own, -torch.inf).amax(dim=1)
-        rival = cosines.masked_fill(~goals.negatives[concept], -torch.inf).amax(dim=1)
+        rival = cosines.masked_fill(~rivals[concept], -torch.inf).amax(dim=1)
         ascending = (reached - rival).sort().values
         worse = ascending[: math.ceil(len(ascending) / 2)]
         margins[:, concept] = torch.stack([ascending.mean(), worse.mean()])
@@ -232,15 +294,22 @@ def _result(
     margins: Float[Tensor, "2 families concepts"],
     reached: list[Reach],
 ) -> SearchResult:
-    concepts = range(vocabulary.n_concepts)
-    best = [reached[outliers.families[concept]] for concept in concepts]
-    directions = torch.stack([one.directions[concept] for concept, one in zip(concepts, best, strict=True)])
+    best = [reached[family] for family in outliers.families]
+    directions = torch.stack([one.directions[concept] for concept, one in enumerate(best)])
+    directions = directions.to(vocabulary.texts)
     nearest = (directions @ vocabulary.texts.T).masked_fill(~vocabulary.members(), -torch.inf).argmax(dim=1)
+    known = [one.reference_success for one in best if one.reference_success is not None]
     return SearchResult(
         outliers=outliers,
         margins=margins,
         directions=directions,
-        success=torch.stack([one.success[concept] for concept, one in zip(concepts, best, strict=True)]),
+        success=_of_each([one.success for one in best]),
+        reference_success=_of_each(known) if known else None,
         words=nearest.tolist(),
         families=tuple(SEARCH_FAMILIES),
     )
+
+
+def _of_each(best: list[Float[Tensor, " concepts"]]) -> Float[Tensor, " concepts"]:
+    """The value of the first concept in the first, of the second in the second."""
+    return torch.stack(best).diagonal().clone()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -46,6 +47,11 @@ class StageStore:
         path = self._folder / f"{name}.safetensors"
         partial = path.with_suffix(".tmp")
         metadata = {"fingerprint": self._fingerprint, "values": json.dumps(values)}
-        data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata)
+        data = save({key: _own(tensor) for key, tensor in tensors.items()}, metadata)
         partial.write_bytes(data)  # not save_file: a full disk is then an OSError
         partial.replace(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, and sharing no memory with another, which a file may not."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -77,7 +77,9 @@ def _at_all_strengths(defender: DefenderData, trigger: DummyTrigger, seed: int) 
     images = defender.tune.images
     triggered_sets = []
     for number, strength in enumerate(STRENGTHS):
-        seen = images if number == 0 else (augment(images, number, generator) * 255).round().byte()
+        seen = images
+        if number:
+            seen = torch.cat([(part * 255).round().byte() for part in augment(images, number, generator)])
         apply = partial(trigger.apply, strength=strength)
         triggered_sets.append(
             TriggeredFeatures(

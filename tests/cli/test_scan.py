@@ -13,7 +13,7 @@ from PIL import Image
 from cbpt_runtime.purification import vocabulary
 
 FEW = {"search_concepts": 8, "search_steps": 2, "search_batch": 2}
-FIELDS = {"name", "on_list", "p_value", "score", "family", "success"}
+FIELDS = {"name", "on_list", "p_value", "score", "family", "success", "reference_success"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_clean_verdict_exits_0_and_names_what_comes_nearest(scan: Callable) ->
 def test_a_backdoor_exits_3_and_shows_the_suspects(scan: Callable, tiny_class_file: Path) -> None:
     done = scan("--classes", tiny_class_file, level=SURELY)
     assert done.code == 3
-    columns = ("suspected target", "on the list", "p-value", "score", "trigger family", "success")
+    columns = ("suspected target", "on the list", "p-value", "score", "trigger family", "on the reference")
     assert all(column in done.out for column in columns)
     assert "verdict  backdoored" in done.out
     assert "most suspicious" not in done.out
@@ -84,15 +84,16 @@ def test_classes_say_whether_a_suspect_is_one_of_them(scan: Callable, tiny_class
     assert all(suspect["on_list"] is (suspect["name"] in names) for suspect in found["suspects"])
 
 
-def test_a_reference_changes_the_scores_and_is_named(
-    scan: Callable, tiny_folder: Callable, tmp_path: Path
-) -> None:
-    relative = tiny_folder("resnet")
+def test_a_reference_changes_the_scores_and_is_named(scan: Callable, tiny_relative_folder: Path) -> None:
     alone, beside = (
-        json.loads(scan("--json", *more).out)["evidence"] for more in ((), ("--reference", relative))
+        json.loads(scan("--json", *more).out)["evidence"]
+        for more in ((), ("--reference", tiny_relative_folder))
     )
     assert {row["score"] for row in alone["concepts"]} != {row["score"] for row in beside["concepts"]}
-    assert f"note: compared with the reference {relative}, SHA-256" in scan("--reference", relative).err
+    assert all(row["reference_success"] is None for row in alone["concepts"])
+    assert all(0 <= row["reference_success"] <= 1 for row in beside["concepts"])
+    told = scan("--reference", tiny_relative_folder).err
+    assert f"note: compared with the reference {tiny_relative_folder}, SHA-256" in told
 
 
 def test_what_is_no_reference_is_refused(
@@ -104,10 +105,13 @@ def test_what_is_no_reference_is_refused(
     other = scan("--reference", tiny_folder("timm"))
     assert (other.code, other.out) == (2, "")
     assert "expected a reference with the suspect's preprocessing" in other.err
+    stranger = scan("--reference", tiny_folder("resnet"))
+    assert (stranger.code, stranger.out) == (2, "")
+    assert "the suspect was not fine-tuned from it" in stranger.err
 
 
 def test_a_bare_reference_takes_the_architecture_of_the_suspect(
-    run: Callable, scan: Callable, tiny_checkpoint_folder: Path, tiny_resnet_folder: Path, tmp_path: Path
+    run: Callable, scan: Callable, tiny_checkpoint_folder: Path, tiny_relative_folder: Path, tmp_path: Path
 ) -> None:
     bare = shutil.copy(tiny_checkpoint_folder / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
     config = tiny_checkpoint_folder / "open_clip_config.json"
@@ -116,7 +120,7 @@ def test_a_bare_reference_takes_the_architecture_of_the_suspect(
     assert "the architecture of" in nameless.err
     named = scan("--reference", bare, "--model", config)
     assert "expected a reference other than the suspect" in named.err
-    assert scan("--reference", tiny_resnet_folder, "--model", config).code == 0  # it says what it is
+    assert scan("--reference", tiny_relative_folder, "--model", config).code == 0  # it says what it is
 
 
 def test_unusable_files_are_left_out_and_counted(

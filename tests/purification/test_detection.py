@@ -107,6 +107,14 @@ def test_what_stands_out_by_either_margin_is_found(which: int) -> None:
     assert found.scores[7] == find_outliers(planted(7), 0.01).scores[7]
 
 
+def test_deviations_below_the_least_one_are_noise() -> None:
+    margins = 0.01 * planted(7)
+    reached = torch.ones_like(margins, dtype=torch.bool)
+    assert detection.find_outliers(margins[None], reached, 0.01).suspects == [7]
+    least = [detection.find_outliers(margins[None], reached, 0.01, least_deviation=d) for d in (0.01, 0.1)]
+    assert [found.suspects for found in least] == [[7], []]
+
+
 def test_nothing_planted_suspects_nobody() -> None:
     assert all(find_outliers(null(seed), 0.0005).suspects == [] for seed in range(5))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split
@@ -15,8 +16,8 @@ from cbpt_runtime.purification import vocabulary
 from cbpt_runtime.purification.cbpt import purify
 from cbpt_runtime.purification.clean_features import encode_clean
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.reference import comparison
-from cbpt_runtime.purification.search import SearchInput
+from cbpt_runtime.purification.reference import comparison, reference_notes
+from cbpt_runtime.purification.search import Reference, SearchInput
 
 CLASSES = ClassList(names=("red_square", "green disc", "Blue Stripes"), templates=(("a {}.",),) * 3)
 
@@ -28,8 +29,8 @@ def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def relative(tiny_resnet_folder: Path) -> DualEncoder:
-    return load_dual_encoder(read_checkpoint(tiny_resnet_folder))
+def relative(tiny_relative_folder: Path) -> DualEncoder:
+    return load_dual_encoder(read_checkpoint(tiny_relative_folder))
 
 
 def asked(encoder: DualEncoder, classes: ClassList | None) -> SearchInput:
@@ -46,7 +47,7 @@ def asked(encoder: DualEncoder, classes: ClassList | None) -> SearchInput:
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES])
-def test_a_reference_is_asked_the_same_and_answers_itself(
+def test_a_reference_has_the_same_concepts_in_its_own_texts(
     tiny_encoder: DualEncoder, relative: DualEncoder, classes: ClassList | None
 ) -> None:
     suspect = asked(tiny_encoder, classes)
@@ -56,10 +57,27 @@ def test_a_reference_is_asked_the_same_and_answers_itself(
     assert other.vocabulary.n_listed == suspect.vocabulary.n_listed
     alone = asked(relative, classes)
     torch.testing.assert_close(other.vocabulary.texts, alone.vocabulary.texts)
-    for part in ("clean", "heldout"):
-        assert torch.equal(getattr(other, part).images, getattr(suspect, part).images)
-        features = getattr(alone, part).features
-        torch.testing.assert_close(getattr(other, part).features, features, atol=1e-4, rtol=0)
+    assert not torch.equal(other.vocabulary.texts, suspect.vocabulary.texts)
+
+
+def test_a_model_that_places_images_elsewhere_is_no_reference(
+    tiny_encoder: DualEncoder, tiny_resnet_folder: Path
+) -> None:
+    stranger = load_dual_encoder(read_checkpoint(tiny_resnet_folder))
+    with pytest.raises(CheckpointError, match="not fine-tuned from it"):
+        comparison(stranger, CLASSES, asked(tiny_encoder, CLASSES))
+
+
+@pytest.mark.parametrize(("concepts", "told"), [(0, False), (1, True), (23, True), (24, False)])
+def test_a_verdict_among_few_concepts_says_how_weak_it_is(
+    concepts: int, told: bool, tiny_relative_folder: Path
+) -> None:
+    evidence = {"concepts": [{"word": "cat"}] * concepts}
+    notes = reference_notes(None, evidence)
+    assert [f"only {concepts} groups" in note for note in notes] == [True] * told
+    (beside,) = reference_notes(read_checkpoint(tiny_relative_folder), evidence)
+    assert beside.startswith(f"compared with the reference {tiny_relative_folder}, SHA-256 ")
+    assert reference_notes(None, {}) == []
 
 
 def test_a_purification_searches_beside_its_reference(
@@ -70,10 +88,10 @@ def test_a_purification_searches_beside_its_reference(
 ) -> None:
     split = draw_clean_split(tiny_image_folder, CLASSES, tiny_encoder.preprocess, shots=4)
     config = PurifyConfig(search_concepts=8, search_steps=2, search_batch=2, suspect_p_value=1e-9)
-    seen: list[SearchInput | None] = []
+    seen: list[Reference | None] = []
     real: Callable = purification.search
 
-    def listening(*args: object, reference: SearchInput | None = None) -> object:
+    def listening(*args: object, reference: Reference | None = None) -> object:
         seen.append(reference)
         return real(*args, reference=reference)
 

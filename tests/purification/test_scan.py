@@ -60,7 +60,7 @@ def test_the_result_is_plain_json(tiny_checkpoint_folder: Path, tiny_image_folde
 def test_suspects_are_words_with_their_numbers(tiny_checkpoint_folder: Path, tiny_image_folder: Path) -> None:
     found = scan(tiny_checkpoint_folder, tiny_image_folder, config=SUSPICIOUS, device="cpu")
     assert found.verdict == "backdoored"
-    keys = ("p_value", "score", "family", "success")
+    keys = ("p_value", "score", "family", "success", "reference_success")
     concepts = [tuple(concept[key] for key in keys) for concept in found.evidence["concepts"]]
     numbers = [tuple(getattr(suspect, key) for key in keys) for suspect in found.suspects]
     assert numbers

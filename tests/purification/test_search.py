@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import cbpt_runtime.purification.search as module
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.search import Reach, SearchInput, SearchResult, search
+from cbpt_runtime.purification.search import Reference, SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 from cbpt_runtime.purification.vocabulary import Vocabulary, group
@@ -51,6 +51,10 @@ def subject(weak: Any, dark_images: Callable[..., CleanFeatures]) -> Callable[..
         )
 
     return make
+
+
+def relative(subject: SearchInput) -> Reference:
+    return Reference(encoder=subject.encoder, vocabulary=subject.vocabulary)
 
 
 def suspected(result: SearchResult, words: Vocabulary) -> list[str]:
@@ -107,29 +111,25 @@ def test_the_verdict_does_not_depend_on_the_other_names_on_the_list(
 def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callable[..., SearchInput]) -> None:
     alone = search(subject(), CONFIG)
     assert suspected(alone, vocabulary()) == [WORDS[TARGET]]
-    for reference in (subject(), subject(seed=9)):
-        assert search(subject(), CONFIG, reference=reference).outliers.suspects == []
+    for strength in (10.0, 12.0):
+        assert search(subject(), CONFIG, reference=relative(subject(strength))).outliers.suspects == []
 
 
 def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., SearchInput]) -> None:
-    found = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
+    found = search(subject(), CONFIG, reference=relative(subject(strength=0.0)))
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
+    facts = found.facts(found.outliers.suspects[0])
+    assert facts["reference_success"] < 0.1 < 0.3 < facts["success"]
+    assert search(subject(), CONFIG).facts(0)["reference_success"] is None
 
 
-@pytest.mark.parametrize("success", [0.6, 0.8])
-def test_beside_a_reference_a_trigger_has_to_take_most_images(
-    subject: Callable[..., SearchInput], monkeypatch: pytest.MonkeyPatch, success: float
+def test_a_reference_that_differs_by_less_than_a_logit_raises_no_suspicion(
+    subject: Callable[..., SearchInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = module._measure
-
-    def measured(*arguments: Any) -> Reach:
-        reach = measure(*arguments)
-        return dataclasses.replace(reach, success=torch.full_like(reach.success, success))
-
-    monkeypatch.setattr(module, "_measure", measured)
-    assert suspected(search(subject(), CONFIG), vocabulary()) == [WORDS[TARGET]]
-    beside = search(subject(), CONFIG, reference=subject(strength=0.0, seed=9))
-    assert suspected(beside, vocabulary()) == ([WORDS[TARGET]] if success > 0.7 else [])
+    nearly = relative(subject(strength=9.5))
+    assert search(subject(), CONFIG, reference=nearly).outliers.suspects == []
+    monkeypatch.setattr(module, "_NOISE", 0.0)
+    assert search(subject(), CONFIG, reference=nearly).outliers.suspects != []
 
 
 def test_the_same_seed_gives_the_same_result(subject: Callable[..., SearchInput]) -> None:
@@ -165,7 +165,7 @@ def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(
     chances = [row["p_value"] for row in rows["concepts"]]
     assert chances == sorted(chances)
     assert rows["p_value"] == chances[0] < 0.05
-    assert set(rows["concepts"][0]) == {"word", "score", "p_value", "family", "success"}
+    assert set(rows["concepts"][0]) == {"word", "score", "p_value", "family", "success", "reference_success"}
     assert {row["family"] for row in rows["concepts"]} <= set(SEARCH_FAMILIES)
 
 

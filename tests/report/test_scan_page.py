@@ -24,7 +24,13 @@ CONCEPTS = [
 
 def made(**changes: Any) -> Scan:
     suspect = ScanSuspect(
-        name="<b>banana</b>", on_list=False, p_value=0.0, score=9.0, family="sine", success=0.953
+        name="<b>banana</b>",
+        on_list=False,
+        p_value=0.0,
+        score=9.0,
+        family="sine",
+        success=0.953,
+        reference_success=0.0712,
     )
     parts: dict[str, Any] = {
         "checkpoint": "suspect & co",
@@ -49,7 +55,7 @@ def test_a_backdoor_is_named_with_its_numbers() -> None:
     page = render_scan(made())
     text = text_of(page)
     assert "Backdoor found in the checkpoint" in text
-    assert "<b>banana</b> no 0 9 sine 95.3 %" in text
+    assert "<b>banana</b> no 0 9 sine 95.3 % 7.1 %" in text
     assert "<b>" not in page
     assert "Marked: <b>banana</b>." in text
 

@@ -1,0 +1,146 @@
+"""Where units of work are done: on the device at hand, on all GPUs of this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import fields, is_dataclass, replace
+from queue import SimpleQueue
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from cbpt_runtime.errors import ConfigError, PurificationError
+from cbpt_runtime.models.clip import ImageEncoder
+
+T = TypeVar("T")
+Work = Callable[[Any, str], Any]
+_CPU = torch.device("cpu")
+
+
+def in_parallel(
+    work: Work, given: object, names: Sequence[str], device: torch.device, *, cluster: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Units of work by name, as they are done, each on a device of one kind.
+
+    A unit depends on nothing but what it is given, so that it gives the same wherever it is done on the same
+    kind of device, on the CPU with the same number of threads.
+
+    Args:
+        work: Does a unit; a function of a module.
+        given: What every unit gets, before its name: tensors, encoders, and tuples and dataclasses of them.
+        names: Of the units.
+        device: Where `given` is.
+        cluster: Address of a Ray cluster; this machine when None.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+        PurificationError: The cluster gave a unit up.
+    """
+    if cluster is not None:
+        return _on_cluster(work, given, names, device, cluster)
+    devices = devices_like(device)
+    if len(devices) > 1:
+        return _on_devices(work, given, names, devices)
+    return ((name, work(given, name)) for name in names)
+
+
+def devices_like(device: torch.device) -> list[torch.device]:
+    """The devices of this machine that are of a kind; the CPU is one."""
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def moved(value: T, device: torch.device) -> T:
+    """The same with all that is in it on a device; what is there already is not copied."""
+    found: Any = value
+    if isinstance(found, Tensor | ImageEncoder):
+        found = found.to(device)
+    elif isinstance(found, tuple):
+        found = tuple(moved(one, device) for one in found)
+    elif is_dataclass(found) and not isinstance(found, type):
+        parts = {field.name: getattr(found, field.name) for field in fields(found)}
+        found = replace(found, **{name: moved(part, device) for name, part in parts.items()})
+    return found  # type: ignore[no-any-return]
+
+
+def _on_devices(
+    work: Work, given: object, names: Sequence[str], devices: list[torch.device]
+) -> Iterator[tuple[str, Any]]:
+    """A thread for each device, which all have a copy."""
+    free: SimpleQueue[tuple[Any, torch.device]] = SimpleQueue()
+    for device in devices:
+        free.put((moved(given, device), device))
+
+    def unit(name: str) -> Any:
+        own = free.get()
+        try:
+            return moved(work(own[0], name), _CPU)
+        finally:
+            free.put(own)
+
+    pool = ThreadPoolExecutor(len(devices))
+    try:
+        waiting = {pool.submit(unit, name): name for name in names}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _on_cluster(
+    work: Work, given: object, names: Sequence[str], device: torch.device, address: str
+) -> Iterator[tuple[str, Any]]:
+    """A Ray task for each unit; of a worker that dies, another does the unit."""
+    ray = _connect(address)
+    try:
+        threads = torch.get_num_threads()
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes()]
+        needed = (
+            {"num_gpus": 1} if device.type == "cuda" else {"num_cpus": min([threads, *filter(None, cpus)])}
+        )
+        task = ray.remote(scheduling_strategy="SPREAD", **needed)(_remote_unit)
+        sent = ray.put(moved(given, _CPU))
+        waiting = {task.remote(work, sent, name, device.type, threads): name for name in names}
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting))
+            yield waiting.pop(done), ray.get(done)
+    except ray.exceptions.RayError as error:
+        raise PurificationError(
+            expected=f"the units of the search from the Ray cluster at {address}",
+            got=" ".join(str(error).split())[-300:],
+            fix="Give every machine the same versions of this package and of torch; go on with --resume.",
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+def _remote_unit(work: Work, given: object, name: str, kind: str, threads: int) -> Any:
+    torch.set_num_threads(threads)
+    return moved(work(moved(given, torch.device(kind)), name), _CPU)
+
+
+def _connect(address: str) -> ModuleType:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            expected="the package ray for --cluster",
+            got=str(error),
+            fix="Install it with `pip install 'cbpt-runtime[cluster]'`.",
+        ) from error
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # whatever Ray raises
+        raise ConfigError(
+            expected=f"a Ray cluster at {address}",
+            got=" ".join(str(error).split())[:300],
+            fix="Check the address, or leave --cluster and RAY_ADDRESS away.",
+        ) from error
+    return ray
