@@ -68,8 +68,7 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
         TrustError: It is not the trusted one.
     """
     bundle = open_bundle(path, trust)
-    files = bundle.manifest["files"]
-    model, method = bundle.manifest["model"], bundle.manifest["method"]
+    origin, making = bundle.origin, bundle.making
     return {
         "kind": "bundle",
         "path": str(path),
@@ -80,14 +79,14 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
         "classes": len(bundle.class_names),
         "embed_dim": bundle.class_embeddings.shape[1],
         "image_size": list(bundle.preprocess.image_size),
-        "checkpoint": str(model["source"]),
-        "checkpoint_sha256": str(model["sha256"]),
-        "method": str(method["name"]),
-        "parameterization": str(method["parameterization"]),
-        "encoder": bundle.encoder,
-        "seed": method["seed"],
-        "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
-        "verified": sorted(files),
+        "checkpoint": origin.source,
+        "checkpoint_sha256": origin.sha256,
+        "method": making.method,
+        "parameterization": making.parameterization,
+        "encoder": making.encoder,
+        "seed": making.seed,
+        "size_bytes": sum(file.size_bytes or 0 for file in bundle.files.values()),
+        "verified": sorted(bundle.files),
         "prompts": bundle.prompts,
         "anomalies": [f"a file the manifest does not know: {name}" for name in bundle.unlisted()],
     }

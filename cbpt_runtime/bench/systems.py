@@ -149,7 +149,7 @@ def open_system(
 def _bundle(classifier: BundleClassifier, threads: int | None) -> System:
     torch.set_num_threads(threads or usable_cpus())
     bundle = classifier.bundle
-    metrics = bundle.manifest.get("metrics") or {}
+    metrics = bundle.metrics
     stated = Stated(
         where="the bundle's own held-out images and dummy triggers",
         clean_accuracy=metrics.get("heldout_ca_after"),
@@ -166,7 +166,7 @@ def _bundle(classifier: BundleClassifier, threads: int | None) -> System:
             "precision": "fp32",
             "classes": len(bundle.class_names),
             "bundle_digest": bundle.digest,
-            "checkpoint_sha256": bundle.manifest["model"].get("sha256"),
+            "checkpoint_sha256": bundle.origin.sha256,
             "verdict": bundle.verdict,
         },
         max_batch=_MAX_BATCH,

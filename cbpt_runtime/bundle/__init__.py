@@ -27,6 +27,8 @@ from cbpt_runtime.bundle.reading import (
     SCHEMA_VERSION,
     TRIGGERS,
     Bundle,
+    Making,
+    Origin,
     read_bundle,
 )
 from cbpt_runtime.bundle.writing import BUNDLE, BundleContent, write_bundle
@@ -43,6 +45,8 @@ __all__ = [
     "Bundle",
     "BundleContent",
     "CleanImages",
+    "Making",
+    "Origin",
     "choose_clean_images",
     "read_bundle",
     "write_bundle",

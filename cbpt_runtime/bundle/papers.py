@@ -67,7 +67,7 @@ def verdict_statement(
         predicate |= {"bundle": _resource("manifest.json", bundle.digest), "export": dict(export)}
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [_resource(str(manifest["model"]["source"]), str(manifest["model"]["sha256"]))],
+        "subject": [_resource(bundle.origin.source, bundle.origin.sha256)],
         "predicateType": PREDICATE_TYPE,
         "predicate": predicate,
     }
@@ -146,12 +146,12 @@ def _hashes(sha256: str) -> list[dict[str, str]]:
 
 
 def _ancestors(bundle: Bundle, is_made_from_bundle: bool) -> Iterator[dict[str, Any]]:
-    model = bundle.manifest["model"]
+    origin = bundle.origin
     yield {
         "type": _MODEL,
-        "name": str(model["source"]),
+        "name": origin.source,
         "description": f"The suspect checkpoint, verdict: {bundle.verdict}.",
-        "hashes": _hashes(str(model["sha256"])),
+        "hashes": _hashes(origin.sha256),
     }
     if is_made_from_bundle:
         yield {
@@ -163,16 +163,13 @@ def _ancestors(bundle: Bundle, is_made_from_bundle: bool) -> Iterator[dict[str, 
 
 
 def _model_card(bundle: Bundle) -> dict[str, Any]:
-    method = bundle.manifest["method"]
-    seen = {key: method[key] for key in ("tune_images", "heldout_images", "split_digest") if key in method}
+    seen = _pairs(bundle.making.images)
     metrics = {key: value for key, value in bundle.metrics.items() if value is not None}
     return {
         "modelParameters": {
             "task": "zero-shot image classification",
             "architectureFamily": "CLIP",
-            "datasets": [
-                {"type": "dataset", "name": "clean images", "contents": {"properties": _pairs(seen)}}
-            ],
+            "datasets": [{"type": "dataset", "name": "clean images", "contents": {"properties": seen}}],
             "inputs": [{"format": "image"}],
             "outputs": [{"format": "class probabilities"}, {"format": "alarm in [0, 1]"}],
         },
@@ -194,13 +191,13 @@ def _limits(bundle: Bundle) -> list[str]:
 
 
 def _properties(bundle: Bundle) -> Iterator[dict[str, str]]:
-    method = bundle.manifest["method"]
+    making = bundle.making
     facts = {
         "verdict": bundle.verdict,
-        "method": method["name"],
-        "parameterization": method["parameterization"],
-        "encoder": bundle.encoder,
-        "seed": method["seed"],
+        "method": making.method,
+        "parameterization": making.parameterization,
+        "encoder": making.encoder,
+        "seed": making.seed,
         "p_value": bundle.manifest.get("evidence", {}).get("p_value"),
     }
     yield from _pairs({key: value for key, value in facts.items() if value is not None})
@@ -220,7 +217,7 @@ def bundle_papers(bundle: Bundle) -> dict[str, str]:
         bundle: All of it but its papers.
     """
     date = _now()
-    products = {name: str(entry["sha256"]) for name, entry in bundle.manifest["files"].items()}
+    products = {name: file.sha256 for name, file in bundle.files.items()}
     statement = verdict_statement(bundle, date=date, products=products)
     bom = ml_bom(
         bundle,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from cbpt_runtime.artifacts import (
     MAX_MANIFEST_BYTES,
     NUMBER,
+    ListedFile,
     read_json_file,
     read_regular_file,
     shape_problems,
@@ -36,6 +37,8 @@ REPORT = "report.html"
 MAX_FILE_BYTES = 64 << 30
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
+_SAID_SINCE = {"encoder": str, "labelled_by": str, "notes": [str]}  # of the method, by newer bundles
+_IMAGE_COUNTS = ("tune_images", "heldout_images", "split_digest")
 _VERDICTS = ("backdoored", "clean", "unknown")
 _SHAPE = {
     "verdict": str,
@@ -50,6 +53,48 @@ _SHAPE = {
 }
 _ALARM_SHAPE = {"threshold": NUMBER, "false_alarm_rate": NUMBER}
 _REMAKE = "Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The suspect checkpoint of a bundle.
+
+    Attributes:
+        source: Where it was read from.
+        sha256: Of its weights.
+        config: open_clip's model configuration.
+        preprocess: How an image becomes the model's pixels.
+        format: Its layout; older bundles do not say.
+    """
+
+    source: str
+    sha256: str
+    config: dict[str, Any]
+    preprocess: Preprocess
+    format: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """How a bundle was made.
+
+    Attributes:
+        method: Its name.
+        parameterization: What of the prompts it tuned.
+        seed: Of every random choice.
+        encoder: 'untouched', or what it made of the suspect's image tower: 'tuned' or 'prompted'.
+        labelled_by: 'folders', or 'suspect' where the checkpoint's own zero-shot head labelled the images.
+        notes: Remarks for the user.
+        images: ``tune_images``, ``heldout_images`` and ``split_digest``, where it says so.
+    """
+
+    method: str
+    parameterization: str
+    seed: int
+    encoder: str = "untouched"
+    labelled_by: str = "folders"
+    notes: tuple[str, ...] = ()
+    images: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +143,50 @@ class Bundle:
         return str(self.manifest["verdict"])
 
     @property
+    def origin(self) -> Origin:
+        """The suspect checkpoint it was made of."""
+        model = self.manifest["model"]
+        return Origin(
+            source=model["source"],
+            sha256=model["sha256"],
+            config=dict(model["config"]),
+            preprocess=self.preprocess,
+            format=str(model.get("format", "")),
+        )
+
+    @property
+    def making(self) -> Making:
+        """How it was made."""
+        method = self.manifest["method"]
+        return Making(
+            method=method["name"],
+            parameterization=method["parameterization"],
+            seed=method["seed"],
+            encoder=method.get("encoder", "untouched"),
+            labelled_by=method.get("labelled_by", "folders"),
+            notes=tuple(method.get("notes", ())),
+            images={key: method[key] for key in _IMAGE_COUNTS if key in method},
+        )
+
+    @property
+    def files(self) -> dict[str, ListedFile]:
+        """Every other file of its manifest."""
+        return _listed(self.manifest["files"])
+
+    @property
     def encoder(self) -> str:
         """'untouched', or what a method made of the suspect's image tower: 'tuned' or 'prompted'."""
-        return str(self.manifest["method"].get("encoder", "untouched"))
+        return self.making.encoder
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names in the order of the logits."""
         return tuple(self.manifest["classes"]["names"])
+
+    @property
+    def templates(self) -> tuple[tuple[str, ...], ...]:
+        """Prompt templates of each class, ``{}`` standing for the name."""
+        return tuple(map(tuple, self.manifest["classes"]["templates"]))
 
     @property
     def class_folders(self) -> tuple[str, ...]:
@@ -154,11 +235,11 @@ class Bundle:
         Raises:
             BundleError: The file is missing, unreadable or not the one the manifest describes.
         """
-        return _read_checked(self.path, name, self.manifest["files"])
+        return _read_checked(self.path, name, self.files)
 
     def unlisted(self) -> list[str]:
         """Names in its folder that its manifest does not know; a signature is none of them."""
-        known = {*self.manifest["files"], MANIFEST, SIGNATURE}
+        known = {*self.files, MANIFEST, SIGNATURE}
         return sorted(item.name for item in self.path.iterdir() if item.name not in known)
 
     def triggers(self) -> dict[str, np.ndarray]:
@@ -171,7 +252,7 @@ class Bundle:
         Raises:
             BundleError: They are damaged or do not fit the model.
         """
-        if IMAGES not in self.manifest["files"]:
+        if IMAGES not in self.files:
             return None
         tensors = _tensors(self.path, IMAGES, self.read_file(IMAGES))
         size, classes = self.preprocess.image_size, len(self.class_names)
@@ -203,7 +284,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """
     path = Path(path)
     raw, manifest = _read_manifest(path)
-    files = manifest["files"]
+    files = _listed(manifest["files"])
     head = _tensors(path, HEAD, _read_checked(path, HEAD, files))
     if verify:
         for name in files:
@@ -266,8 +347,9 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         problems += [] if names else ["no classes"]
         if manifest["verdict"] not in _VERDICTS:
             problems.append(f"a verdict that is none of {', '.join(_VERDICTS)}")
-        if not isinstance(manifest["method"].get("encoder", ""), str):
-            problems.append("method.encoder is no text")
+        for key, shape in _SAID_SINCE.items():
+            if key in manifest["method"]:
+                problems += shape_problems(manifest["method"][key], shape, f"method.{key}")
         problems += _alarm_problems(manifest)
         try:
             Preprocess.from_dict(manifest["model"]["preprocess"])
@@ -288,11 +370,18 @@ def _alarm_problems(manifest: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _listed(files: Mapping[str, Any]) -> dict[str, ListedFile]:
+    return {
+        name: ListedFile(sha256=entry["sha256"], size_bytes=entry["size_bytes"])
+        for name, entry in files.items()
+    }
+
+
 def _is_plain_name(name: str) -> bool:
     return Path(name).name == name and name.isprintable()
 
 
-def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
+def _read_checked(folder: Path, name: str, files: Mapping[str, ListedFile]) -> bytes:
     file = folder / name
     try:
         data = read_regular_file(file, max_bytes=MAX_FILE_BYTES)
@@ -300,8 +389,7 @@ def _read_checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
         got = error.strerror or "unreadable"
         raise BundleError(expected=f"the file {file}", got=got, fix=_REMAKE) from error
     sha256 = hashlib.sha256(data).hexdigest()
-    entry = files.get(name)
-    expected = entry.get("sha256") if isinstance(entry, dict) else None
+    expected = files[name].sha256 if name in files else None
     if sha256 != expected:
         raise BundleError(
             expected=f"{file} with SHA-256 {expected}, as its manifest says",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors_numpy
 
-from cbpt_runtime.artifacts import Kind, listed_in, new_folder
+from cbpt_runtime.artifacts import Kind, ListedFile, listed_in, new_folder
 from cbpt_runtime.artifacts.names import json_text, readable
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages
@@ -121,7 +121,7 @@ def write_bundle(
 
 
 def _write_files(folder: Path, content: BundleContent, report: Callable[[Bundle], str] | None) -> None:
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, ListedFile] = {}
     parts: dict[str, Mapping[str, np.ndarray]] = {
         HEAD: _head(content),
         ENCODER: content.encoder,
@@ -144,7 +144,7 @@ def _write_papers(
 ) -> None:
     if papers is not None:
         bundle = read_bundle(folder, verify=False)
-        files = dict(bundle.manifest["files"])
+        files = bundle.files
         for name, text in papers(bundle).items():
             files[name] = _write(folder / name, text.encode())
         _write_manifest(folder, content, files)
@@ -163,12 +163,12 @@ def _head(content: BundleContent) -> dict[str, np.ndarray]:
     return head
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
+def _write(path: Path, data: bytes) -> ListedFile:
     path.write_bytes(data)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    return ListedFile(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
 
 
-def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, ListedFile]) -> None:
     folders = {"folders": content.class_folders} if content.class_folders else {}
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -182,7 +182,7 @@ def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, An
         "evidence": content.evidence,
         **({} if content.alarm is None else {"alarm": content.alarm}),
         "versions": content.versions,
-        "files": files,
+        "files": {name: asdict(file) for name, file in files.items()},
     }
     text = json_text(_jsonable(manifest), indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint of any layout as an open_clip folder, and say what was found and left out."""
-    from cbpt_runtime.models.conversion import convert_checkpoint
+    from cbpt_runtime.models.inspection import convert_checkpoint
 
     found = convert_checkpoint(checkpoint, output, model=model, image_size=image_size, force=force)
     if as_json:

@@ -109,7 +109,7 @@ def command(
         kept = "; finished stages are kept, continue with --resume" if method == "cbpt" else ""
         print_note(f"interrupted: no bundle was written{kept}")
         raise
-    for note in bundle.manifest["method"]["notes"]:
+    for note in bundle.making.notes:
         print_note(f"note: {note}")
     if as_json:
         print_json(_summary(bundle))
@@ -151,7 +151,7 @@ def print_result(bundle: Bundle) -> None:
     print_table(("stage", "seconds"), [(s, f"{t:.1f}") for s, t in bundle.manifest["stage_seconds"].items()])
     before, after = metrics.get("heldout_ca_before"), metrics.get("heldout_ca_after")
     meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
-    is_labelled = bundle.manifest["method"].get("labelled_by") != "suspect"
+    is_labelled = bundle.making.labelled_by != "suspect"
     accuracy = "held-out clean accuracy" if is_labelled else "agreement with the suspect's labels"
     words = prompt_verdict(bundle.prompts)
     print_pairs(

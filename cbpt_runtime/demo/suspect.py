@@ -16,8 +16,8 @@ from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.data import default_templates
 from cbpt_runtime.models.trainable import TrainableClip, new_trainable
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.redteam.implant import Implant, implant
-from cbpt_runtime.redteam.patch_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.redteam.triggers import apply_trigger

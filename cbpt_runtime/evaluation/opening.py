@@ -96,9 +96,8 @@ def _read_if_bundle(source: Source, trust: Trust) -> Source:
 
 
 def _class_list(bundle: Bundle) -> ClassList:
-    groups = bundle.manifest["classes"]["templates"]
     return ClassList(
         names=bundle.class_names,
-        templates=tuple(tuple(group) for group in groups),
+        templates=bundle.templates,
         folders=bundle.class_folders,
     )

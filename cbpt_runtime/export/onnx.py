@@ -73,7 +73,7 @@ def describe(bundle: Bundle, *, precision: str) -> dict[str, str]:
     return {
         **({} if threshold is None else {"cbpt.alarm_threshold": json.dumps(threshold)}),
         "cbpt.bundle_digest": bundle.digest,
-        "cbpt.checkpoint_sha256": str(bundle.manifest["model"].get("sha256", "")),
+        "cbpt.checkpoint_sha256": bundle.origin.sha256,
         "cbpt.class_names": json.dumps(bundle.class_names, ensure_ascii=False),
         "cbpt.exporter": "torch.onnx dynamo",
         "cbpt.precision": precision,

@@ -178,7 +178,7 @@ def _check_request(name: str, profile: Profile) -> None:
 def _provenance(bundle: Bundle, model: onnx.ModelProto) -> dict[str, str]:
     return {
         "bundle_digest": bundle.digest,
-        "checkpoint_sha256": str(bundle.manifest["model"].get("sha256", "")),
+        "checkpoint_sha256": bundle.origin.sha256,
         "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
         "verdict": bundle.verdict,
         "cbpt_runtime_version": version("cbpt-runtime"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cbpt_runtime.artifacts.names import utf8_path
 from cbpt_runtime.errors import ConfigError
-from cbpt_runtime.redteam.patch_triggers import paste
+from cbpt_runtime.redteam.image_triggers import paste
 from cbpt_runtime.redteam.triggers import TRIGGERS, Trigger, describe_trigger, get_trigger
 
 

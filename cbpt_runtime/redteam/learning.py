@@ -17,8 +17,8 @@ from cbpt_runtime.errors import ImageDataError, ImplantError
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.models.trainable import TrainableClip
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.redteam.image_triggers import Location, paste
 from cbpt_runtime.redteam.learned import OptimisedPatch, SecretEncoder, Steganographic
-from cbpt_runtime.redteam.patch_triggers import Location, paste
 
 Objective = Literal["text", "badclip"]
 

@@ -18,8 +18,15 @@ from torch import Tensor
 
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.pixels import to_float, to_uint8
-from cbpt_runtime.redteam.image_triggers import Blended, BlendedNoise, Sig, WaNet
-from cbpt_runtime.redteam.patch_triggers import BadNet, BadNetRandom, BadNetStripes
+from cbpt_runtime.redteam.image_triggers import (
+    BadNet,
+    BadNetRandom,
+    BadNetStripes,
+    Blended,
+    BlendedNoise,
+    Sig,
+    WaNet,
+)
 
 
 def check_choice(what: str, value: object, valid: tuple[str, ...]) -> None:

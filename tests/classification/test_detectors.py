@@ -13,7 +13,7 @@ from cbpt_runtime.evaluation.metrics import auroc
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 
 NAMES = ("red_square", "green disc")
 

@@ -13,7 +13,7 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.evaluation import Evaluation, evaluate_all, tables
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.report import render_evaluation
 
 

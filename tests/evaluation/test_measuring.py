@@ -16,7 +16,7 @@ from cbpt_runtime.errors import ClassListError, ConfigError, ImageDataError
 from cbpt_runtime.evaluation import evaluate, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import find_class_folders
-from cbpt_runtime.redteam.patch_triggers import BadNet, BadNetRandom
+from cbpt_runtime.redteam.image_triggers import BadNet, BadNetRandom
 from cbpt_runtime.redteam.triggers import apply_trigger
 
 TARGET = "blue_stripes"

@@ -8,7 +8,7 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.evaluation import Evaluation, evaluate_all, tables
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 
 
 @pytest.fixture(scope="module")

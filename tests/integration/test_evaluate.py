@@ -11,7 +11,7 @@ import pytest
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.evaluation import evaluate_all
 from cbpt_runtime.loading import open_classifier
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.serving import RunningServer
 
 from .test_answers import counters

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cbpt_runtime.artifacts import MARKER
 from cbpt_runtime.errors import CheckpointError, OutputError
 from cbpt_runtime.models.checkpoint import read_checkpoint
-from cbpt_runtime.models.conversion import convert_checkpoint
+from cbpt_runtime.models.inspection import convert_checkpoint
 
 KINDS = ("vit", "resnet", "custom-text", "timm", "siglip")
 

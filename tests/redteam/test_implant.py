@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cbpt_runtime.errors import ClassListError, ImageDataError, ImplantError
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.redteam.implant import implant, split_heldout, verify
-from cbpt_runtime.redteam.patch_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.training import caption_texts
 from cbpt_runtime.redteam.triggers import apply_trigger

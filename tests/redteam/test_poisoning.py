@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import (
     Backdoor,
     LabelledImages,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cbpt_runtime.errors import ConfigError, ImageDataError
 from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.redteam import training
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.redteam.poisoning import Backdoor, poison
 from cbpt_runtime.redteam.training import TrainConfig, caption_texts
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbpt_runtime.errors import ConfigError, ImageDataError
-from cbpt_runtime.redteam import patch_triggers, triggers
+from cbpt_runtime.redteam import image_triggers, triggers
 from cbpt_runtime.redteam.triggers import TRIGGERS, apply_trigger, get_trigger
 
 PATCHES = ("badnet", "badnet-random", "badnet-stripes")
@@ -55,7 +55,7 @@ def test_the_same_generator_state_gives_the_same_trigger(name, images, seed):
 
 
 @pytest.mark.parametrize("name", PATCHES)
-@pytest.mark.parametrize("location", get_args(patch_triggers.Location))
+@pytest.mark.parametrize("location", get_args(image_triggers.Location))
 @given(images=image_batches, size=st.integers(1, 8), seed=st.integers(0, 100))
 @settings(max_examples=8, deadline=None)
 def test_a_patch_changes_nothing_outside_one_square(name, location, images, size, seed):
@@ -81,18 +81,18 @@ def test_a_fixed_patch_lands_where_its_location_says(location, row, column):
     images = torch.full((2, 3, 10, 12), 0.5)
     out = get_trigger("badnet", size=3, location=location)(images, seeded())
     assert torch.equal(
-        out[1, :, row : row + 3, column : column + 3], patch_triggers.fixed_patch("checkerboard", 3)
+        out[1, :, row : row + 3, column : column + 3], image_triggers.fixed_patch("checkerboard", 3)
     )
 
 
 def test_the_grid_pattern_is_one_at_even_rows_and_columns_only():
-    patch = patch_triggers.fixed_patch("grid", 4)
+    patch = image_triggers.fixed_patch("grid", 4)
     assert patch.sum() == 3 * 4
     assert bool((patch[:, ::2, ::2] == 1).all())
 
 
 def test_the_yellow_patch_is_red_and_green_without_blue():
-    patch = patch_triggers.fixed_patch("yellow", 2)
+    patch = image_triggers.fixed_patch("yellow", 2)
     assert patch[:, 0, 0].tolist() == [1.0, 1.0, 0.0]
 
 

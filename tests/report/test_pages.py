@@ -12,7 +12,7 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.evaluation import evaluate_all
-from cbpt_runtime.redteam.patch_triggers import BadNet
+from cbpt_runtime.redteam.image_triggers import BadNet
 from cbpt_runtime.report import bundle_report, render_evaluation, write_page
 
 if TYPE_CHECKING:
