@@ -91,9 +91,9 @@ def test_a_purification_searches_beside_its_reference(
     seen: list[Reference | None] = []
     real: Callable = purification.search
 
-    def listening(*args: object, reference: Reference | None = None) -> object:
+    def listening(*args: object, reference: Reference | None = None, **others: object) -> object:
         seen.append(reference)
-        return real(*args, reference=reference)
+        return real(*args, reference=reference, **others)
 
     monkeypatch.setattr(purification, "search", listening)
     alone = purify(tiny_encoder, CLASSES, split, config)
