@@ -17,7 +17,7 @@ from cbpt_runtime.models.data import default_templates
 from cbpt_runtime.models.trainable import TrainableClip, new_trainable
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.image_triggers import BadNet
-from cbpt_runtime.redteam.implant import Implant, implant
+from cbpt_runtime.redteam.implant import Implant, check_implant, implant
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.redteam.triggers import apply_trigger
@@ -27,6 +27,7 @@ TRIGGER = BadNet(size=8, location="bottom-right", pattern="checkerboard")
 POISON_RATE = 0.2
 MINIMUM_CA = 0.9
 MINIMUM_ASR = 0.95
+_MORE_TRIES = 2
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
@@ -111,6 +112,10 @@ def train_suspect(
         progress=progress,
     )
     result = train_on(clean.clip, pictures, scale, generator, [backdoor()], progress=progress)
+    for _ in range(_MORE_TRIES):  # an attacker goes on until it works
+        if result.measures[0].attack_success_rate < MINIMUM_ASR:
+            result = train_on(result.clip, pictures, scale, generator, [backdoor()], progress=progress)
+    check_implant(result, minimum_asr=MINIMUM_ASR, maximum_ca_drop=1.0)
     if result.clean_accuracy < MINIMUM_CA:
         raise ImplantError(
             expected=f"a demo model with clean accuracy of at least {MINIMUM_CA:.2f}",
@@ -138,7 +143,7 @@ def train_on(
         backdoors,
         config=_training(scale, scale.implant_epochs, 3e-4),
         generator=generator,
-        minimum_asr=MINIMUM_ASR,
+        minimum_asr=0.0,
         progress=progress,
     )
 

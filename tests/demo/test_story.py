@@ -133,6 +133,22 @@ def test_a_model_that_learned_nothing_ends_the_demo(tmp_path):
     assert not (tmp_path / "demo" / "suspect-checkpoint").exists()
 
 
+def test_a_backdoor_that_does_not_take_at_once_is_trained_on(quick, monkeypatch):
+    _, implanted = story.train_suspect()
+    weak = replace(implanted, measures=(replace(implanted.measures[0], attack_success_rate=0.3),))
+    trained = iter([implanted, weak, weak, implanted])
+    starts = []
+
+    def implant(clip, *args, **kwargs):
+        starts.append(clip)
+        return next(trained)
+
+    monkeypatch.setattr(suspect, "implant", implant)
+    clean, result = suspect.train_suspect(draw_pictures(SMALL, 0), SMALL, 0)
+    assert result.measures[0].attack_success_rate > 0.95
+    assert starts[1:] == [clean.clip, weak.clip, weak.clip]
+
+
 def test_a_model_below_the_clean_accuracy_asked_for_ends_the_demo(quick, monkeypatch):
     _, implanted = story.train_suspect()
     monkeypatch.setattr(suspect, "implant", lambda *args, **kwargs: replace(implanted, clean_accuracy=0.85))
