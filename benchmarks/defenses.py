@@ -161,7 +161,7 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
         free += bundle.class_embeddings.size
     return {
         "config": about["config"],
-        "suspects": [suspect["name"] for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
         "before": rates(result.before) if method == "cbpt" else None,
         "after": rates(result.after),
         "alarm": None if result.alarm is None else asdict(result.alarm),

@@ -83,7 +83,7 @@ def run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
     return {
         **outcome,
         "concepts": _first(bundle.manifest["evidence"]),
-        "suspects": [suspect["name"] for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
         **{name: [round(getattr(rates, name).rate, 4) for rates in heads] for name in RATES},
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
     }

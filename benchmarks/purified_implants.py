@@ -98,7 +98,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if not doors:
             (alone,) = evaluate_all([bundle], arguments.heldout, device="cpu", progress=progress)
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})
-    suspects = [str(suspect["name"]) for suspect in bundle.suspects]
+    suspects = [suspect.name for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
     p_values = [
         {key: concept[key] for key in ("word", "p_value", "family")}

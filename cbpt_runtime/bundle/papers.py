@@ -59,7 +59,7 @@ def verdict_statement(
         "method": manifest["method"],
         "classes": len(bundle.class_names),
         "p_value": evidence.get("p_value"),
-        "suspects": bundle.suspects,
+        "suspects": manifest["suspects"],
         "metrics": bundle.metrics,
         "products": [_resource(name, sha256) for name, sha256 in sorted(products.items())],
     }
@@ -202,7 +202,7 @@ def _properties(bundle: Bundle) -> Iterator[dict[str, str]]:
     }
     yield from _pairs({key: value for key, value in facts.items() if value is not None})
     for suspect in bundle.suspects:
-        yield from _pairs({"suspected_target": suspect["name"]})
+        yield from _pairs({"suspected_target": suspect.name})
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[dict[str, str]]:

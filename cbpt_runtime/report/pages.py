@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
 from cbpt_runtime.artifacts.names import readable
-from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.bundle import Bundle, Suspect
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
@@ -98,7 +98,7 @@ def render_report(
         "report.html.jinja",
         bundle=bundle,
         manifest=bundle.manifest,
-        names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
+        names=_listed([suspect.name for suspect in bundle.suspects]),
         changed=_changed(bundle),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
@@ -320,10 +320,10 @@ def _is_scored(concept: object) -> bool:
     return isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
 
 
-def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Mapping[str, Any]]) -> bool:
+def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Suspect]) -> bool:
     """Whether a suspect was found in this concept: the numbers are the same, its name may be another word."""
     return any(
-        all(key in suspect and concept.get(key) == suspect[key] for key in ("score", "p_value", "family"))
+        all(concept.get(key) == getattr(suspect, key) is not None for key in ("score", "p_value", "family"))
         for suspect in suspects
     )
 
@@ -358,9 +358,9 @@ def _picture_rows(
     return found
 
 
-def _worst_success(suspects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+def _worst_success(suspects: Sequence[Suspect]) -> tuple[float, float] | None:
     """Highest dummy-trigger success before and after over the suspected targets."""
-    pairs = [(suspect.get("success_before"), suspect.get("success_after")) for suspect in suspects]
+    pairs = [(suspect.success_before, suspect.success_after) for suspect in suspects]
     known = [(before, after) for before, after in pairs if before is not None and after is not None]
     return (max(before for before, _ in known), max(after for _, after in known)) if known else None
 
