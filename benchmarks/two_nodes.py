@@ -28,6 +28,7 @@ CLIENT = {
 _PATIENCE = {
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_health_check_failure_threshold": "100",
+    "RAY_worker_niceness": "0",
     "RAY_worker_register_timeout_seconds": "600",
 }
 _PORTS = (

@@ -38,6 +38,7 @@ from cbpt_runtime.models.labelling import images_to_draw, label_images
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.purification.cbpt import Cbpt
+from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel
 from cbpt_runtime.purification.reference import read_reference, reference_notes
@@ -127,6 +128,8 @@ def purify_checkpoint(
                 fix=f"Leave {option} away.",
             )
     place = resolve_device(device)
+    if cluster is not None:
+        reach_cluster(cluster)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
     tell = progress or _silent
     with reserved(output, BUNDLE, force=force, resume=resume) as kept:

@@ -218,6 +218,8 @@ def ray_cluster() -> Iterator[str]:
         address = running.stdout.readline().decode().strip()
         assert address, "no Ray cluster came up"
         yield address
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
         running.stdin.close()
 
 

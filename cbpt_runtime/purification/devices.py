@@ -97,7 +97,7 @@ def _on_cluster(
     work: Work, given: object, names: Sequence[str], device: torch.device, address: str
 ) -> Iterator[tuple[str, Any]]:
     """A Ray task for each unit; of a worker that dies, another does the unit."""
-    ray = _connect(address)
+    ray = reach_cluster(address)
     try:
         threads = torch.get_num_threads()
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes()]
@@ -116,8 +116,6 @@ def _on_cluster(
             got=" ".join(str(error).split())[-300:],
             fix="Give every machine the same versions of this package and of torch; go on with --resume.",
         ) from error
-    finally:
-        ray.shutdown()
 
 
 def _remote_unit(work: Work, given: object, name: str, kind: str, threads: int) -> Any:
@@ -125,7 +123,12 @@ def _remote_unit(work: Work, given: object, name: str, kind: str, threads: int) 
     return moved(work(moved(given, torch.device(kind)), name), _CPU)
 
 
-def _connect(address: str) -> ModuleType:
+def reach_cluster(address: str) -> ModuleType:
+    """Ray, connected to a cluster until the process ends; to that of an earlier call where there was one.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster does not answer.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -136,7 +139,7 @@ def _connect(address: str) -> ModuleType:
             fix="Install it with `pip install 'cbpt-runtime[cluster]'`.",
         ) from error
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # whatever Ray raises
         raise ConfigError(
             expected=f"a Ray cluster at {address}",

@@ -22,6 +22,7 @@ from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean, fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_notes
 from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word
@@ -123,6 +124,8 @@ def scan(
     config = PurifyConfig() if config is None else config
     start = time.perf_counter()
     place = str(resolve_device(device))
+    if cluster is not None:
+        reach_cluster(cluster)
     listed = classes if isinstance(classes, ClassList) or classes is None else read_class_list(classes)
     suspect = read_checkpoint(checkpoint, model=model, image_size=image_size)
     trusted = (

@@ -21,7 +21,7 @@ from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import devices
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.devices import in_parallel, moved
-from cbpt_runtime.purification.search import Unit
+from cbpt_runtime.purification.search import Reach
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 
 CPU = torch.device("cpu")
@@ -69,14 +69,14 @@ def test_two_workers_of_this_machine_give_the_same_head_to_the_bit(
 ) -> None:
     here = purified("here")
     assert json.loads(here["kept"])["verdict"] == "backdoored"
-    family_margins, used = search_module._family_margins, set()
+    family_reach, used = search_module.family_reach, set()
 
-    def noted(*arguments: Any) -> Unit:
+    def noted(*arguments: Any) -> Reach:
         used.add(threading.current_thread().name)
-        return family_margins(*arguments)
+        return family_reach(*arguments)
 
     monkeypatch.setattr(devices, "devices_like", lambda device: [device, device])
-    monkeypatch.setattr(search_module, "_family_margins", noted)
+    monkeypatch.setattr(search_module, "family_reach", noted)
     assert purified("pool") == here
     assert len(used) == 2
     assert threading.main_thread().name not in used
@@ -90,24 +90,24 @@ def test_two_ray_workers_give_the_same_head_to_the_bit(
 
 
 def test_an_interrupted_search_goes_on_with_the_families_that_are_missing(
-    purified: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    purified: Callable[..., dict[str, Any]], tiny_relative_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family_margins, tried = search_module._family_margins, []
+    family_reach, tried = search_module.family_reach, []
 
-    def interrupted(*arguments: Any) -> Unit:
+    def interrupted(*arguments: Any) -> Reach:
         tried.append(arguments[2])
         if len(tried) == 4:
             raise KeyboardInterrupt
-        return family_margins(*arguments)
+        return family_reach(*arguments)
 
-    monkeypatch.setattr(search_module, "_family_margins", interrupted)
+    monkeypatch.setattr(search_module, "family_reach", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        purified("bundle")
+        purified("bundle", reference=tiny_relative_folder)
     assert len(tried) == 4
-    resumed = purified("bundle", resume=True)
+    resumed = purified("bundle", reference=tiny_relative_folder, resume=True)
     families = list(SEARCH_FAMILIES.values())
     assert tried == families[:4] + families[3:]
-    assert resumed == purified("uninterrupted")
+    assert resumed == purified("uninterrupted", reference=tiny_relative_folder)
 
 
 def test_a_unit_that_fails_ends_the_others_before_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
