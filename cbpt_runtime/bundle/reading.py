@@ -84,7 +84,7 @@ class Bundle:
         return f"<Bundle {self.path}: {self.verdict}{found}, {len(self.class_names)} classes>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the verdict, the suspected targets and what was measured."""
+        """Return what a notebook shows: the verdict, the suspected targets and what was measured."""
         rows = [("verdict", self.verdict)]
         for suspect in self.suspects:
             shown = "" if suspect.p_value is None else f"p = {suspect.p_value:.2g}"
@@ -184,11 +184,11 @@ class Bundle:
         return sorted(item.name for item in self.path.iterdir() if item.name not in known)
 
     def triggers(self) -> dict[str, np.ndarray]:
-        """The dummy triggers by name."""
+        """Return the dummy triggers by name."""
         return _tensors(self.path, TRIGGERS, self.read_file(TRIGGERS))
 
     def images(self) -> CleanImages | None:
-        """The clean images it carries; None where they were left out, and in the oldest bundles.
+        """Return the clean images it carries; None where they were left out, and in the oldest bundles.
 
         Raises:
             BundleError: They are damaged or do not fit the model.
@@ -301,7 +301,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
 
 
 def _alarm_problems(manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with the level of the alarm; older bundles have none."""
+    """Return what is wrong with the level of the alarm; older bundles have none."""
     if "alarm" not in manifest:
         return []
     problems = shape_problems(manifest["alarm"], _ALARM_SHAPE, "alarm")
