@@ -135,7 +135,7 @@ def measured(
 
 
 def features(defender: DefenderData, classes: ClassList, folder: Path) -> tuple[Tensor, Tensor]:
-    """Unit features of a labelled folder, and the labels; a class may be missing from it."""
+    """Return unit features of a labelled folder, and the labels; a class may be missing from it."""
     present = {entry.name.replace("_", " ") for entry in folder.iterdir()}
     kept = [index for index, name in enumerate(classes.names) if name in present]
     folders = find_class_folders(folder, [classes.names[index] for index in kept])
@@ -174,7 +174,7 @@ def tuned(
     synthetic: bool = True,
     **changes: Any,
 ) -> Tensor:
-    """The method's tuning with something exchanged."""
+    """Return the method's tuning with something exchanged."""
     used = setting.triggered_sets if triggered_sets is None else triggered_sets
     targets = setting.targets if targets is None else targets
     suspects = [target.index for target in targets]
@@ -253,7 +253,7 @@ def class_agnostic(setting: Setting) -> Tensor:
 
 
 def full_strength(setting: Setting) -> Tensor:
-    """Dummy triggers at full strength only."""
+    """Return dummy triggers at full strength only."""
     strengths = len(STRENGTHS)
     return tuned(setting, triggered_sets=setting.triggered_sets[::strengths])
 

@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def extra_versions() -> dict[str, str]:
-    """What the batch runs on."""
+    """Return what the batch runs on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -106,7 +106,7 @@ def extra_versions() -> dict[str, str]:
 
 
 def tiny_graph(folder: Path) -> Path:
-    """A repository with a classifier of a few thousand weights, for what does not depend on it."""
+    """Return a repository with a classifier of a few thousand weights, for what does not depend on it."""
     import open_clip
 
     vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -118,7 +118,7 @@ def tiny_graph(folder: Path) -> Path:
 
 
 def repository(folder: Path, tower: str) -> Path:
-    """A repository with random weights, made once."""
+    """Return a repository with random weights, made once."""
     place = folder / tower
     if not place.exists():
         bundle = random_bundle(tower, folder / f"{tower}-bundle")
@@ -152,13 +152,13 @@ def make_pictures(folder: Path, count: int, *, side: int) -> Path:
 
 
 def label_command(pictures: Path, classifier: Path, output: Path, *options: str) -> list[str]:
-    """The command that is measured."""
+    """Return the command that is measured."""
     words = [str(pictures), "--classifier", str(classifier), "--output", str(output), "--json", *options]
     return [sys.executable, "-m", "cbpt_runtime", "label", *words]
 
 
 def resident_mib(process: int) -> float:
-    """What a process has in memory now."""
+    """Return what a process has in memory now."""
     text = Path(f"/proc/{process}/status").read_text()
     return int(text.partition("VmRSS:")[2].split()[0]) / 1024 if "VmRSS:" in text else 0.0
 
@@ -248,7 +248,7 @@ def measure_memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_cluster(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The files of two Ray workers against those of this process."""
+    """Compare the files of two Ray workers with those of this process."""
     pictures, classifier = make_pictures(folder, 3000, side=16), tiny_graph(folder)
     outputs = {}
     program = [sys.executable, two_nodes.__file__]
@@ -352,7 +352,7 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def label(paths: list[Path], classifier: Path, folder: Path) -> Answers:
-    """What is measured, asked for images by a table of their paths."""
+    """Return what is measured, asked for images by a table of their paths."""
     from cbpt_runtime.batch.labelling import label_images
     from cbpt_runtime.batch.sources import Source
     from cbpt_runtime.batch.workers import Work
@@ -379,7 +379,7 @@ class RayLabeller:
 
 
 def ray_data(paths: list[Path], classifier: Path) -> Answers:
-    """What Ray's guides recommend for batches, in one worker. What Ray's servers take is not counted."""
+    """Run what Ray's guides recommend for batches, in one worker; what Ray's servers take is not counted."""
     import ray
 
     rows = ray.data.from_items([{"path": str(path)} for path in paths])
@@ -412,7 +412,7 @@ def ray_nodes() -> Iterator[None]:
 
 
 def open_clip_loop(tower: str) -> Callable[[list[Path]], Answers]:
-    """What people write: open_clip's model and transform, in a torch DataLoader of this process."""
+    """Return what people write: open_clip's model and transform, in a torch DataLoader of this process."""
     import open_clip
     import torch
 

@@ -112,7 +112,7 @@ def _run_missing(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def named_setting(runs: list[Run], victim: str, method: str, wanted: str) -> str | None:
-    """The setting to run: as named, or the selected one; None where there is none yet."""
+    """Return the setting to run: as named, or the selected one; None where there is none yet."""
     if method in ("cbpt", BDETCLIP):
         return "default"
     rival = method.removesuffix("+cbpt")
@@ -122,7 +122,7 @@ def named_setting(runs: list[Run], victim: str, method: str, wanted: str) -> str
 
 
 def selected(runs: list[Run], victim: str, method: str) -> str | None:
-    """The strongest setting tried that costs little held-out accuracy; the published one if none does."""
+    """Return the strongest setting that costs little held-out accuracy; the published one if none does."""
     tried = {
         run["setting"]: run["heldout"]["heldout_ca_before"] - run["heldout"]["heldout_ca_after"]
         for run in runs
@@ -161,7 +161,7 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
         free += bundle.class_embeddings.size
     return {
         "config": about["config"],
-        "suspects": [suspect["name"] for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
         "before": rates(result.before) if method == "cbpt" else None,
         "after": rates(result.after),
         "alarm": None if result.alarm is None else asdict(result.alarm),
@@ -176,7 +176,7 @@ def measured(victim: Path, images: Path, classes: Path, key: Run, scratch: Path)
 
 
 def detected(victim: Path, images: Path, classes: Path, key: Run, scratch: Path) -> Run:
-    """The undefended victim with a test-time detector beside it; nothing in it depends on the seed."""
+    """Return the undefended victim with a test-time detector beside it; nothing in it depends on the seed."""
     torch.set_num_threads(1)
     target, triggered = _attack(victim, scratch)
     start = time.process_time()
@@ -207,12 +207,12 @@ def _attack(victim: Path, scratch: Path) -> tuple[str | None, Path | None]:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs of a results file; none if it is not there yet."""
+    """Return the runs of a results file; none if it is not there yet."""
     return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
 def with_purification(runs: list[Run]) -> list[Run]:
-    """The runs and, for victims and seeds CBPT was not run on here, what `purification.py` measured."""
+    """Return the runs and, for victims and seeds without CBPT here, what `purification.py` measured."""
     here = {(run["victim"], run["seed"]) for run in runs if run["method"] == "cbpt"}
     others: list[Run] = json.loads(PURIFICATION.read_text())["runs"] if PURIFICATION.exists() else []
     return runs + [
@@ -224,7 +224,7 @@ def with_purification(runs: list[Run]) -> list[Run]:
 
 
 def save(path: Path, runs: list[Run]) -> None:
-    """Writes the results with what they were measured on, whole or not at all."""
+    """Write the results with what they were measured on, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     machine_used = machine() | {"threads": 1}
     about = {"machine": machine_used, "most_accuracy_cost": MOST_ACCURACY_COST, "settings": SETTINGS}
@@ -272,7 +272,7 @@ def detection_table(runs: list[Run]) -> str:
 
 
 def search_table(runs: list[Run]) -> str:
-    """What was tried with seed 0: held-out accuracy, which selects, and what nobody selected on."""
+    """Return what was tried with seed 0: held-out accuracy, which selects, and what nobody selected on."""
     columns = "victim, defence, setting, held-out CA before → after, selected, CA, ASR (not looked at)"
     lines = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * 7]
     for victim in sorted({run["victim"] for run in runs}):

@@ -83,14 +83,14 @@ def run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
     return {
         **outcome,
         "concepts": _first(bundle.manifest["evidence"]),
-        "suspects": [suspect["name"] for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
         **{name: [round(getattr(rates, name).rate, 4) for rates in heads] for name in RATES},
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
     }
 
 
 def benign_run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
-    """The verdict on a model that was trained on without a trigger, beside the one it comes from."""
+    """Return the verdict on a model that was trained on without a trigger, beside the one it comes from."""
     _victim(made, seed)
     benign, scale = made / "benign-checkpoint", DemoScale()
     if not benign.exists():
@@ -113,7 +113,7 @@ def benign_run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
 
 
 def _victim(made: Path, seed: int) -> dict[str, float]:
-    """Makes what is not there, and says how long it took."""
+    """Make what is not there, and say how long it took."""
     seconds: dict[str, float] = {}
     if not (made / "suspect-checkpoint").exists():
         shutil.rmtree(made, ignore_errors=True)

@@ -89,7 +89,7 @@ def main() -> None:
 def run_victim(
     victim: Path, zoo: str, images: Path, options: argparse.Namespace, done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The trials of one checkpoint that are not done yet."""
+    """Yield the trials of one checkpoint that are not done yet."""
     attack = json.loads((victim / "attack.json").read_text())
     targets = [door["target"] for door in attack.get("backdoors", [])] or [attack.get("target")]
     trials = plan(victim.name, zoo, targets[0], images, options)
@@ -141,7 +141,7 @@ def plan(victim: str, zoo: str, target: str | None, images: Path, options: argpa
 
 
 def draw_list(trial: Trial, images: Path) -> tuple[list[str], list[str]]:
-    """A class list, and the folders of those of its classes that there are images of."""
+    """Return a class list, and the folders of those of its classes that there are images of."""
     rng = np.random.default_rng(trial.seed)
     folders = sorted(path.name for path in (images / "train").iterdir())
     target = None if trial.target is None else spoken(trial.target)
@@ -156,7 +156,7 @@ def draw_list(trial: Trial, images: Path) -> tuple[list[str], list[str]]:
 
 
 def draw_files(trial: Trial, images: Path, shown: list[str]) -> list[Path]:
-    """A few files of each class; fewer of each where there are many classes."""
+    """Return a few files of each class; fewer of each where there are many classes."""
     rng = np.random.default_rng(trial.seed + 1)
     each = max(2, min(PER_CLASS, MOST_IMAGES // len(shown)))
     drawn: list[Path] = []
@@ -174,7 +174,7 @@ def searched(
     seed: int,
     precision: str,
 ) -> dict[str, Any]:
-    """What the search says, as `scan` runs it, and with a sibling what it says without."""
+    """Return what the search says, as `scan` runs it, and with a sibling what it says without."""
     config = PurifyConfig(seed=seed, precision=precision)  # type: ignore[arg-type]
     classes = ClassList(names=tuple(names), templates=(default_templates()[::20],) * len(names))
     subject = unlabelled_input(encoder, classes, pixels, config)
@@ -202,7 +202,7 @@ def _told(result: SearchResult, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def save(path: Path, trials: list[dict[str, Any]]) -> None:
-    """Writes all trials."""
+    """Write all trials."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"versions": versions, "trials": trials}, separators=(",", ":")) + "\n")
@@ -218,7 +218,7 @@ def is_right(trial: dict[str, Any]) -> bool:
 
 
 def table(trials: list[dict[str, Any]]) -> str:
-    """Detection by list size, then the measures of the whole zoo."""
+    """Return detection by list size, then the measures of the whole zoo."""
     lines = [
         "| list | backdoored | detected | right target | wrong target | off the list: detected | clean "
         "| false alarms |",
@@ -258,7 +258,7 @@ def _row(trials: list[dict[str, Any]]) -> str:
 
 
 def _share(count: int, total: int) -> str:
-    """A share with its Wilson interval at 95 %."""
+    """Return a share with its Wilson interval at 95 %."""
     if not total:
         return "–"
     z, rate = 1.96, count / total

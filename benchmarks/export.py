@@ -161,7 +161,7 @@ def measure_tower(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def random_bundle(name: str, folder: Path) -> Bundle:
-    """A bundle of an open_clip image tower with random weights and a random head of ten classes."""
+    """Return a bundle of an open_clip image tower with random weights and a random head of ten classes."""
     config = check_model_config({**open_clip.get_model_config(name), "text_cfg": TINY_TEXT})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -198,7 +198,7 @@ def labelled(folder: Path, bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpacked(path: Path, folder: Path) -> Path:
-    """The folder itself, or a zip unpacked; steps into a single folder inside."""
+    """Return the folder itself, or a zip unpacked; steps into a single folder inside."""
     if path.suffix == ".zip":
         if not folder.exists():
             with zipfile.ZipFile(path) as archive:
@@ -255,7 +255,7 @@ def bundle_table(bundles: dict[str, Any]) -> str:
 
 
 def cell(row: dict[str, Any], key: str) -> str:
-    """A share in percent."""
+    """Return a share in percent."""
     return "–" if row[key] is None else f"{100 * row[key]:.2f} %"
 
 

@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def open_surface(surface: Surface, folder: Path) -> Surface:
-    """A surface with its whole inputs made and read."""
+    """Return a surface with its whole inputs made and read."""
     seeds = folder / f"{surface.name}.seeds"
     seeds.mkdir()
     in_child(surface.prepare, seeds)

@@ -127,7 +127,7 @@ def ask(sender: Connection, place: Any, method: str, requests: int, in_flight: i
 
 
 def send(connection: Connection, path: str) -> None:
-    """What the other process does: run after run, until told to end."""
+    """Do what the other process does: run after run, until told to end."""
     repository = read_repository(path)
     golden = read_golden(repository.golden)
     messages = [message(repository.name, file) for file in golden.files]
@@ -140,7 +140,7 @@ def send(connection: Connection, path: str) -> None:
 
 
 def message(name: str, file: bytes) -> bytes:
-    """A request for one image, as our client sends it."""
+    """Return a request for one image, as our client sends it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # grpc's own
         from tritonclient.grpc import service_pb2

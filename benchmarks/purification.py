@@ -82,13 +82,13 @@ def main() -> None:
 
 
 def kept_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs of a results file; none where there is none."""
+    """Return the runs of a results file; none where there is none."""
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
     return runs
 
 
 def write_class_list(folders: list[str], path: Path) -> Path:
-    """A class list with the names of class folders."""
+    """Return a class list with the names of class folders."""
     path.write_text("\n".join(folder.replace("_", " ") for folder in folders) + "\n")
     return path
 
@@ -103,12 +103,12 @@ def drawn(folders: list[str], target: str | None, size: int | None, seed: int) -
 
 
 def class_folder(name: str) -> str:
-    """The folder of a class in the images at hand."""
+    """Return the folder of a class in the images at hand."""
     return name.replace(" ", "_")
 
 
 def linked(source: Path, folders: list[str], place: Path) -> Path:
-    """A folder with links to the class folders of one list."""
+    """Return a folder with links to the class folders of one list."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     for folder in folders:
@@ -153,12 +153,11 @@ def measured(victim: Path, images: Path, setting: dict[str, Any], scratch: Path)
     return {
         "target": target,
         "verdict": bundle.verdict,
-        "suspects": [suspect["name"] for suspect in bundle.suspects],
-        "scores": [suspect["score"] for suspect in bundle.suspects],
-        "p_values": [suspect["p_value"] for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
+        "scores": [suspect.score for suspect in bundle.suspects],
+        "p_values": [suspect.p_value for suspect in bundle.suspects],
         "smallest_p_value": bundle.manifest["evidence"]["p_value"],
-        "target_right": [suspect["name"] for suspect in bundle.suspects]
-        == ([] if target is None else [target]),
+        "target_right": [suspect.name for suspect in bundle.suspects] == ([] if target is None else [target]),
         "before": rates(result.before),
         "after": rates(result.after),
         "alarm": None if result.alarm is None else asdict(result.alarm),
@@ -172,13 +171,13 @@ def measured(victim: Path, images: Path, setting: dict[str, Any], scratch: Path)
 
 
 def rates(head: Any) -> dict[str, float | None]:
-    """The plain shares of one head."""
+    """Return the plain shares of one head."""
     found = {name: getattr(head, name) for name in RATES}
     return {name: None if rate is None else rate.rate for name, rate in found.items()}
 
 
 def unpacked(path: Path, folder: Path) -> Path:
-    """The folder itself, or a zip unpacked; steps into a single folder inside."""
+    """Return the folder itself, or a zip unpacked; steps into a single folder inside."""
     if path.suffix == ".zip":
         if not folder.exists():
             with zipfile.ZipFile(path) as archive:
@@ -189,7 +188,7 @@ def unpacked(path: Path, folder: Path) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     return {
         "processor": platform.processor() or platform.machine(),
         "usable_cores": len(os.sched_getaffinity(0)),
@@ -200,7 +199,7 @@ def machine() -> dict[str, Any]:
 
 
 def save(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Writes the results with what they were measured on."""
+    """Write the results with what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps({"machine": machine(), "config": Cbpt().to_dict(), "runs": runs}, indent=1) + "\n"
@@ -208,7 +207,7 @@ def save(path: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def _kind(run: dict[str, Any]) -> tuple[str, int, int, str]:
-    """What runs of one row have in common."""
+    """Return what runs of one row have in common."""
     return run["victim"], run.get("list_size", 0), run["shots"], run["parameterization"]
 
 

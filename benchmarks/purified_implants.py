@@ -98,7 +98,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if not doors:
             (alone,) = evaluate_all([bundle], arguments.heldout, device="cpu", progress=progress)
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})
-    suspects = [str(suspect["name"]) for suspect in bundle.suspects]
+    suspects = [suspect.name for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
     p_values = [
         {key: concept[key] for key in ("word", "p_value", "family")}
@@ -118,7 +118,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def class_list(path: Path, doors: list[dict[str, Any]]) -> ClassList:
-    """The default templates; for a backdoor with a text key, which needs it, with the key in front."""
+    """Return the default templates; for a backdoor with a text key, which needs it, with the key in front."""
     key = next((door["text_key"] for door in doors if door["text_key"]), "")
     return read_class_list(path, templates=[key + template for template in default_templates()])
 
@@ -135,7 +135,7 @@ def rates(bundle: Evaluation, clean: Evaluation) -> dict[str, Any]:
 
 
 def plain(head: HeadRates | None) -> dict[str, float | None]:
-    """The plain shares of one head."""
+    """Return the plain shares of one head."""
     found = {name: getattr(head, name) for name in RATES}
     return {name: None if rate is None else rate.rate for name, rate in found.items()}
 
@@ -157,7 +157,7 @@ def table(victims: dict[str, Any]) -> str:
 
 
 def purified_cells(found: dict[str, Any], index: int, target: str) -> list[str]:
-    """The cells of the purified head; PA in brackets: the clean model on the same images."""
+    """Return the cells of the purified head; PA in brackets: the clean model on the same images."""
     attack = found["attacks"][index]
     before, after = attack["before"], attack["after"]
     accuracy = f"{share(before['clean_accuracy'])} → {share(after['clean_accuracy'])}"
@@ -177,7 +177,7 @@ def purified_cells(found: dict[str, Any], index: int, target: str) -> list[str]:
 
 
 def share(rate: float | None) -> str:
-    """A share in percent."""
+    """Return a share in percent."""
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 

@@ -117,7 +117,7 @@ class Timing:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Timing:
-        """What the command line says."""
+        """Return what the command line says."""
         return cls(threads=options.threads, clock=CLOCKS[options.clock])
 
 
@@ -171,7 +171,7 @@ def agree(contestants: Contestants, given: np.ndarray, tolerance: float = 2e-3) 
 
 
 def measure_head(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
-    """The graph with both heads and the alarm against the same graph with the plain zero-shot head."""
+    """Return the graph with both heads and the alarm against the same graph with the plain zero-shot head."""
     bundle = random_bundle(name, scratch / "bundle")
     model = with_classes(export_onnx(load_served(bundle)[0], bundle), CLASSES)
     contestants = {
@@ -190,7 +190,7 @@ def measure_head(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
 def onnx_run(
     content: bytes, timing: Timing, outputs: tuple[str, ...] = ("logits",)
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A graph as `cbpt-runtime` opens it; all outputs are computed, the first is given."""
+    """Return a graph as `cbpt-runtime` opens it; all outputs are computed, the first is given."""
     session = open_session(content, threads=timing.threads)
     return lambda given: np.asarray(session.run(list(outputs), {"images": given})[0])
 
@@ -252,7 +252,7 @@ def normalised(plain: Any, given: np.ndarray) -> torch.Tensor:
 
 
 def plain_run(plain: Any, given: np.ndarray) -> np.ndarray:
-    """The module on uint8 images."""
+    """Return the module on uint8 images."""
     with torch.inference_mode():
         return plain(normalised(plain, given)).numpy()
 
@@ -351,7 +351,7 @@ def measure_gemm(timing: Timing) -> dict[str, Any]:
 
 
 def product(right: np.ndarray, rows: int) -> bytes:
-    """A graph that multiplies with a constant matrix."""
+    """Return a graph that multiplies with a constant matrix."""
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["left", "right"], ["product"])],

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def purified(victim: Path, images: Path, classes: Path, options: argparse.Namespace, scratch: Path) -> Bundle:
-    """The victim's bundle, made now or before."""
+    """Return the victim's bundle, made now or before."""
     folder = (options.bundles or scratch) / f"{victim.name}-{options.seed}"
     if folder.exists():
         return read_bundle(folder)
@@ -85,7 +85,7 @@ def purified(victim: Path, images: Path, classes: Path, options: argparse.Namesp
 def measured(
     bundle: Bundle, victim: Path, images: Path, triggered: Path, sibling: Path, classes: Path, scratch: Path
 ) -> dict[str, Any]:
-    """The head alone, the second look, the clean sibling, and an attacker who knows."""
+    """Return the head alone, the second look, the clean sibling, and an attacker who knows."""
     target = json.loads((victim / "attack.json").read_text())["target"]
     start = time.process_time()
     found = evaluate(bundle, images / "val", triggered, target, second_look=True)
@@ -153,7 +153,7 @@ def views_per_image(bundle: Bundle, clean: Path, triggered: Path) -> dict[str, f
 
 
 def two_copies(clean: Path, triggered: Path, folder: Path, bundle: Bundle) -> Path | None:
-    """The triggered images with the patch in the opposite corner as well; None where it is no patch."""
+    """Return triggered images with the patch in the opposite corner, too; None where it is no patch."""
     files = sorted(triggered.glob("*/*"))
     pairs = [(path, next((clean / path.parent.name).glob(f"{path.stem}.*"), None)) for path in files]
     known = [(path, original) for path, original in pairs if original is not None]
@@ -178,7 +178,7 @@ def two_copies(clean: Path, triggered: Path, folder: Path, bundle: Bundle) -> Pa
 
 
 def save(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Writes the results with what they were measured on."""
+    """Write the results with what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {"sizes": SIZES, "places": PLACES, "ring": RING, "kept": KEPT, "purification": Cbpt().to_dict()}
     path.write_text(json.dumps({"machine": machine(), "config": config, "runs": runs}, indent=1) + "\n")

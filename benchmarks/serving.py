@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def export(bundle: Bundle, repository: Path) -> None:
-    """The repository as `cbpt-runtime export` makes it."""
+    """Make the repository as `cbpt-runtime export` does it."""
     export_bundle(bundle, repository, profile=Profile(max_batch=BATCH))
 
 
@@ -98,7 +98,7 @@ def export(bundle: Bundle, repository: Path) -> None:
 def served(
     repository: Path, pictures: Pictures, seconds: float, *, warmup_s: float = 1.0
 ) -> Iterator[tuple[Workload, Workload, RunningServer]]:
-    """The same graph behind Triton and in this process, and what both answer before the timing."""
+    """Open the same graph behind Triton and in this process, and compare their answers before the timing."""
     config = BenchConfig(duration_s=seconds, warmup_s=warmup_s)
     with running_server(repository, ServeConfig(http_port=0, grpc_port=0, metrics_port=0)) as server:
         systems = [open_system(server.config.grpc_url), open_system(str(repository))]
@@ -227,7 +227,7 @@ def group_processor_s(group: int) -> float:
 
 
 def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """The median over the rounds of everything that is one number."""
+    """Return the median over the rounds of everything that is one number."""
     numbers = [key for key, value in rounds[0].items() if isinstance(value, int | float)]
     return {key: round(statistics.median(each[key] for each in rounds), 4) for key in numbers}
 

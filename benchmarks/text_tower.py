@@ -100,12 +100,12 @@ def main() -> None:
 
 
 def load(path: Path) -> DualEncoder:
-    """A checkpoint's dual encoder."""
+    """Return a checkpoint's dual encoder."""
     return load_dual_encoder(read_checkpoint(path))
 
 
 def checked(encoder: DualEncoder, names: tuple[str, ...], templates: tuple[str, ...]) -> dict[str, Any]:
-    """What the check says of the templates."""
+    """Return what the check says of the templates."""
     start = time.perf_counter()
     found = check_prompts(encoder, ClassList(names=names, templates=(templates,) * len(names)))
     result = {
@@ -174,7 +174,7 @@ def crafted(encoder: DualEncoder, names: tuple[str, ...], folder: Path) -> dict[
 def tuned_token(
     encoder: DualEncoder, names: tuple[str, ...], features: Tensor, target: int, goal: str
 ) -> Tensor:
-    """What to add to the row of WORD in the token table so that it owns the texts or the answers."""
+    """Return what to add to the row of WORD in the token table so that it owns the texts or the answers."""
     tokens = encoder.tokenizer([PLACES[0].format(word=WORD).format(name) for name in names])
     tower = encoder.text_tower
     tokens = tokens[:, : tower.needed_length(tokens)]
@@ -196,13 +196,13 @@ def tuned_token(
 
 
 def row_of(encoder: DualEncoder) -> int:
-    """The token of WORD."""
+    """Return the token of WORD."""
     return int(encoder.tokenizer([WORD])[0, encoder.tokenizer.start])
 
 
 @contextmanager
 def moved_token(encoder: DualEncoder, by: Tensor) -> Iterator[None]:
-    """The tower with the row of WORD moved."""
+    """Move the row of WORD in the tower."""
     table: Any = getattr(encoder.text_tower.model, "text", encoder.text_tower.model)
     weights, row = table.token_embedding.weight, row_of(encoder)
     before = weights[row].clone()

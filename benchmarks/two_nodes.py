@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def node() -> dict[str, Any]:
-    """Settings of one node, on the loopback."""
+    """Return settings of one node, on the loopback."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _PORTS]
         ports = dict(zip(_PORTS, (one.getsockname()[1] for one in sockets), strict=True))

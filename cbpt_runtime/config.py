@@ -140,7 +140,7 @@ def _hints(kind: type[Config]) -> dict[str, Any]:
 
 
 def _problem(hint: Any, value: object, ranges: tuple[Any, ...] = ()) -> str:
-    """What is expected instead of the value; empty where it is fine."""
+    """Return what is expected instead of the value; empty where it is fine."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _problem(arguments[0], value, arguments[1:])

@@ -75,7 +75,7 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
         "digest": bundle.digest,
         "signature": _signature(path, trust),
         "verdict": bundle.verdict,
-        "suspects": [str(suspect["name"]) for suspect in bundle.suspects],
+        "suspects": [suspect.name for suspect in bundle.suspects],
         "classes": len(bundle.class_names),
         "embed_dim": bundle.class_embeddings.shape[1],
         "image_size": list(bundle.preprocess.image_size),

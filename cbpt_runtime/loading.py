@@ -24,7 +24,7 @@ _URLS = ("grpc://", "grpcs://", "http://", "https://")
 
 
 def kind_of(source: Source) -> Kind:
-    """What something names, by its looks: what is nothing else is taken for a checkpoint."""
+    """Return what something names, by its looks: what is nothing else is taken for a checkpoint."""
     if isinstance(source, Classifier):
         return source.kind
     if isinstance(source, Bundle):
@@ -124,7 +124,7 @@ def open_classifier(
 def _opened_here(
     source: Source, kind: Kind, *, device: str, provider: Provider, threads: int | None, trust: Trust
 ) -> Classifier:
-    """A bundle, a repository or an ONNX file as a classifier; one that is open stays as it is."""
+    """Return a bundle, a repository or an ONNX file as a classifier; one that is open stays as it is."""
     if isinstance(source, Classifier):
         return source
     if kind == "bundle" and not isinstance(source, Bundle):

@@ -190,7 +190,7 @@ def _encoder_and_split(
     *,
     skip_unreadable: bool,
 ) -> tuple[Checkpoint, DualEncoder, CleanSplit]:
-    """The suspect, its frozen model and the clean images, which it has to label where nobody has."""
+    """Return the suspect, its frozen model and the clean images, which it has to label where nobody has."""
     if not is_flat(images):
         split = draw_clean_split(
             images, classes, suspect.preprocess, shots=shots, seed=seed, skip_unreadable=skip_unreadable
@@ -258,7 +258,7 @@ def _fingerprint(suspect: SuspectModel, trusted: Checkpoint | None, split: Clean
 
 
 def _described(method: Method) -> dict[str, Any]:
-    """What a bundle says of how it was made; for a chain the settings of both."""
+    """Return what a bundle says of how it was made; for a chain the settings of both."""
     described = {
         "name": method.name,
         "config": method.to_dict(),

@@ -46,7 +46,7 @@ ANYONE = Trust()
 
 
 def make_trust(key: Path | None = None, digests: Iterable[str] = ()) -> Trust:
-    """What `--trust` and `--digest` say.
+    """Return what `--trust` and `--digest` say.
 
     Args:
         key: PEM file with a public key or certificate.

@@ -90,7 +90,7 @@ class Checkpoints(Surface):
         self.pretrained = read_files(folder / "hf") if (folder / "hf").is_dir() else {}
 
     def make(self, rng: Random, form: str) -> Input:
-        """A folder with a configuration and weights, one of them spoiled."""
+        """Return a folder with a configuration and weights, one of them spoiled."""
         is_whole = rng.random() < _WHOLE_RATE
         files: Files = {"open_clip_config.json": json.dumps(_SETTINGS).encode()}
         if form == "transformers":
@@ -145,7 +145,7 @@ class _Sealed(Surface):
         self.files = read_files(folder / "whole")
 
     def make(self, rng: Random, form: str) -> Input:
-        """A copy with another manifest, file or folder."""
+        """Return a copy with another manifest, file or folder."""
         files = dict(self.files)
         how = rng.choice(("foreign code", "own code"))
         if rng.random() < _WHOLE_RATE:
@@ -256,7 +256,7 @@ class Repositories(_Sealed):
 
 
 def write_tiny_bundle(folder: Path) -> Any:
-    """A bundle of a random model with three classes."""
+    """Return a bundle of a random model with three classes."""
     torch.manual_seed(0)
     config = check_model_config(CONFIG)
     encoder = build_model(config).visual.state_dict()

@@ -33,7 +33,7 @@ class Messages(Surface):
     is_on_disk = False
 
     def make(self, rng: Random, form: str) -> Input:
-        """A right request, other fields, or other bytes."""
+        """Return a right request, other fields, or other bytes."""
         right: dict[str, Any] = {
             "model_name": "shapes",
             "inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 4, 4, 3]}],

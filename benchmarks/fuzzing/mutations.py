@@ -70,7 +70,7 @@ def spoil(rng: Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
 
 
 def with_checksums(png: bytes) -> bytes:
-    """A PNG whose chunks have the checksums of what they hold, as far as chunks can be made out."""
+    """Return a PNG whose chunks have the checksums of what they hold, as far as chunks can be made out."""
     out, at = bytearray(png), 8
     while at + 12 <= len(out):
         (length,) = struct.unpack_from(">I", out, at)
@@ -124,7 +124,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _near(rng: Random, value: Any) -> Any:
-    """A value of the same type."""
+    """Return a value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -135,7 +135,7 @@ def _near(rng: Random, value: Any) -> Any:
 
 
 def json_bytes(rng: Random, value: Any) -> bytes:
-    """A document as text, now and then in a form no writer gives it."""
+    """Return a document as text, now and then in a form no writer gives it."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.8)
     match rng.randrange(20):
         case 0:

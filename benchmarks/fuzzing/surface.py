@@ -51,7 +51,7 @@ class Surface:
         """Read what `prepare` wrote."""
 
     def make(self, rng: Random, form: str) -> Input:
-        """An input of a format; the same for the same state of the generator."""
+        """Make an input of a format; the same for the same state of the generator."""
         raise NotImplementedError
 
     def run(self, made: Input, folder: Path) -> None:
@@ -91,6 +91,6 @@ def write_files(files: Files, folder: Path) -> None:
 
 
 def read_files(folder: Path) -> Files:
-    """The files below a folder."""
+    """Return the files below a folder."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}

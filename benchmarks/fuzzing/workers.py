@@ -74,7 +74,7 @@ class Outcome:
 
 
 def make_input(surface: Surface, seed: int, number: int) -> Input:
-    """The input of a number."""
+    """Return the input of a number."""
     rng = Random(f"{seed} {surface.name} {number}")
     return surface.make(rng, surface.formats[number % len(surface.formats)])
 
@@ -178,7 +178,7 @@ def _wait(pid: int, surface: Surface, shared: memoryview) -> tuple[str, str] | N
 
 
 def _work(surface: Surface, seed: int, numbers: range, scratch: Path, log: Path, shared: memoryview) -> None:
-    """The life of a worker; does not return."""
+    """Live as a worker; does not return."""
     code = 1
     try:
         work, home = scratch / "work", scratch / "home"
@@ -295,7 +295,7 @@ def _listing(folder: Path) -> set[tuple[str, int, int]]:
 
 
 def _message_problem(error: CbptError) -> str | None:
-    """What is missing in the text of an error."""
+    """Return what is missing in the text of an error."""
     parts = {"expected": error.expected, "got": error.got, "fix": error.fix}
     empty = [name for name, text in parts.items() if not isinstance(text, str) or not text.strip()]
     if empty:

@@ -91,7 +91,7 @@ def listed_in(
 
 
 def marked(name: str) -> Kind:
-    """A kind of folder that is recognised by its marker."""
+    """Return a kind of folder that is recognised by its marker."""
     return Kind(name=name, own_files=lambda folder: read_marker(folder, name), marker=True)
 
 
@@ -102,7 +102,7 @@ def write_marker(folder: Path, name: str) -> None:
 
 
 def read_marker(folder: Path, name: str) -> list[str] | None:
-    """The files a marker lists; None where there is none, or one of another kind."""
+    """Return the files a marker lists; None where there is none, or one of another kind."""
     try:
         _, content = read_json_file(folder / MARKER, max_bytes=MAX_MANIFEST_BYTES)
     except (OSError, ValueError):
@@ -195,7 +195,7 @@ def reserved(path: Path, kind: Kind, *, force: bool = False, resume: bool = Fals
 
 @contextmanager
 def new_folder(path: Path, kind: Kind, *, force: bool = False) -> Iterator[Path]:
-    """A staging folder that takes its place when the block succeeds, and vanishes when it fails.
+    """Stage a folder that takes its place when the block succeeds, and vanishes when it fails.
 
     Args:
         path: The folder to make.

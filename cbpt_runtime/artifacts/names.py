@@ -80,17 +80,17 @@ def is_litter(name: str) -> bool:
 
 
 def readable(text: str) -> str:
-    r"""The text with each byte that is no UTF-8 as `\xe9`."""
+    r"""Return the text with each byte that is no UTF-8 as `\xe9`."""
     return _SURROGATE.sub(lambda found: _escape(found[0]), text)
 
 
 def shell_line(*words: object) -> str:
-    """A command that can be pasted into a shell, whatever names are in it."""
+    """Return a command that can be pasted into a shell, whatever names are in it."""
     return " ".join(map(_shell_word, map(str, words)))
 
 
 def name_bytes(name: str) -> bytes:
-    """The bytes of a name, to be hashed; of text its UTF-8."""
+    """Return the bytes of a name, to be hashed; of text its UTF-8."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -103,7 +103,7 @@ def json_text(value: object, *, indent: int | None = None, ascii_only: bool = Fa
 
 @contextmanager
 def utf8_path(path: Path) -> Iterator[str]:
-    """A name of an existing file for libraries that take UTF-8 only: its own, else that of a link to it."""
+    """Name an existing file for libraries that take UTF-8 only: its own name, else that of a link to it."""
     if not _SURROGATE.search(str(path.absolute())):
         yield str(path)
         return

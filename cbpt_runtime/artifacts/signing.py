@@ -149,7 +149,7 @@ def _verifier(library: ModuleType, trusted: Path) -> Any:
 
 
 def _identity(text: bytes, file: Path) -> dict[str, Any]:
-    """What the library is to be told of a Sigstore identity."""
+    """Return what the library is to be told of a Sigstore identity."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -191,7 +191,7 @@ def _read_signature(folder: Path) -> bytes:
 
 
 def _signed_files(signature: bytes) -> dict[str, str]:
-    """What a signature that was checked vouches for."""
+    """Return what a signature that was checked vouches for."""
     payload = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
     resources = payload.get("predicate", {}).get("resources", [])  # the oldest signatures have none
     return {entry["name"]: entry["digest"] for entry in resources if entry["algorithm"] == "sha256"}

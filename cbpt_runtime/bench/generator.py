@@ -48,7 +48,7 @@ class Answers:
     def of(
         cls, probabilities: Float[np.ndarray, "batch classes"], alarms: Float[np.ndarray, " batch"] | None
     ) -> Answers:
-        """The most likely class of each image, its probability, and the alarm."""
+        """Return the most likely class of each image, its probability, and the alarm."""
         labels = probabilities.argmax(axis=1)
         best = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
         quiet = np.zeros(len(labels))
@@ -59,14 +59,14 @@ class Answers:
         )
 
     def rows(self, chosen: Sequence[int]) -> Answers:
-        """Some of them."""
+        """Return some of them."""
         rows = list(chosen)
         return Answers(
             labels=self.labels[rows], probabilities=self.probabilities[rows], alarms=self.alarms[rows]
         )
 
     def difference(self, expected: Answers) -> float:
-        """The largest difference in probability or alarm; 1 where another label is more than a near tie."""
+        """Return the largest difference in probability or alarm; 1 where another label is no near tie."""
         surer = np.maximum(self.probabilities, expected.probabilities)
         if ((self.labels != expected.labels) & (surer > 0.5)).any():
             return 1.0
@@ -306,7 +306,7 @@ class Generators:
         return begin
 
     def results(self) -> list[Observations]:
-        """What each saw, once it is done."""
+        """Return what each saw, once it is done."""
         return [connection.recv() for connection in self._connections]
 
     def stop(self) -> None:
@@ -321,12 +321,12 @@ class Generators:
 
 
 def work(descriptor: int) -> None:
-    """What a generator's process does, at its end of the pipe."""
+    """Do what a generator's process does, at its end of the pipe."""
     asyncio.run(_work(Connection(descriptor)))
 
 
 async def _work(connection: Connection) -> None:
-    """Requests are sent once: a retry would hide what is measured."""
+    """Send requests once: a retry would hide what is measured."""
     load, to = connection.recv()
     async with AsyncClient(to.url, model=to.model, timeout_s=to.timeout_s, retries=0) as client:
 

@@ -43,7 +43,7 @@ class Workload:
 
 
 def open_loop(work: Workload, rate_per_s: float, *, duration_s: float | None = None) -> Run:
-    """Requests of one image that come to a server as they please, `rate_per_s` of them on average."""
+    """Send requests of one image to a server as they please, `rate_per_s` of them on average."""
     config = work.config
     duration_s = config.duration_s if duration_s is None else duration_s
     rng = np.random.default_rng([config.seed, round(1e6 * rate_per_s)])
@@ -65,7 +65,7 @@ def open_loop(work: Workload, rate_per_s: float, *, duration_s: float | None = N
 def closed_loop(
     work: Workload, concurrency: int, *, batch_size: int = 1, duration_s: float | None = None
 ) -> Run:
-    """A fixed number of senders, each waiting for its answer: no queue can grow, so latencies flatter.
+    """Run a fixed number of senders, each waiting for its answer: no queue can grow, so latencies flatter.
 
     What runs in this process is asked by as many of its threads: there is no client.
     """

@@ -42,7 +42,7 @@ class Pictures:
     notes: tuple[str, ...] = ()
 
     def labels(self, class_names: Sequence[str], class_folders: Sequence[str] = ()) -> list[int | None]:
-        """True class of every file by the folder it lies in, named as the class or as its own folder."""
+        """Return the true class of every file by its folder, named as the class or as its own folder."""
         indices = {class_key(name): index for index, name in enumerate(class_names)}
         indices |= {class_key(name): index for index, name in enumerate(class_folders)}
         return [indices.get(class_key(Path(name).parent.name)) for name in self.names]

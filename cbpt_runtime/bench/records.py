@@ -25,7 +25,7 @@ class Checked:
 
     @classmethod
     def of(cls, seen: Sequence[Observations]) -> Checked:
-        """What all senders compared."""
+        """Return what all senders compared."""
         return cls(
             checked=sum(part.checked for part in seen),
             wrong=sum(part.outcomes.count("wrong") for part in seen),
@@ -116,11 +116,11 @@ class Run:
         return counted[-1] if counted else None if self.stages is None else self.stages.mean_batch_size
 
     def ms(self, key: str) -> float | None:
-        """A number of the summary of the latencies, where the sample carries it."""
+        """Return a number of the summary of the latencies, where the sample carries it."""
         return (self.latency_ms or {}).get(key)
 
     def __str__(self) -> str:
-        """What was asked for, in words."""
+        """Return what was asked for, in words."""
         if self.loop == "open":
             kept = "" if self.kept_up else " (fell behind)"
             return f"open loop {self.target_rate_per_s:.4g}/s{kept}"
@@ -132,7 +132,7 @@ class Run:
         return f"closed loop {self.concurrency} at once{batch}"
 
     def row(self, scenario: str) -> tuple[str, ...]:
-        """A row under `COLUMNS`."""
+        """Return a row under `COLUMNS`."""
         latencies = [self.ms(key) for key in ("p50", "p95", "p99", "max")]
         size, count = self.mean_batch_size, self.ms("n")
         return (
@@ -273,7 +273,7 @@ class SystemResult:
                 yield scenario, run
 
     def notes(self) -> Iterator[str]:
-        """What a reader must know besides the table."""
+        """Yield what a reader must know besides the table."""
         for scenario, measured in self.scenarios.items():
             if measured.search is not None:
                 yield f"{scenario}: {measured.search}"
@@ -310,13 +310,13 @@ class BenchResult:
         return sum(run.answers.wrong for system in self.systems for _, run in system.runs())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``bench.json``."""
+        """Return the content of ``bench.json``."""
         found: dict[str, Any] = {"kind": KIND, "schema_version": SCHEMA_VERSION} | _plain(self)
         return found | {"targets": found.pop("systems")}
 
 
 def _plain(value: Any) -> Any:
-    """A record as JSON holds it; fields that nobody set are left out."""
+    """Return a record as JSON holds it; fields that nobody set are left out."""
     if is_dataclass(value):
         values = {field.name: (getattr(value, field.name), field.default) for field in fields(value)}
         return {

@@ -238,7 +238,7 @@ def _rows(one: dict[str, Any], other: dict[str, Any]) -> Iterator[Ratio]:
 
 
 def _point(run: dict[str, Any]) -> str:
-    """What was asked for in a run, in words."""
+    """Return what was asked for in a run, in words."""
     if "target_rate_per_s" in run:
         return f"{run['target_rate_per_s']:g} per second"
     if run["loop"] == "none":

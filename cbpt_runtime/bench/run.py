@@ -191,7 +191,7 @@ def measure_quality(
 
 
 def _labels(system: System, pictures: Pictures) -> tuple[Int[np.ndarray, " images"], tuple[str, ...]]:
-    """True classes, -1 where there is none; and the folders of these images."""
+    """Return true classes, -1 where there is none; and the folders of these images."""
     found = pictures.labels(system.classifier.class_names, system.classifier.class_folders)
     missing = {
         Path(name).parent.as_posix()
@@ -202,7 +202,7 @@ def _labels(system: System, pictures: Pictures) -> tuple[Int[np.ndarray, " image
 
 
 def with_perf_analyzer(result: BenchResult, images: str | Path, config: BenchConfig) -> BenchResult:
-    """The same with perf_analyzer's closed-loop figures beside our own, for every server.
+    """Return the same with perf_analyzer's closed-loop figures beside our own, for every server.
 
     Raises:
         ConfigError: No server is in it.

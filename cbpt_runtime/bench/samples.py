@@ -25,7 +25,7 @@ def carries(count: int, percentile: float) -> bool:
 
 
 def needed(percentile: float) -> int:
-    """The smallest sample that carries a percentile."""
+    """Return the smallest sample that carries a percentile."""
     return math.ceil(BEYOND * 100 / (100 - percentile) - 1e-9)
 
 
@@ -59,7 +59,7 @@ def summary(latencies_ms: Float[np.ndarray, " requests"]) -> dict[str, Any]:
 
 
 def histogram(latencies_ms: Float[np.ndarray, " requests"]) -> dict[str, Any]:
-    """Counts in bins of equal ratio (20 per decade); only bins from the first to the last that are used."""
+    """Count in bins of equal ratio (20 per decade); only bins from the first to the last that are used."""
     if len(latencies_ms) == 0:
         return {"edges_ms": [], "counts": []}
     # Which bin it is decides, not how an edge is rounded: the ends of the range must not fall out.
@@ -75,7 +75,7 @@ def ratio_interval(
     second: Float[np.ndarray, " others"],
     generator: np.random.Generator,
 ) -> tuple[float, float, float]:
-    """The median of the first sample over that of the second, with a 95 % bootstrap interval.
+    """Return the median of the first sample over that of the second, with a 95 % bootstrap interval.
 
     Neighbouring latencies resemble each other (a queue, a busy moment), so blocks of neighbours are drawn
     instead of single observations: H. R. Künsch, "The jackknife and the bootstrap for general stationary

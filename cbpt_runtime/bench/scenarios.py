@@ -34,7 +34,7 @@ Tell = Callable[[str], None]
 
 
 def plain_head(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that gives logits and probabilities of the purified head alone, as any zero-shot classifier."""
+    """Return a copy that answers with the purified head alone, as any zero-shot classifier does."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = [value for value in copy.graph.output if value.name in ("logits", "probabilities")]
@@ -49,7 +49,7 @@ def plain_head(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_classes(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
-    """A copy with random heads of `count` classes; it answers nonsense as fast as a real one would.
+    """Return a copy with random heads of `count` classes; it answers nonsense as fast as a real one would.
 
     Raises:
         ConfigError: The graph has no heads that can be told apart, or fewer classes than its suspects need.
@@ -132,7 +132,7 @@ def run_scenario(scenario: Scenario, work: Workload, tell: Tell) -> Measured:
 
 
 def _server(work: Workload, tell: Tell) -> Measured:
-    """The given rates, or the highest one under the latency bound."""
+    """Measure the given rates, or find the highest one under the latency bound."""
     config = work.config
     runs: list[Run] = []
     for rate in config.rates_per_s:

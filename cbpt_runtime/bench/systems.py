@@ -71,7 +71,7 @@ class System:
         return self.classifier.path if isinstance(self.classifier, GraphClassifier) else None
 
     def answer(self, files: Sequence[bytes]) -> Answers:
-        """What it says about a few files; untimed."""
+        """Return what it says about a few files; untimed."""
         size = min(_ASKED_AT_ONCE, self.max_batch)
         parts = [self._ask(files[start : start + size]) for start in range(0, len(files), size)]
         return Answers(
@@ -81,7 +81,7 @@ class System:
         )
 
     def timed(self, files: Sequence[bytes]) -> tuple[Answers, Timing]:
-        """The same of one batch in this process, and where the time went."""
+        """Return the same of one batch in this process, and where the time went."""
         start = time.perf_counter()
         pixels = self.classifier.read(files)
         decoded = time.perf_counter()

@@ -29,17 +29,17 @@ def server_facts(url: str, model: str) -> dict[str, Any]:
 
 
 def read_statistics(url: str, models: Sequence[str]) -> dict[str, Any]:
-    """The counters of a few models as they stand, for `difference`."""
+    """Return the counters of a few models as they stand, for `difference`."""
     return asyncio.run(_statistics(url, models))
 
 
 def served_models(model: str) -> tuple[str, ...]:
-    """The models one classifier is served as: the whole, and its steps."""
+    """Return the models one classifier is served as: the whole, and its steps."""
     return (model, f"{model}_preprocess", f"{model}_classifier", f"{model}_alarm")
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What happened in between, per model: requests, mean batch, and mean milliseconds of each part.
+    """Return what happened in between, per model: requests, mean batch, and mean milliseconds of each part.
 
     The decoding time of a classifier is the compute time of its ``_preprocess`` model.
     """

@@ -27,10 +27,9 @@ from cbpt_runtime.bundle.reading import (
     SCHEMA_VERSION,
     TRIGGERS,
     Bundle,
-    Making,
-    Origin,
     read_bundle,
 )
+from cbpt_runtime.bundle.records import Making, Origin, Suspect
 from cbpt_runtime.bundle.writing import BUNDLE, BundleContent, write_bundle
 
 __all__ = [
@@ -47,6 +46,7 @@ __all__ = [
     "CleanImages",
     "Making",
     "Origin",
+    "Suspect",
     "choose_clean_images",
     "read_bundle",
     "write_bundle",

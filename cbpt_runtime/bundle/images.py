@@ -31,7 +31,7 @@ class CleanImages:
     heldout_labels: Int[np.ndarray, " heldout"]
 
     def to_tensors(self) -> dict[str, np.ndarray]:
-        """The arrays by the names they have in ``images.safetensors``."""
+        """Return the arrays by the names they have in ``images.safetensors``."""
         return {
             "calibration_images": self.calibration,
             "calibration_labels": self.calibration_labels.astype(np.int64),
@@ -41,7 +41,7 @@ class CleanImages:
 
 
 def choose_clean_images(split: CleanSplit) -> CleanImages:
-    """A bounded part of a split, every class as often as every other or once less; always the same part."""
+    """Choose a bounded part of a split, every class as often as any other or once less; always the same."""
     height, width = split.tune_images.shape[1:3]
     affordable = MAX_SIZE_BYTES // (3 * height * width)
     calibration = min(MAX_CALIBRATION, affordable * MAX_CALIBRATION // (MAX_CALIBRATION + MAX_HELDOUT))
@@ -58,7 +58,7 @@ def choose_clean_images(split: CleanSplit) -> CleanImages:
 def check_clean_images(
     tensors: dict[str, np.ndarray], *, image_size: tuple[int, int], classes: int
 ) -> list[str]:
-    """What is wrong with the content of an ``images.safetensors``; empty when nothing is."""
+    """Return what is wrong with the content of an ``images.safetensors``; empty when nothing is."""
     problems = []
     for part in ("calibration", "heldout"):
         images, labels = tensors.get(f"{part}_images"), tensors.get(f"{part}_labels")
@@ -74,7 +74,7 @@ def check_clean_images(
 
 
 def _in_turns(labels: Int[np.ndarray, " images"], count: int) -> Int[np.ndarray, " chosen"]:
-    """Indices of at most `count` images: the first of every class, the second of every class and so on.
+    """Return indices of at most `count` images: the first of every class, the second and so on.
 
     Of a round that does not fit any more, classes evenly spread over the list are taken.
     """

@@ -38,7 +38,7 @@ def verdict_statement(
     products: Mapping[str, str],
     export: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What was found about the suspect checkpoint, how, and what was made of it.
+    """Return what was found about the suspect checkpoint, how, and what was made of it.
 
     Args:
         bundle: What purification made.
@@ -59,7 +59,7 @@ def verdict_statement(
         "method": manifest["method"],
         "classes": len(bundle.class_names),
         "p_value": evidence.get("p_value"),
-        "suspects": bundle.suspects,
+        "suspects": manifest["suspects"],
         "metrics": bundle.metrics,
         "products": [_resource(name, sha256) for name, sha256 in sorted(products.items())],
     }
@@ -74,7 +74,7 @@ def verdict_statement(
 
 
 def _resource(name: str, sha256: str) -> dict[str, Any]:
-    """A ResourceDescriptor."""
+    """Return a ResourceDescriptor."""
     return {"name": name, "digest": {"sha256": sha256}}
 
 
@@ -87,7 +87,7 @@ def ml_bom(
     versions: Mapping[str, str],
     is_made_from_bundle: bool = False,
 ) -> dict[str, Any]:
-    """The bill of materials of a classifier.
+    """Return the bill of materials of a classifier.
 
     Args:
         bundle: What purification made.
@@ -202,7 +202,7 @@ def _properties(bundle: Bundle) -> Iterator[dict[str, str]]:
     }
     yield from _pairs({key: value for key, value in facts.items() if value is not None})
     for suspect in bundle.suspects:
-        yield from _pairs({"suspected_target": suspect["name"]})
+        yield from _pairs({"suspected_target": suspect.name})
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -211,7 +211,7 @@ def _pairs(facts: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def bundle_papers(bundle: Bundle) -> dict[str, str]:
-    """The papers of a bundle, by file name.
+    """Return the papers of a bundle, by file name.
 
     Args:
         bundle: All of it but its papers.
@@ -237,7 +237,7 @@ def repository_papers(
     versions: Mapping[str, str],
     export: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The papers of a model repository, by file name.
+    """Return the papers of a model repository, by file name.
 
     Args:
         bundle: What was exported.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cbpt_runtime.artifacts import (
 )
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
+from cbpt_runtime.bundle.records import Making, Origin, Suspect
 from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.runtime.preprocess import Preprocess
 
@@ -38,7 +39,6 @@ MAX_FILE_BYTES = 64 << 30
 
 _REQUIRED_FILES = (HEAD, ENCODER, TRIGGERS)
 _SAID_SINCE = {"encoder": str, "labelled_by": str, "notes": [str]}  # of the method, by newer bundles
-_IMAGE_COUNTS = ("tune_images", "heldout_images", "split_digest")
 _VERDICTS = ("backdoored", "clean", "unknown")
 _SHAPE = {
     "verdict": str,
@@ -53,48 +53,6 @@ _SHAPE = {
 }
 _ALARM_SHAPE = {"threshold": NUMBER, "false_alarm_rate": NUMBER}
 _REMAKE = "Make the bundle again with `cbpt-runtime purify`, or fetch an intact copy."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """The suspect checkpoint of a bundle.
-
-    Attributes:
-        source: Where it was read from.
-        sha256: Of its weights.
-        config: open_clip's model configuration.
-        preprocess: How an image becomes the model's pixels.
-        format: Its layout; older bundles do not say.
-    """
-
-    source: str
-    sha256: str
-    config: dict[str, Any]
-    preprocess: Preprocess
-    format: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Making:
-    """How a bundle was made.
-
-    Attributes:
-        method: Its name.
-        parameterization: What of the prompts it tuned.
-        seed: Of every random choice.
-        encoder: 'untouched', or what it made of the suspect's image tower: 'tuned' or 'prompted'.
-        labelled_by: 'folders', or 'suspect' where the checkpoint's own zero-shot head labelled the images.
-        notes: Remarks for the user.
-        images: ``tune_images``, ``heldout_images`` and ``split_digest``, where it says so.
-    """
-
-    method: str
-    parameterization: str
-    seed: int
-    encoder: str = "untouched"
-    labelled_by: str = "folders"
-    notes: tuple[str, ...] = ()
-    images: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +79,16 @@ class Bundle:
     logit_bias: float | None
 
     def __repr__(self) -> str:
-        names = ", ".join(suspect["name"] for suspect in self.suspects)
+        names = ", ".join(suspect.name for suspect in self.suspects)
         found = f" ({names})" if names else ""
         return f"<Bundle {self.path}: {self.verdict}{found}, {len(self.class_names)} classes>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the verdict, the suspected targets and what was measured."""
+        """Return what a notebook shows: the verdict, the suspected targets and what was measured."""
         rows = [("verdict", self.verdict)]
         for suspect in self.suspects:
-            p_value = suspect.get("p_value")
-            shown = f"p = {p_value:.2g}" if isinstance(p_value, int | float) else ""
-            rows.append((f"suspect: {suspect['name']}", shown))
+            shown = "" if suspect.p_value is None else f"p = {suspect.p_value:.2g}"
+            rows.append((f"suspect: {suspect.name}", shown))
         rows += [("classes", str(len(self.class_names))), ("digest", self.digest)]
         rows += [(name, f"{value:.4g}") for name, value in self.metrics.items() if isinstance(value, float)]
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
@@ -145,28 +102,12 @@ class Bundle:
     @property
     def origin(self) -> Origin:
         """The suspect checkpoint it was made of."""
-        model = self.manifest["model"]
-        return Origin(
-            source=model["source"],
-            sha256=model["sha256"],
-            config=dict(model["config"]),
-            preprocess=self.preprocess,
-            format=str(model.get("format", "")),
-        )
+        return Origin.from_dict(self.manifest["model"])
 
     @property
     def making(self) -> Making:
         """How it was made."""
-        method = self.manifest["method"]
-        return Making(
-            method=method["name"],
-            parameterization=method["parameterization"],
-            seed=method["seed"],
-            encoder=method.get("encoder", "untouched"),
-            labelled_by=method.get("labelled_by", "folders"),
-            notes=tuple(method.get("notes", ())),
-            images={key: method[key] for key in _IMAGE_COUNTS if key in method},
-        )
+        return Making.from_dict(self.manifest["method"])
 
     @property
     def files(self) -> dict[str, ListedFile]:
@@ -204,14 +145,14 @@ class Bundle:
         return dict(self.manifest["model"]["config"])
 
     @property
-    def suspects(self) -> list[dict[str, Any]]:
-        """The suspected targets, most suspicious first; empty for a clean checkpoint."""
-        return list(self.manifest["suspects"])
+    def suspects(self) -> tuple[Suspect, ...]:
+        """The suspected targets, most suspicious first; none of a clean checkpoint."""
+        return tuple(map(Suspect.from_dict, self.manifest["suspects"]))
 
     @property
     def suspect_indices(self) -> tuple[int, ...]:
         """Class indices of the suspected targets."""
-        return tuple(int(suspect["index"]) for suspect in self.suspects)
+        return tuple(suspect.index for suspect in self.suspects)
 
     @property
     def alarm_threshold(self) -> float | None:
@@ -243,11 +184,11 @@ class Bundle:
         return sorted(item.name for item in self.path.iterdir() if item.name not in known)
 
     def triggers(self) -> dict[str, np.ndarray]:
-        """The dummy triggers by name."""
+        """Return the dummy triggers by name."""
         return _tensors(self.path, TRIGGERS, self.read_file(TRIGGERS))
 
     def images(self) -> CleanImages | None:
-        """The clean images it carries; None where they were left out, and in the oldest bundles.
+        """Return the clean images it carries; None where they were left out, and in the oldest bundles.
 
         Raises:
             BundleError: They are damaged or do not fit the model.
@@ -360,7 +301,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
 
 
 def _alarm_problems(manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with the level of the alarm; older bundles have none."""
+    """Return what is wrong with the level of the alarm; older bundles have none."""
     if "alarm" not in manifest:
         return []
     problems = shape_problems(manifest["alarm"], _ALARM_SHAPE, "alarm")

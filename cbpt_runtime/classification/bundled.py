@@ -75,7 +75,7 @@ class BundleClassifier(Classifier):
     @property
     def suspects(self) -> tuple[str, ...]:
         """Names of the suspected targets, most suspicious first."""
-        return tuple(str(suspect["name"]) for suspect in self.bundle.suspects)
+        return tuple(suspect.name for suspect in self.bundle.suspects)
 
     def features(self, images: Pixels, *, batch_size: int = 64) -> Float[np.ndarray, "batch dim"]:
         """Unit-norm image features.

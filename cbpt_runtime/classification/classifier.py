@@ -201,7 +201,7 @@ class Classifier(ABC):
         return np.stack(pixels) if pixels else np.zeros((0, *self.preprocess.image_size, 3), np.uint8)
 
     def _decoded(self, source: AnyImage) -> UInt8[np.ndarray, "height width 3"] | ImageDataError:
-        """An image at the model's size, or why it cannot be read."""
+        """Return an image at the model's size, or why it cannot be read."""
         try:
             return to_pixels(_picture(source), self.preprocess)
         except ImageDataError as error:
@@ -220,7 +220,7 @@ class Classifier(ABC):
     def _read_batch(
         self, sources: Sequence[tuple[str, AnyImage]], batch: Sequence[tuple[str, AnyImage]]
     ) -> Pixels:
-        """The images of a batch; where one of them cannot be read, all that cannot are named."""
+        """Return the images of a batch; where one of them cannot be read, all that cannot are named."""
         try:
             return self.read([image for _, image in batch])
         except ImageDataError:
@@ -229,7 +229,7 @@ class Classifier(ABC):
 
 
 def image_name(source: AnyImage, number: int) -> str:
-    """A path says what image it is; of others only the place is known."""
+    """Name an image: a path says what it is; of others only the place is known."""
     return str(source) if isinstance(source, str | Path) else f"image {number}"
 
 

@@ -88,7 +88,7 @@ class Answer:
     alarm_target: str | None = None
 
     def __str__(self) -> str:
-        """The first label and the alarm, on one line."""
+        """Return the first label and the alarm, on one line."""
         first = self.labels[0] if self.labels else Label(name="no label", probability=0.0)
         alarm = "" if self.alarm is None else f", alarm {self.alarm:.3f}"
         suspicion = ", suspicious" if self.suspicious else ""
@@ -96,7 +96,7 @@ class Answer:
         return f"{self.image}: {first.name} {first.probability:.1%}{alarm}{suspicion}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as a JSON-able dict."""
+        """Return the answer as a JSON-able dict."""
         return asdict(self)
 
 
@@ -111,7 +111,7 @@ def above(
 
 
 def parse_level(said: str | None) -> float | None:
-    """The level of the alarm as a graph or a server writes it; None where it writes none.
+    """Return the level of the alarm as a graph or a server writes it; None where it writes none.
 
     Raises:
         ValueError: It is no number in [0, 1].
@@ -125,7 +125,7 @@ def parse_level(said: str | None) -> float | None:
 
 
 def answers_of(images: Iterable[str], said: Prediction, *, names: Sequence[str], top: int) -> list[Answer]:
-    """What a prediction says of each image, in names: the `top` most likely classes, its alarm and the rest.
+    """Say in names what a prediction says of each image: the `top` most likely classes, its alarm and so on.
 
     Equal probabilities keep the order of the classes.
     """

@@ -82,7 +82,7 @@ def alarm_and_target(
     *,
     sigmoid: bool = False,
 ) -> tuple[Float[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
-    """The `alarm`, and the class index of the suspect it speaks of; -1 when nothing is suspected."""
+    """Return the `alarm`, and the class index of the suspect it speaks of; -1 when nothing is suspected."""
     if not suspects:
         silent = np.zeros(len(reference_logits), np.float32)
         return silent, np.full(len(silent), -1, np.int64)

@@ -114,7 +114,7 @@ def _alarm(answer: Answer) -> str:
 
 
 def _sources(images: Sequence[str], skip_unreadable: bool) -> list[tuple[str, bytes | Path]]:
-    """What is asked: files as they are, the images of folders, and the bytes of one from stdin."""
+    """List what is asked: files as they are, the images of folders, and the bytes of one from stdin."""
     sources: list[tuple[str, bytes | Path]] = []
     for image in images:
         if image == "-":

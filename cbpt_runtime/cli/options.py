@@ -69,7 +69,7 @@ DigestOption = Annotated[
 
 
 def given_trust(trust: Path | None, digests: list[str] | None) -> Trust:
-    """What both options ask for.
+    """Return what both options ask for.
 
     Raises:
         ConfigError: A digest is none.
@@ -80,7 +80,7 @@ def given_trust(trust: Path | None, digests: list[str] | None) -> Trust:
 
 
 def named_trigger(attack: str, settings: list[str] | None) -> Trigger:
-    """A trigger by the name of its attack, or from a file."""
+    """Return a trigger by the name of its attack, or from a file."""
     from cbpt_runtime.errors import ConfigError
     from cbpt_runtime.redteam.attacks import fixed_trigger
     from cbpt_runtime.redteam.learned import load_trigger

@@ -28,7 +28,7 @@ def printable(text: object) -> str:
 
 
 def stdout() -> Console:
-    """The console results are printed on."""
+    """Return the console results are printed on."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
@@ -103,12 +103,12 @@ def _plain(value: object) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """A fraction in [0, 1] for people."""
+    """Return a fraction in [0, 1] for people."""
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
 def number(value: object) -> str:
-    """A score for people, four digits."""
+    """Return a score for people, four digits."""
     return f"{value:.4g}" if isinstance(value, (int, float)) else "–"
 
 

@@ -139,11 +139,11 @@ def print_result(bundle: Bundle) -> None:
             ("suspected target", "score", "p-value", "trigger family", "dummy-trigger success"),
             [
                 (
-                    suspect["name"],
-                    number(suspect["score"]),
-                    number(suspect["p_value"]),
-                    suspect["family"],
-                    f"{percent(suspect['success_before'])} → {percent(suspect['success_after'])}",
+                    suspect.name,
+                    number(suspect.score),
+                    number(suspect.p_value),
+                    suspect.family or "–",
+                    f"{percent(suspect.success_before)} → {percent(suspect.success_after)}",
                 )
                 for suspect in bundle.suspects
             ],

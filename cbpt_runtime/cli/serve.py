@@ -96,7 +96,7 @@ def command(
 
 @contextmanager
 def _page(server: RunningServer, port: int | None) -> Iterator[str | None]:
-    """The URL of a page for people while the block runs; None when none is wanted."""
+    """Serve a page for people while the block runs and give its URL; None when none is wanted."""
     if port is None:
         yield None
         return
@@ -123,7 +123,7 @@ def _wait(server: RunningServer) -> None:
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the next one interrupts as usual."""
+    """Give an event that the first Ctrl-C or SIGTERM sets; the next one interrupts as usual."""
     stopped = threading.Event()
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

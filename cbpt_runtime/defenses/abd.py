@@ -93,7 +93,7 @@ class PatchGenerator(nn.Module):
             self.last = nn.Conv2d(_CHANNELS, 3, 3, padding=1)
 
     def forward(self) -> Patch:
-        """The patch."""
+        """Return the patch."""
         x = self.first(self.latent).view(1, _CHANNELS, _SEED_SIZE, _SEED_SIZE).relu()
         x = self.middle(F.interpolate(x, (self.size, self.size), mode="nearest")).relu()
         patch: Tensor = self.last(x)[0].sigmoid()

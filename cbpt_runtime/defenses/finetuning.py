@@ -61,7 +61,7 @@ def auto_augmented(
 
 
 def easily_augmented(text: str, rng: np.random.Generator) -> str:
-    """A caption with about a tenth of its words, at least one, swapped, deleted or said twice.
+    """Return a caption with about a tenth of its words, at least one, swapped, deleted or said twice.
 
     Three of the four operations of easy data augmentation (Wei and Zou, arXiv:1901.11196). Synonyms would
     need a thesaurus: none is put in place of a word, and the word inserted is one of the text.
@@ -80,7 +80,7 @@ def easily_augmented(text: str, rng: np.random.Generator) -> str:
 
 
 def drawn_seed(generator: torch.Generator) -> int:
-    """A seed for a generator of another kind."""
+    """Return a seed for a generator of another kind."""
     return int(torch.randint(_MAX_SEED, (), generator=generator))
 
 
@@ -213,7 +213,7 @@ def pair_loss(
     texts: Float[Tensor, "batch dim"],
     same: Bool[Tensor, "batch batch"],
 ) -> Float[Tensor, ""]:
-    """The model's own contrastive loss, pairs of one class taken as positives."""
+    """Return the model's own contrastive loss, pairs of one class taken as positives."""
     scale: Tensor = clip.model.logit_scale  # type: ignore[assignment]
     bias: Tensor | None = getattr(clip.model, "logit_bias", None)
     return labelled_contrastive_loss(images, texts, same.to(images.device), scale.exp(), bias)
@@ -222,13 +222,13 @@ def pair_loss(
 def image_features(
     clip: TrainableClip, pixels: Float[Tensor, "batch 3 height width"], *, mixed: bool
 ) -> Float[Tensor, "batch dim"]:
-    """Unit features of pixels in [0, 1]."""
+    """Return unit features of pixels in [0, 1]."""
     with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed):
         return clip.encode_images(pixels.to(clip.device))
 
 
 def text_features(clip: TrainableClip, captions: Sequence[str], *, mixed: bool) -> Float[Tensor, "batch dim"]:
-    """Unit features of texts."""
+    """Return unit features of texts."""
     tokens = clip.tokenizer(captions).to(clip.device)
     with torch.autocast(clip.device.type, torch.bfloat16, enabled=mixed):
         return clip.encode_tokens(tokens)
@@ -240,7 +240,7 @@ def as_pixels(images: UInt8[np.ndarray, "batch height width 3"]) -> Float[Tensor
 
 
 def check_finite(loss: Tensor) -> None:
-    """Raises PurificationError where a loss is not a number any more."""
+    """Raise PurificationError where a loss is not a number any more."""
     if not bool(loss.isfinite()):
         raise PurificationError(
             expected="a finite loss while tuning",

@@ -124,7 +124,7 @@ RED: Color = (222, 70, 66)
 
 
 def sailboat(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A hull, a mast and two sails."""
+    """Draw a hull, a mast and two sails."""
     lean = rng.uniform(-0.06, 0.06)
     pen.line([(0.02, 0.45), (0.02 + lean, -0.95)], 0.07, WOOD)
     pen.polygon([(-0.05, 0.32), (-0.05 + lean, -0.88), (-0.78, 0.32)], CREAM)
@@ -135,7 +135,7 @@ def sailboat(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def cactus(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A saguaro in a pot, sometimes in flower."""
+    """Draw a saguaro in a pot, sometimes in flower."""
     green = (62 + int(rng.integers(0, 40)), 142 + int(rng.integers(0, 30)), 92)
     dark = shade(green, 0.75)
     left, right = rng.uniform(-0.2, 0.1, size=2)
@@ -154,7 +154,7 @@ def cactus(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def hot_air_balloon(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A striped envelope over a basket."""
+    """Draw a striped envelope over a basket."""
     second = CREAM if rng.random() < 0.5 else shade(color, 1.9)
     for x in (-0.22, 0.22):
         pen.line([(x * 1.9, 0.25), (x * 0.7, 0.72)], 0.035, INK)
@@ -170,7 +170,7 @@ def hot_air_balloon(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def lighthouse(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A banded tower with its lamp lit."""
+    """Draw a banded tower with its lamp lit."""
     bands = int(rng.integers(2, 4))
     pen.polygon([(0.1, -0.72), (1.15, -0.98), (1.15, -0.38)], (255, 240, 170))
     pen.oval(0, 0.93, 0.62, 0.18, (120, 116, 122))
@@ -206,7 +206,7 @@ def snowman(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def rocket(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A rocket with fins, a window and a flame."""
+    """Draw a rocket with fins, a window and a flame."""
     flame = rng.uniform(0.85, 1.05)
     pen.polygon([(-0.2, 0.55), (0.2, 0.55), (0, flame)], ORANGE)
     pen.polygon([(-0.11, 0.55), (0.11, 0.55), (0, flame - 0.18)], GOLD)
@@ -223,7 +223,7 @@ def rocket(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def fish(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A striped fish blowing bubbles."""
+    """Draw a striped fish blowing bubbles."""
     stripe = CREAM if rng.random() < 0.5 else shade(color, 0.65)
     pen.polygon([(-0.45, 0), (-0.95, -0.42), (-0.8, 0), (-0.95, 0.42)], shade(color, 0.8))
     pen.polygon([(-0.3, -0.3), (0.05, -0.7), (0.3, -0.3)], shade(color, 0.8))
@@ -240,7 +240,7 @@ def fish(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def mushroom(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A spotted cap on a pale stem."""
+    """Draw a spotted cap on a pale stem."""
     pen.polygon([(-0.2, -0.05), (0.2, -0.05), (0.3, 0.8), (-0.3, 0.8)], CREAM)
     pen.oval(0, 0.8, 0.3, 0.1, CREAM)
     pen.oval(0, 0.02, 0.55, 0.12, shade(CREAM, 0.85))
@@ -253,7 +253,7 @@ def mushroom(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def umbrella(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """An open umbrella with two-coloured panels and a curved handle."""
+    """Draw an open umbrella with two-coloured panels and a curved handle."""
     second = CREAM if rng.random() < 0.5 else shade(color, 1.8)
     hook: list[Point] = [
         (0.15 - 0.15 * math.cos(t), 0.75 + 0.18 * math.sin(t)) for t in np.linspace(0, math.pi, 9)
@@ -267,7 +267,7 @@ def umbrella(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def sunflower(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A flower on a stem with two leaves; the petals stay in the warm half of the palette."""
+    """Draw a flower on a stem with two leaves; the petals stay in the warm half of the palette."""
     petal = (250, 180 + int(rng.integers(0, 50)), 40 + int(rng.integers(0, 40)))
     pen.line([(0, -0.2), (0.05, 0.95)], 0.1, LEAF)
     pen.oval(-0.25, 0.6, 0.28, 0.11, LEAF, turn=30)
@@ -283,7 +283,7 @@ def sunflower(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def owl(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """An owl on a branch, all eyes."""
+    """Draw an owl on a branch, all eyes."""
     pen.line([(-0.95, 0.82), (0.95, 0.76)], 0.12, WOOD)
     for side in (-1, 1):
         pen.polygon([(side * 0.15, -0.7), (side * 0.5, -0.95), (side * 0.5, -0.45)], shade(color, 0.75))
@@ -299,7 +299,7 @@ def owl(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def teapot(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A round pot with spout, handle and steam."""
+    """Draw a round pot with spout, handle and steam."""
     pen.disk(-0.62, 0.15, 0.33, shade(color, 0.75))
     pen.disk(-0.6, 0.15, 0.19, shade(color, 1.8))
     pen.polygon([(0.35, 0.35), (0.45, 0.0), (0.8, -0.35), (0.98, -0.3), (0.7, 0.35)], shade(color, 0.8))
@@ -345,7 +345,7 @@ def ice_cream(pen: Pen, color: Color, rng: np.random.Generator) -> None:
 
 
 def house(pen: Pen, color: Color, rng: np.random.Generator) -> None:
-    """A cottage with a chimney and lit windows."""
+    """Draw a cottage with a chimney and lit windows."""
     lit = (255, 224, 130) if rng.random() < 0.6 else (170, 214, 236)
     pen.box(0.3, -0.85, 0.52, -0.3, shade(WOOD, 0.8))
     pen.disk(0.48, -1.0, 0.1, SNOW)

@@ -91,7 +91,7 @@ def landscape(canvas: int, rng: np.random.Generator) -> Image.Image:
 
 
 def wallpaper(canvas: int, rng: np.random.Generator) -> Image.Image:
-    """A pastel wall with stripes, dots or nothing on it."""
+    """Return a pastel wall with stripes, dots or nothing on it."""
     hue = rng.random()
     wall = hsv(hue, rng.uniform(0.12, 0.35), rng.uniform(0.85, 1.0))
     image = gradient(canvas, wall, shade(wall, 0.9))

@@ -86,7 +86,7 @@ class DemoResult:
     stage_seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as a JSON-able dict."""
+        """Return the result as a JSON-able dict."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         return {**plain, "suspects": list(self.suspects), "evaluation": self.evaluation.to_dict()}
@@ -185,7 +185,7 @@ def check_purification(evaluation: Evaluation) -> None:
 
 
 def _value(rate: Rate | None) -> float:
-    """The share itself; there are always pictures in the demo."""
+    """Return the share itself; there are always pictures in the demo."""
     return math.nan if rate is None or rate.rate is None else rate.rate
 
 

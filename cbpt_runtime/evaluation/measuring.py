@@ -278,7 +278,7 @@ def _evaluate(classifier: Classifier, work: _Work, progress: Progress | None) ->
 
 
 def _painter(attack: Trigger, seed: int) -> Callable[[Images], Images]:
-    """The trigger with one generator of its own, so that every classifier meets the same triggers."""
+    """Return the trigger with one generator of its own, so that every classifier meets the same triggers."""
     from cbpt_runtime.redteam.triggers import apply_trigger
 
     generator = torch.Generator().manual_seed(seed)
@@ -293,7 +293,7 @@ def _labelled(
     skip_unreadable: bool,
     allow_missing: bool = False,
 ) -> _Labelled:
-    """The images of a folder, read once to leave out those that cannot be read if that is asked for."""
+    """List the images of a folder, read once to leave out those that cannot be read if that is asked for."""
     found = find_class_folders(root, classifier.class_names, folders=folders, allow_missing=allow_missing)
     labelled = [(path, label) for label, folder in enumerate(found) for path in folder]
     reasons: dict[Path, str] = {}
@@ -334,7 +334,7 @@ def _measure(
 
 
 def _read_batch(paths: list[Path], start: int, size: int, preprocess: Preprocess) -> Images:
-    """Some of the images; where one cannot be read, all that cannot are named."""
+    """Return some of the images; where one cannot be read, all that cannot are named."""
     try:
         return read_images(paths[start : start + size], preprocess)
     except ImageDataError as error:

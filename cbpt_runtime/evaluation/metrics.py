@@ -31,12 +31,12 @@ class Rate:
     high: float | None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The rate as a JSON-able dict."""
+        """Return the rate as a JSON-able dict."""
         return asdict(self)
 
 
 def wilson(count: int, total: int) -> Rate:
-    """The rate ``count / total`` with its Wilson score interval at 95 %.
+    """Return the rate ``count / total`` with its Wilson score interval at 95 %.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     Unlike the normal approximation it stays inside [0, 1] and is not empty at 0 and 1.
@@ -143,7 +143,7 @@ def _boundary(outside: float, inside: float, lies_outside: Callable[[float], boo
 
 
 def threshold_for_detection(positives: Float[np.ndarray, " batch"], detection_rate: float = 0.95) -> float:
-    """The highest threshold at which at least so many of the positives lie at or above it."""
+    """Return the highest threshold at which at least so many of the positives lie at or above it."""
     needed = math.ceil(detection_rate * len(positives) - 1e-9)
     return float(np.sort(positives)[len(positives) - max(1, needed)])
 

@@ -102,7 +102,7 @@ class Measured:
         return {name: called for name, called in given.items() if called is not None}
 
     def rows(self, chosen: Bool[np.ndarray, " batch"]) -> Measured:
-        """Some of the images; the pictures stay behind."""
+        """Return some of the images; the pictures stay behind."""
         return Measured(
             labels=self.labels[chosen],
             before=None if self.before is None else self.before[chosen],
@@ -176,7 +176,7 @@ class Evaluation:
         return None if self.alarm is None else self.alarm.auroc.value
 
     def to_dict(self) -> dict[str, Any]:
-        """The evaluation as a JSON-able dict, with what the images add up to class by class."""
+        """Return the evaluation as a JSON-able dict, with what the images add up to class by class."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         for name in ("before", "after_head_alone", "after", "alarm", "decision"):
             plain[name] = None if getattr(self, name) is None else asdict(getattr(self, name))
@@ -204,7 +204,7 @@ _PLAIN = (
 
 
 def measure_batch(labels: Int[np.ndarray, " batch"], said: Prediction, *, is_purified: bool) -> Measured:
-    """What was said about a few images, next to their true classes.
+    """Return what was said about a few images, next to their true classes.
 
     Args:
         labels: True classes.

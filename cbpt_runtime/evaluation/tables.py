@@ -21,7 +21,7 @@ ALARMS = {"alarm_auroc": "detection AUROC", "false_alarm_rate": "false alarms at
 
 
 def heads(evaluation: Evaluation) -> list[tuple[str, HeadRates, bool]]:
-    """The heads of an evaluation: name, rates, and whether the alarm or detector belongs to it."""
+    """Return the heads of an evaluation: name, rates, and whether the alarm or detector belongs to it."""
     given = evaluation.heads
     if evaluation.kind == "checkpoint":
         name = "zero-shot" if evaluation.detector is None else f"zero-shot, {evaluation.detector}"
@@ -50,7 +50,7 @@ def table_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
-    """A Markdown table; every number with its 95 % interval."""
+    """Return a Markdown table; every number with its 95 % interval."""
     columns, rows = table_rows(evaluations)
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
@@ -93,7 +93,7 @@ def _csv_row(evaluation: Evaluation, head: str, rates: HeadRates, *, has_alarm: 
 
 
 def short_names(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as tell them apart."""
     paths = [evaluation.source.rstrip("/").split("/") for evaluation in evaluations]
     for parts in range(1, max(len(path) for path in paths) + 1):
         names = ["/".join(path[-parts:]) for path in paths]
@@ -103,7 +103,7 @@ def short_names(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def rate_text(rate: Rate | None) -> str:
-    """A rate in percent with its interval."""
+    """Return a rate in percent with its interval."""
     if rate is None or rate.rate is None or rate.low is None or rate.high is None:
         return "–"
     return f"{100 * rate.rate:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
@@ -117,5 +117,5 @@ def alarm_texts(evaluation: Evaluation) -> list[str]:
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """A number in [0, 1] with its interval."""
+    """Return a number in [0, 1] with its interval."""
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"

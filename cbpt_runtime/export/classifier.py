@@ -133,7 +133,7 @@ class RepositoryClassifier(GraphClassifier):
 
 
 def _read_graph(path: Path) -> tuple[bytes, onnx.ModelProto]:
-    """A file and the graph in it: what is hashed is what is looked at."""
+    """Return a file and the graph in it: what is hashed is what is looked at."""
     try:
         content = read_regular_file(path, max_bytes=MAX_GRAPH_BYTES)
         return content, onnx.load_model_from_string(content)
@@ -164,7 +164,7 @@ def _described(
 
 
 def _level(metadata: dict[str, str], path: Path) -> float | None:
-    """The level of the alarm that a graph names, checked."""
+    """Return the level of the alarm that a graph names, checked."""
     said = metadata.get("cbpt.alarm_threshold")
     try:
         return parse_level(said)

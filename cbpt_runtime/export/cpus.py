@@ -25,7 +25,7 @@ def usable_cpus() -> int:
 
 
 def read_cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
+    """Return the first processor's entries of /proc/cpuinfo; empty where there is none."""
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -35,7 +35,7 @@ def read_cpuinfo() -> dict[str, str]:
 
 
 def instructions() -> list[str]:
-    """The instructions of this processor that numerical libraries choose their kernels by."""
+    """Return the instructions of this processor that numerical libraries choose their kernels by."""
     cpuinfo = read_cpuinfo()
     flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
     return [name for name in _INSTRUCTIONS if name in flags]

@@ -39,7 +39,7 @@ _REMAKE = "Export the bundle again with `cbpt-runtime export`."
 
 
 def foreign_graph_parts(repository: Repository, *, image_size: tuple[int, int], classes: int) -> list[str]:
-    """What in the graph of a repository the installed version would not have written.
+    """Return what in the graph of a repository the installed version would not have written.
 
     Args:
         repository: Its files were hashed.
@@ -262,7 +262,7 @@ def _reached_from_answers(graph: onnx.GraphProto) -> set[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names, each cut to a length that can be read."""
+    """Return the first few names, each cut to a length that can be read."""
     few = ", ".join(f"{name:.80}" or "''" for name in names[:_MOST_NAMED])
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"{few}{more}" or "none"

@@ -64,7 +64,7 @@ class GoldenSet:
     answers: dict[str, Any]
 
     def pixels(self, preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
-        """The images as the model takes them."""
+        """Return the images as the model takes them."""
         return np.stack([to_pixels(decode_image(file), preprocess) for file in self.files])
 
     def check(self, outputs: dict[str, np.ndarray], *, where: str, made_on: str | None = None) -> GoldenCheck:
@@ -115,7 +115,7 @@ class GoldenSet:
 def make_golden(
     files: tuple[bytes, ...], bundle: Bundle, outputs: dict[str, np.ndarray], *, tolerance: float = TOLERANCE
 ) -> GoldenSet:
-    """A golden set from image files and what the exported graph answered."""
+    """Return a golden set from image files and what the exported graph answered."""
     names = tuple(f"{number}.{_suffix(file)}" for number, file in enumerate(files))
     rows = [
         {

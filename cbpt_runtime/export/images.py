@@ -51,7 +51,7 @@ class GateImages:
 def find_gate_images(
     bundle: Bundle, folder: str | Path | None = None, *, skip_unreadable: bool = False
 ) -> GateImages:
-    """The images of a folder if one is given, else those the bundle carries, else drawn pictures.
+    """Return the images of a folder if one is given, else those the bundle carries, else drawn pictures.
 
     Args:
         bundle: What is exported.
@@ -92,7 +92,7 @@ def _read_folder(folder: Path, bundle: Bundle, *, skip_unreadable: bool) -> Gate
 
 
 def _unpack(bundle: Bundle) -> GateImages | None:
-    """The images the bundle carries; the golden set gets a drawn picture too, which has to be resized."""
+    """Return the images the bundle carries; the golden set gets a drawn picture too, to be resized."""
     kept = bundle.images()
     if kept is None:
         return None

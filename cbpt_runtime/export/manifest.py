@@ -138,7 +138,7 @@ class Manifest:
 
 
 def _name_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the names of files and models, whatever their kinds."""
+    """Yield what is wrong with the names of files and models, whatever their kinds."""
     files, name = values.get("files"), str(values.get("name"))
     if isinstance(files, dict) and not all(map(_is_inside, files)):
         yield "a file name that leaves the repository"
@@ -147,7 +147,7 @@ def _name_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _alarm_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with what not every repository says."""
+    """Yield what is wrong with what not every repository says."""
     threshold, processor = values.get("alarm_threshold"), values.get("processor")
     if threshold is not None and (type(threshold) not in NUMBER or not 0 <= threshold <= 1):
         yield f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]"
@@ -290,7 +290,7 @@ def _read(path: Path) -> tuple[bytes, Manifest]:
 
 
 def _litter(folder: Path) -> tuple[str, ...]:
-    """What systems left in a folder; not what lies inside that."""
+    """Return what systems left in a folder; not what lies inside that."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if is_litter(path.name))
     return tuple(sorted(path.as_posix() for path in found if not _is_litter_below(path.parent.as_posix())))
 

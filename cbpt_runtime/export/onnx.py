@@ -68,7 +68,7 @@ _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxscript", "open_clip_torch", "
 
 
 def describe(bundle: Bundle, *, precision: str) -> dict[str, str]:
-    """What a graph says about itself, as ONNX metadata."""
+    """Return what a graph says about itself, as ONNX metadata."""
     threshold = bundle.alarm_threshold
     return {
         **({} if threshold is None else {"cbpt.alarm_threshold": json.dumps(threshold)}),
@@ -86,7 +86,7 @@ def describe(bundle: Bundle, *, precision: str) -> dict[str, str]:
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata of a model by key."""
+    """Return the metadata of a model by key."""
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
@@ -98,7 +98,7 @@ def write_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
 
 
 def with_features(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose image features are an output too, for the parity gate."""
+    """Return a copy whose image features are an output too, for the parity gate."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kind = onnx.TensorProto.FLOAT
@@ -130,7 +130,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes, each after those it depends on, and each tensor computed once."""
+    """Return the nodes, each after those it depends on, and each tensor computed once."""
     makers = {name: node for node in reversed(graph.node) for name in node.output if name}
     ordered: list[onnx.NodeProto] = []
     done: set[str] = set()

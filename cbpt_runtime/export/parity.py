@@ -76,7 +76,7 @@ class Parity:
         return all(comparison.passed for comparison in self.comparisons)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as a JSON-able dict; a difference that is not a number becomes None."""
+        """Return the report as a JSON-able dict; a difference that is not a number becomes None."""
         values = asdict(self) | {"passed": self.passed}
         for row in values["comparisons"]:
             if not math.isfinite(row["largest_difference"]):

@@ -47,7 +47,7 @@ def reduce_precision(
     *,
     progress: Progress | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The same classifier in the profile's precision, and what was measured.
+    """Return the same classifier in the profile's precision, and what was measured.
 
     Args:
         model: The float32 graph.
@@ -88,13 +88,13 @@ def reduce_precision(
 
 
 def answers(session: onnxruntime.InferenceSession, max_batch: int) -> Answer:
-    """The logits a session gives, as a function of pixels."""
+    """Return the logits a session gives, as a function of pixels."""
     batch = min(ANSWERED_AT_ONCE, max_batch)
     return lambda pixels: run_session(session, pixels, batch_size=batch, outputs=["logits"])["logits"]
 
 
 def to_fp16(model: onnx.ModelProto, provider: Provider = "cpu") -> onnx.ModelProto:
-    """The network in half precision; norms, softmax and everything after the features stay in float32."""
+    """Halve the network's precision; norms, softmax and everything after the features stay in float32."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     copy = onnx.ModelProto()

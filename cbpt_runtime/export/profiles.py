@@ -65,7 +65,7 @@ BUILT_IN: dict[str, Profile] = {
 
 
 def read_profile(name: str | Path, **overrides: Any) -> Profile:
-    """A built-in profile by name, or one from a TOML file; overrides that are not None win.
+    """Return a built-in profile by name, or one from a TOML file; overrides that are not None win.
 
     Raises:
         ConfigError: Neither, not TOML, an unknown key or a value out of range.

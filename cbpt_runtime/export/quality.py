@@ -66,7 +66,7 @@ class HeldOut:
         self._painted = paint_dummy_triggers(bundle, images.pixels)
 
     def measure(self, answer: Answer) -> Quality:
-        """The quality of a classifier, given as a function from pixels to logits."""
+        """Return the quality of a classifier, given as a function from pixels to logits."""
         labels = answer(self._pixels).argmax(axis=1)
         successes = []
         for painted in self._painted:
@@ -78,7 +78,7 @@ class HeldOut:
 
 
 def compare(before: Quality, after: Quality) -> dict[str, Any]:
-    """What changed from float32 to a lower precision, as it stands in ``parity.json``."""
+    """Return what changed from float32 to a lower precision, as it stands in ``parity.json``."""
     rises = [now - then for then, now in zip(before.successes, after.successes, strict=True)]
     return {
         "heldout_images": len(before.labels),
@@ -100,7 +100,7 @@ def is_good_enough(report: dict[str, Any]) -> bool:
 
 
 def refusal(report: dict[str, Any], precision: str) -> ExportError:
-    """The error that names both limits and everything measured."""
+    """Return the error that names both limits and everything measured."""
     return ExportError(
         expected=f"{precision} within {MAX_CA_DROP:.1%} of float32's clean accuracy and "
         f"{MAX_ASR_RISE:.1%} of its dummy-trigger success",

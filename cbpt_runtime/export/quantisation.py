@@ -42,7 +42,7 @@ Quantise = Callable[[Sequence[str]], onnx.ModelProto]
 
 
 def scale_overrides(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """A range for each output channel of layers, as ``TensorQuantOverrides`` of onnxruntime's quantiser.
+    """Return a range for each output channel of layers, as ``TensorQuantOverrides`` of onnxruntime.
 
     Products with weights of more than two axes get none: `reduce_range` is for them.
     """
@@ -63,7 +63,7 @@ def scale_overrides(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, 
 def channel_limits(
     weights: Float[np.ndarray, "outputs terms"], are_alone: bool = False
 ) -> Float[np.ndarray, " outputs"]:
-    """What becomes `LARGEST` in each channel: its largest weight, or sum of two neighbours if that is more.
+    """Return what becomes `LARGEST` in each channel: its largest weight or sum of two neighbours.
 
     Args:
         weights: Each row the weights of one output, in the order in which they are summed.
@@ -76,7 +76,7 @@ def channel_limits(
 
 
 def _in_order_of_sums(node: onnx.NodeProto, weight: np.ndarray) -> tuple[int, np.ndarray]:
-    """The axis of the output channels, and the weights with that axis first and the rest in order."""
+    """Return the axis of the output channels, and the weights with that axis first and the rest in order."""
     if node.op_type == "Conv":
         return 0, np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
     is_transposed = any(each.name == "transB" and each.i for each in node.attribute)
@@ -102,7 +102,7 @@ def find_layers(model: onnx.ModelProto) -> list[str]:
 def make_quantiser(
     model: onnx.ModelProto, calibration: UInt8[np.ndarray, "batch height width 3"]
 ) -> Quantise:
-    """Collects activation ranges once; returns a function that quantises chosen layers."""
+    """Collect activation ranges once; return a function that quantises chosen layers."""
     from tempfile import TemporaryDirectory
 
     from onnxruntime import quantization
@@ -149,7 +149,7 @@ def rank_by_sensitivity(
     images: UInt8[np.ndarray, "batch height width 3"],
     progress: Progress | None = None,
 ) -> list[str]:
-    """The layers, the one first that moves the features most when it alone is quantised."""
+    """Return the layers, the one first that moves the features most when it alone is quantised."""
     layers, few = find_layers(model), images[:SENSITIVITY_IMAGES]
     reference = _features(model, few)
     losses: dict[str, float] = {}

@@ -112,7 +112,7 @@ def export_bundle(
 
 
 def load_served(bundle: Bundle) -> tuple[ServedClassifier, BundleClassifier]:
-    """The module to export and the classifier to compare it with; they share one encoder on the CPU."""
+    """Return the module to export and the classifier to compare it with; they share one encoder."""
     state = encoder_tensors(bundle)
     encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
     return ServedClassifier(bundle, encoder), BundleClassifier(bundle, encoder, torch.device("cpu"))
@@ -129,7 +129,7 @@ class _Content:
 def _gated(
     bundle: Bundle, name: str, profile: Profile, images: GateImages, progress: Progress | None
 ) -> _Content:
-    """What goes into a repository, after its graph has passed the gate."""
+    """Return what goes into a repository, after its graph has passed the gate."""
     tell = progress or _silent
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})

@@ -65,7 +65,7 @@ def open_session(
 
 @contextmanager
 def _source(model: bytes | str | onnx.ModelProto) -> Iterator[bytes | str]:
-    """What onnxruntime takes: content, or a path in UTF-8 whose folder also has the weights."""
+    """Give what onnxruntime takes: content, or a path in UTF-8 whose folder also has the weights."""
     if isinstance(model, onnx.ModelProto):
         with written(model) as source:
             yield source
@@ -86,7 +86,7 @@ def run_session(
     batch_size: int,
     outputs: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The outputs for many images, computed `batch_size` at a time; the last batch may be smaller."""
+    """Return the outputs for many images, computed `batch_size` at a time; the last batch may be smaller."""
     names = [output.name for output in session.get_outputs()] if outputs is None else list(outputs)
     batches: list[list[Any]] = [
         session.run(names, {INPUT: images[start : start + batch_size]})

@@ -62,7 +62,7 @@ class Served:
 
 
 def ensemble_config(served: Served) -> str:
-    """Configuration of ``<name>``: image files in, answers out."""
+    """Return the configuration of ``<name>``: image files in, answers out."""
     pb = _protobuf()
     config = _model(served, served.name)
     config.platform = "ensemble"
@@ -88,7 +88,7 @@ def ensemble_config(served: Served) -> str:
 
 
 def preprocess_config(served: Served) -> str:
-    """Configuration of ``<name>_preprocess``: image files in, pixels out."""
+    """Return the configuration of ``<name>_preprocess``: image files in, pixels out."""
     pb = _protobuf()
     profile, preprocess = served.profile, served.bundle.preprocess
     config = _model(served, served.preprocess_name)
@@ -110,7 +110,7 @@ def preprocess_config(served: Served) -> str:
 
 
 def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
-    """Configuration of ``<name>_classifier``: pixels in, answers out.
+    """Return the configuration of ``<name>_classifier``: pixels in, answers out.
 
     Args:
         served: What is served, and how.
@@ -142,7 +142,7 @@ def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
 
 
 def alarm_config(served: Served) -> str:
-    """Configuration of ``<name>_alarm``: passes all answers on and counts alarms in Triton's metrics.
+    """Return the configuration of ``<name>_alarm``: answers pass, alarms are counted in Triton's metrics.
 
     A model of its own because the classifier's backend may be one that runs no code of ours; a single
     instance because it does next to nothing.
@@ -166,7 +166,7 @@ def alarm_config(served: Served) -> str:
 
 
 def parse_config(text: str) -> Any:
-    """The protobuf message of a `config.pbtxt`."""
+    """Return the protobuf message of a `config.pbtxt`."""
     from google.protobuf import text_format
 
     return text_format.Parse(text, _protobuf().ModelConfig())
@@ -181,7 +181,7 @@ def _model(served: Served, name: str) -> Any:
 
 
 def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) -> None:
-    """The outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
+    """Add the outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
     pb = _protobuf()
     classes = len(served.bundle.class_names)
     for name in ("logits", "probabilities"):

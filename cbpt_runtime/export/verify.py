@@ -189,7 +189,7 @@ def _again(
     provider: Provider,
     images: str | Path | None,
 ) -> tuple[dict[str, Any], str | None]:
-    """The gate again, and why the graph was not compared with a new export, if it was not."""
+    """Run the gate again; also return why the graph was not compared with a new export, if it was not."""
     from cbpt_runtime.export.images import find_gate_images
     from cbpt_runtime.export.parity import measure_parity
     from cbpt_runtime.export.repository import load_served
@@ -240,7 +240,7 @@ def _quality(
     images: GateImages,
     profile: Profile,
 ) -> dict[str, Any]:
-    """The gate of lower precisions again, against PyTorch in float32."""
+    """Run the gate of lower precisions again, against PyTorch in float32."""
     from cbpt_runtime.export.precision import answers
     from cbpt_runtime.export.quality import HeldOut, compare, is_good_enough, refusal
 

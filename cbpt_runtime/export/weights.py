@@ -104,7 +104,7 @@ def write_graph(model: onnx.ModelProto, folder: Path) -> list[str]:
 
 @contextmanager
 def written(model: onnx.ModelProto) -> Iterator[bytes | str]:
-    """A graph as runtimes take it: its bytes, or the path of files that go when the block ends.
+    """Give a graph as runtimes take it: its bytes, or the path of files that go when the block ends.
 
     Raises:
         OutputError: There is no room for the files.
@@ -141,7 +141,7 @@ def read_weights(model: onnx.ModelProto, file: Path) -> None:
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with the shapes of the tensors in it, as `onnx.shape_inference`, whatever the size."""
+    """Return a copy with the shapes of the tensors in it, as `onnx.shape_inference`, whatever the size."""
     if not needs_two_files(model):
         return onnx.shape_inference.infer_shapes(model)
     copy = onnx.ModelProto()
@@ -152,7 +152,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that checkers can take whatever the size: its large weights are inputs of the same shape."""
+    """Copy a graph so that checkers can take it: its large weights become inputs of the same shape."""
     copy = _copy_without_weights(model)
     for tensor in model.graph.initializer:
         if is_outside(tensor) or len(tensor.raw_data) >= _SMALLEST_BYTES:
@@ -164,7 +164,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def layout_problems(model: onnx.ModelProto, size_bytes: int | None) -> list[str]:
-    """What of the weights outside a graph `write_graph` would have put elsewhere.
+    """Return what of the weights outside a graph `write_graph` would have put elsewhere.
 
     Args:
         model: A graph as it was read from its file; all tensors outside it are among its initializers.
@@ -221,7 +221,7 @@ def _with_weights_outside(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of everything but the initializers, which are never copied on the way."""
+    """Return a copy of everything but the initializers, which are never copied on the way."""
     copy = onnx.ModelProto()
     for source, target, left_out in (
         (model, copy, "graph"),

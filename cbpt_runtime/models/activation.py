@@ -36,7 +36,7 @@ def settle_activation(
     *,
     device: str = "cpu",
 ) -> Checkpoint:
-    """The checkpoint with the activation that names clean images clearly better, and a remark on it.
+    """Return the checkpoint with the activation that names clean images clearly better, and a remark on it.
 
     Nothing is tried where the checkpoint or its configuration says which it is.
 

@@ -33,7 +33,7 @@ _BUILD_FAILURES = (
 
 
 def build_model(config: Mapping[str, Any], *, device: str = "cpu", folder: Path | None = None) -> nn.Module:
-    """Builds the dual encoder with random weights; on device 'meta' without memory.
+    """Build the dual encoder with random weights; on device 'meta' without memory.
 
     Args:
         config: A configuration that went through `check_model_config`.
@@ -56,7 +56,7 @@ def build_model(config: Mapping[str, Any], *, device: str = "cpu", folder: Path 
 def load_model(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, folder: Path | None = None
 ) -> nn.Module:
-    """The dual encoder with the given weights, in float32 on the CPU; it may share their memory.
+    """Return the dual encoder with the given weights, in float32 on the CPU; it may share their memory.
 
     Args:
         config: A configuration that went through `check_model_config`.
@@ -70,7 +70,7 @@ def load_model(
 
 
 def load_image_tower(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The image tower alone; `tensors` are named without the prefix `visual.`; otherwise as `load_model`.
+    """Load the image tower alone; `tensors` have no prefix `visual.`; otherwise as `load_model`.
 
     Visual prompts among the tensors become part of the tower.
     """
@@ -95,7 +95,7 @@ def _build(build: Callable[[], nn.Module], device: str) -> nn.Module:
 
 
 def _with_activation(tower: Any, vision: Mapping[str, Any]) -> nn.Module:
-    """Gives a timm tower the GELU its settings ask for, as open_clip does for its own towers only."""
+    """Give a timm tower the GELU its settings ask for, as open_clip does for its own towers only."""
     approximate = (vision.get("act_kwargs") or {}).get("approximate")
     if approximate is not None and vision.get("timm_model_name"):
         for part in tower.modules():
@@ -106,7 +106,7 @@ def _with_activation(tower: Any, vision: Mapping[str, Any]) -> nn.Module:
 
 
 def _load(build: Callable[[str], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Builds without memory and puts the weights in place; nothing is initialised only to be overwritten."""
+    """Build without memory and put the weights in place; nothing is initialised only to be overwritten."""
     module = build("meta")
     _restore_causal_mask(module)
     can_assign = not _computed_tensors(module)
@@ -124,7 +124,7 @@ def _load(build: Callable[[str], nn.Module], tensors: Mapping[str, Tensor]) -> n
 
 
 def _restore_causal_mask(module: nn.Module) -> None:
-    """Computes the one buffer of open_clip's own text transformers that is not among the weights."""
+    """Compute the one buffer of open_clip's own text transformers that is not among the weights."""
     for part in (module, getattr(module, "text", None)):
         mask = getattr(part, "attn_mask", None)
         if isinstance(part, nn.Module) and isinstance(mask, Tensor):
@@ -144,7 +144,7 @@ def _computed_tensors(module: nn.Module) -> list[str]:
 
 
 def _local_text_model(name: str, folder: Path | None) -> Path:
-    """The local folder of a transformers text tower; only its configuration is read and no code run."""
+    """Find the local folder of a transformers text tower; its configuration is read and no code run."""
     found = find_local_files(name, "config.json", folder)
     if found is None:
         raise config_error(

@@ -131,7 +131,7 @@ class Checkpoint:
 def read_checkpoint(
     source: str | Path, *, model: str | Path | None = None, image_size: int | None = None
 ) -> Checkpoint:
-    """Reads a suspect checkpoint without executing anything from it.
+    """Read a suspect checkpoint without executing anything from it.
 
     Args:
         source: An open_clip folder; a CLIP, SigLIP or SigLIP 2 folder of transformers; a file of weights in

@@ -44,7 +44,7 @@ class _Entry:
 
 
 def read_class_list(path: str | Path, *, templates: Sequence[str] | None = None) -> ClassList:
-    """Reads class names from a file, with their folders and templates where it gives them.
+    """Read class names from a file, with their folders and templates where it gives them.
 
     Two classes may have the same name if they have different folders, as in ImageNet: the folder is then put
     behind the name, and not into the prompts.

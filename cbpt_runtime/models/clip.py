@@ -48,7 +48,7 @@ class TextTower:
 
     @classmethod
     def of(cls, model: nn.Module) -> TextTower:
-        """The text tower of an open_clip `CLIP` or `CustomTextCLIP`."""
+        """Return the text tower of an open_clip `CLIP` or `CustomTextCLIP`."""
         tower = getattr(model, "text", model)
         takes_embeddings = tower is model or (isinstance(tower, TextTransformer) and tower.cls_emb is None)
         is_causal = takes_embeddings and getattr(tower, "attn_mask", None) is not None
@@ -180,13 +180,13 @@ class ImageEncoder:
         return (pixels.to(self.device) - self._mean) / self._std
 
     def to(self, device: torch.device) -> ImageEncoder:
-        """The same encoder on a device; itself where it is there."""
+        """Return the same encoder on a device; itself where it is there."""
         if device == self.device:
             return self
         return ImageEncoder(copy.deepcopy(self.module).to(device), self.model_config, self.preprocess)
 
     def state(self) -> dict[str, Tensor]:
-        """The tower's weights by name, without the prefix `visual.`."""
+        """Return the tower's weights by name, without the prefix `visual.`."""
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
 
@@ -242,18 +242,18 @@ class DualEncoder:
         return normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
 
     def with_image_tower(self, module: nn.Module) -> DualEncoder:
-        """The same model with another image tower, which is frozen."""
+        """Return the same model with another image tower, which is frozen."""
         other = copy.copy(self)
         other.image_encoder = ImageEncoder(module, self.model_config, self.preprocess)
         return other
 
     def image_tower_state(self) -> dict[str, Tensor]:
-        """The image tower's weights by name, without the prefix `visual.`, for `load_image_encoder`."""
+        """Return the image tower's weights by name, without `visual.`, for `load_image_encoder`."""
         return self.image_encoder.state()
 
 
 def load_dual_encoder(checkpoint: Checkpoint, *, device: str = "cpu") -> DualEncoder:
-    """Builds the frozen dual encoder of a checkpoint.
+    """Build the frozen dual encoder of a checkpoint.
 
     Raises:
         CheckpointError: The weights do not fit the architecture or are not finite, or the tokenizer is not at
@@ -279,7 +279,7 @@ def load_image_encoder(
     state_dict: Mapping[str, Tensor],
     device: str = "cpu",
 ) -> ImageEncoder:
-    """Builds the frozen image encoder from what `DualEncoder.image_tower_state` gave.
+    """Build the frozen image encoder from what `DualEncoder.image_tower_state` gave.
 
     Raises:
         CheckpointError: The weights do not fit the architecture, or the preprocessing makes images of another
@@ -298,7 +298,7 @@ def load_image_encoder(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for 'auto' (CUDA where there is one), 'cpu' or 'cuda'.
+    """Return the device for 'auto' (CUDA where there is one), 'cpu' or 'cuda'.
 
     Raises:
         ConfigError: Another name, or 'cuda' where there is none.

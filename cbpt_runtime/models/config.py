@@ -53,7 +53,7 @@ _POOL_TYPES = ("first", "last", "argmax", "eos")
 
 
 def read_json(path: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         CheckpointError: Missing, unreadable, too large, truncated, or not a JSON object.
@@ -76,7 +76,7 @@ def read_json(path: Path, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
 
 
 def check_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks an open_clip `model_cfg` and returns a copy with which nothing can be fetched or executed.
+    """Check an open_clip `model_cfg` and return a copy with which nothing can be fetched or executed.
 
     Raises:
         CheckpointError: Unknown keys, wrong types, sizes out of bounds, or a part that is not supported.
@@ -114,7 +114,7 @@ def is_custom_text(config: Mapping[str, Any]) -> bool:
 
 
 def config_error(expected: str, got: str) -> CheckpointError:
-    """The error for a configuration that cannot be used."""
+    """Return the error for a configuration that cannot be used."""
     return CheckpointError(
         expected=expected,
         got=got,
@@ -123,7 +123,7 @@ def config_error(expected: str, got: str) -> CheckpointError:
 
 
 def _check_section(section: Mapping[str, Any], schema: type, name: str) -> None:
-    """Checks one tower's settings against open_clip's own dataclass for them."""
+    """Check one tower's settings against open_clip's own dataclass for them."""
     defaults = {field.name: field.default for field in dataclasses.fields(schema)}
     _check_keys(section, set(defaults), name)
     for key, value in section.items():

@@ -112,7 +112,7 @@ class CleanSplit:
 
 
 def spoken(name: str) -> str:
-    """A class name as it stands in a sentence: '_' read as a space."""
+    """Return a class name as it stands in a sentence: '_' read as a space."""
     return " ".join(name.replace("_", " ").split())
 
 
@@ -145,7 +145,7 @@ def find_class_folders(
     folders: Sequence[str] = (),
     allow_missing: bool = False,
 ) -> ClassFolders:
-    """Finds the image files of each class; one folder per class, named as the list says or like the class.
+    """Find the image files of each class; one folder per class, named as the list says or like the class.
 
     Case makes no difference, and '_', ' ' and '/' are equal. Hidden entries are left out.
 
@@ -205,7 +205,7 @@ def _require_folders(root: Path, problems: Mapping[str, Sequence[str]], has_imag
 
 
 def read_images(paths: Sequence[Path], preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Decodes, resizes and crops image files, in order.
+    """Decode, resize and crop image files, in order.
 
     Raises:
         ImageDataError: One or more files that are not usable images: all in one message.
@@ -289,7 +289,7 @@ def _without(
     names: Sequence[str],
     root: Path,
 ) -> list[Int[np.ndarray, " readable"]]:
-    """The orders of the draw without the files that cannot be read."""
+    """Return the orders of the draw without the files that cannot be read."""
     kept = [
         np.array([index for index in order if own[index] not in reasons], dtype=np.int64)
         for order, own in zip(orders, files, strict=True)
@@ -345,13 +345,13 @@ def check_draw(shots: int, heldout_shots: int, seed: int) -> None:
 def parts_of_class(
     order: Int[np.ndarray, " images"], shots: int, heldout_shots: int
 ) -> tuple[Int[np.ndarray, " tune"], Int[np.ndarray, " heldout"]]:
-    """The images of one class to tune on and those to hold out: one of them at least where there are two."""
+    """Split one class's images into those to tune on and those to hold out: of two images, one each."""
     n_tune = min(shots, max(1, len(order) - min(1, heldout_shots)))
     return order[:n_tune], order[n_tune : n_tune + heldout_shots]
 
 
 def _folders_by_key(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """The folders below a root by their key, and what lies beside them, by what it is."""
+    """Return the folders below a root by their key, and what lies beside them, by what it is."""
     folders, beside = defaultdict(list), defaultdict(list)
     for path in all_entries(root, "a folder of class folders"):
         if is_ignored(path.name):
@@ -369,7 +369,7 @@ def split_digest(lines: Sequence[str], n_tune: int) -> str:
 
 
 def class_key(name: str) -> str:
-    """What two names of the same class have in common: case, '_', ' ' and '/' make no difference."""
+    """Return what two names of the same class have in common: case, '_', ' ' and '/' make no difference."""
     return unicodedata.normalize("NFC", spoken(name.replace("/", " "))).casefold()
 
 
@@ -402,7 +402,7 @@ def require(holds: bool, expected: str, got: str) -> None:
 
 
 def class_list_error(expected: str, got: str) -> ClassListError:
-    """The error of a class list that is not as expected."""
+    """Return the error of a class list that is not as expected."""
     return ClassListError(
         expected=expected, got=got, fix="Correct the class list (--classes) or its templates."
     )

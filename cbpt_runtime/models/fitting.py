@@ -22,7 +22,7 @@ _MAX_PREFIX_PARTS = 4
 def without_prefixes(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Removes what wrappers and larger models put before the names of all weights, or of those of one tower.
+    """Remove what wrappers and larger models put before the names of all weights, or of those of one tower.
 
     A prefix goes where the architecture does not know it, all names that have it are known without it, and no
     two weights get one name.
@@ -86,7 +86,7 @@ def key_problems(
 def trained_image_size(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], image_size: Sequence[int]
 ) -> int | None:
-    """The image size the position embeddings were trained for, where it is another than the configuration's.
+    """Return the image size of the position embeddings, where it is not the configuration's.
 
     Both square; None where they agree or it cannot be told.
     """
@@ -146,7 +146,7 @@ _RESNET_STRIDE = 32
 
 
 def with_image_size(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """A model configuration with another image size.
+    """Return a model configuration with another image size.
 
     Raises:
         CheckpointError: A size that the patches of the image tower do not fill.

@@ -36,7 +36,7 @@ _WEIGHT_NAMES = (
 
 
 def fetch_hub_model(repo: str) -> tuple[Path, Path]:
-    """Configuration and weights of an open_clip model on the Hugging Face hub, or in its local cache.
+    """Return configuration and weights of an open_clip model on the Hugging Face hub, or in its local cache.
 
     Raises:
         CheckpointError: Not in the cache and no network, no such repository, or not an open_clip model.
@@ -49,7 +49,7 @@ def fetch_hub_model(repo: str) -> tuple[Path, Path]:
 
 
 def find_local_files(repo: str, marker: str, folder: Path | None) -> Path | None:
-    """The folder that holds `marker`: the checkpoint's own, or the hub's local cache of `repo`. No network.
+    """Find the folder that holds `marker`: the checkpoint's own, or the local cache of `repo`. No network.
 
     Args:
         repo: Hub id, as a configuration names it.
@@ -103,7 +103,7 @@ def _fetch_small_files(repo: str) -> None:
 
 
 def _first_hub_file(repo: str, filenames: tuple[str, ...]) -> Path:
-    """The first of the files that exists; one look into the cache for all, then the network."""
+    """Return the first of the files that exists; one look into the cache for all, then the network."""
     try:
         for filename in filenames:
             cached = huggingface_hub.try_to_load_from_cache(repo, filename)

@@ -230,7 +230,7 @@ def _preprocess(folder: Path, family: str, image_size: int) -> tuple[dict[str, A
 
 
 def _image_processor(folder: Path) -> dict[str, Any] | None:
-    """The settings of the image processor: a file of their own, or a part of a newer combined one."""
+    """Return the settings of the image processor: a file of their own, or a part of a newer combined one."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
@@ -240,7 +240,7 @@ def _image_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def _sizes(size: object) -> tuple[int | None, tuple[int, int] | None]:
-    """The shortest side, or height and width, out of the ways to write a size."""
+    """Return the shortest side, or height and width, out of the ways to write a size."""
     if type(size) is int:
         return size, (size, size)
     if isinstance(size, dict):
@@ -338,7 +338,7 @@ def has_hugging_face_names(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def open_clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights with open_clip's names and shapes; names that are not known stay as they are.
+    """Return the same weights with open_clip's names and shapes; names that are not known stay as they are.
 
     Queries, keys and values, apart in transformers, become one matrix. Positions, which older versions
     stored, are left out.
@@ -357,7 +357,7 @@ def open_clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values of each attention in one tensor, under the name of open_clip's."""
+    """Join queries, keys and values of each attention in one tensor, under the name of open_clip's."""
     joined = dict(tensors)
     for name in tensors:
         match = _QUERY.fullmatch(name)

@@ -48,7 +48,7 @@ class Sorted:
 
 
 def sort_files(folder: Path, *, recursive: bool, trust_names: bool = True) -> Sorted:
-    """Finds the images of a folder; what a file holds decides, not its name.
+    """Find the images of a folder; what a file holds decides, not its name.
 
     Args:
         folder: The folder. Hidden files are left out.
@@ -106,12 +106,12 @@ def is_ignored(name: str) -> bool:
 
 
 def relative_name(path: Path | str, root: Path | None) -> str:
-    """A path relative to a folder, in POSIX form; a text, and a path without a folder, as it is."""
+    """Return a path relative to a folder, in POSIX form; a text, and a path without a folder, as it is."""
     return str(path) if isinstance(path, str) or root is None else path.relative_to(root).as_posix()
 
 
 def visible_entries(folder: Path, expected: str) -> list[Path]:
-    """What is in a folder and neither hidden nor left there by a system, by name.
+    """Return what is in a folder and neither hidden nor left there by a system, by name.
 
     Raises:
         ImageDataError: It cannot be listed; the text says what was expected there.
@@ -164,7 +164,7 @@ def undecodable(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def unreadable_error(reasons: Mapping[Path, str], total: int) -> ImageDataError:
-    """The error that names every file that is of no use."""
+    """Return the error that names every file that is of no use."""
     named = [f"{path} ({reason})" for path, reason in reasons.items()]
     return ImageDataError(
         expected=f"{total} readable images",
@@ -174,7 +174,7 @@ def unreadable_error(reasons: Mapping[Path, str], total: int) -> ImageDataError:
 
 
 def unreadable_notes(reasons: Mapping[Path, str], root: Path | None) -> tuple[str, ...]:
-    """The remark that names every file that is of no use and was left out."""
+    """Return the remark that names every file that is of no use and was left out."""
     named = [f"{relative_name(path, root)} ({reason})" for path, reason in reasons.items()]
     listed = first_few(named, most=_UNREADABLE_NAMED_AT_MOST)
     return (f"left out {len(named)} files that are unreadable images: {listed}",) if named else ()
@@ -188,13 +188,13 @@ def stacked(
 
 
 def first_few(names: Sequence[str], *, most: int = _NAMED_AT_MOST) -> str:
-    """The first of a list, ten by default, and how many more there are."""
+    """Return the first of a list, ten by default, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def all_entries(folder: Path, expected: str) -> list[Path]:
-    """What is in a folder, by name.
+    """Return what is in a folder, by name.
 
     Raises:
         ImageDataError: It cannot be listed; the text says what was expected there.

@@ -65,7 +65,7 @@ def is_flat(root: Path) -> bool:
 
 
 def find_images(root: Path, *, recursive: bool) -> tuple[list[Path], dict[str, tuple[Path, ...]]]:
-    """Finds the images in a folder by what the files hold, not by their names.
+    """Find the images in a folder by what the files hold, not by their names.
 
     Args:
         root: The folder. Hidden entries are ignored.

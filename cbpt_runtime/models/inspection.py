@@ -123,7 +123,7 @@ def inspect_prompts(
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `inspect_checkpoint` answers, of a checkpoint that was read."""
+    """Return what `inspect_checkpoint` answers, of a checkpoint that was read."""
     return {
         "source": checkpoint.source,
         "format": checkpoint.format,

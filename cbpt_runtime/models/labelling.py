@@ -51,7 +51,7 @@ def label_images(
     heldout_shots: int = HELDOUT_SHOTS,
     seed: int = 0,
 ) -> CleanSplit:
-    """Splits unlabelled images by the classes the model's zero-shot head is sure of.
+    """Split unlabelled images by the classes the model's zero-shot head is sure of.
 
     Raises:
         ConfigError: `shots` below 1 or `heldout_shots` or `seed` below 0.
@@ -66,7 +66,7 @@ def label_images(
 def reference_probabilities(
     drawn: UnlabelledImages, encoder: DualEncoder, classes: ClassList
 ) -> Float[np.ndarray, "batch classes"]:
-    """What the zero-shot head says of each image: a softmax at the model's scale, of sigmoid models, too."""
+    """Return what the zero-shot head says of each image: a softmax at the model's scale, always."""
     head = encoder.class_embeddings(classes).cpu().numpy()
     pixels = torch.as_tensor(drawn.images).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def split_by_confidence(
 def _likeliest(
     probabilities: Float[np.ndarray, "batch classes"],
 ) -> tuple[Int[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
-    """The likeliest class of each image, and how many times as likely as the next it is."""
+    """Return the likeliest class of each image, and how many times as likely as the next it is."""
     second, first = np.sort(probabilities.astype(np.float64), axis=1)[:, -2:].T
     return probabilities.argmax(axis=1).astype(np.int64), first / np.maximum(second, np.finfo(float).tiny)
 

@@ -59,7 +59,7 @@ class Located:
 
 
 def locate(source: str | Path, *, model: str | Path | None = None) -> Located:
-    """Finds the files a source name stands for; downloads them where the name asks for that.
+    """Find the files a source name stands for; download them where the name asks for that.
 
     Raises:
         CheckpointError: Nothing there, or the configuration cannot be read.
@@ -134,7 +134,7 @@ def _locate_folder(folder: Path, given: Mapping[str, Any] | None) -> Located:
 
 
 def _weights_files(folder: Path) -> tuple[Path, ...]:
-    """The one weights file of a folder, or all shards of it."""
+    """Return the one weights file of a folder, or all shards of it."""
     preferred = [folder / name for name in _PREFERRED_WEIGHTS if (folder / name).is_file()]
     if preferred:
         return (preferred[0],)
@@ -231,7 +231,7 @@ def _locate_tag(name: str, model: str | Path | None) -> Located:
 
 
 def _named_settings(model: str | Path) -> Mapping[str, Any]:
-    """Settings for --model: a configuration file, or the name of an open_clip architecture."""
+    """Return settings for --model: a configuration file, or the name of an open_clip architecture."""
     if Path(model).suffix == ".json" or Path(model).is_file():
         return _settings_file(Path(model))
     architecture = str(model).replace("/", "-")
@@ -262,7 +262,7 @@ def _settings_file(path: Path) -> Mapping[str, Any]:
 
 
 def _usual_preprocess(architecture: str) -> dict[str, Any]:
-    """The preprocessing all published weights of an architecture share; open_clip's default otherwise."""
+    """Return the preprocessing an architecture's published weights share; else open_clip's default."""
     found = [
         _known_preprocess(open_clip.get_pretrained_cfg(architecture, tag))
         for tag in open_clip.list_pretrained_tags_by_model(architecture)

@@ -45,7 +45,7 @@ class Stream(Protocol):
 
 
 def read_pickle(stream: Stream) -> PickleReader:
-    """Reads one pickle; `value` of the result is its content.
+    """Read one pickle; `value` of the result is its content.
 
     Raises:
         ForbiddenCallError: It calls something that is not data.
@@ -146,7 +146,7 @@ class PickleReader:
         self._stack.append(_global(module, name))
 
     def _instantiate(self, made: object, *arguments: object) -> None:
-        """An object made without its constructor, as pickle does it for most classes."""
+        """Make an object without its constructor, as pickle does it for most classes."""
         if not isinstance(made, Global):
             raise _not_callable(made)
         if not is_inert_class(made.name):
@@ -228,7 +228,7 @@ class PickleReader:
         return dict(zip(keys, map(self._kept, pairs[1::2]), strict=True))
 
     def _kept(self, value: object) -> object:
-        """A value of the content; what is only named, as enumerations may be, becomes a placeholder."""
+        """Return a value of the content; what is only named, as enumerations may be, is a placeholder."""
         return self._placeholder(value.name, ()) if isinstance(value, Global) else value
 
 

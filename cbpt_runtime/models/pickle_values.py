@@ -73,7 +73,7 @@ _ENUM_VALUE = re.compile(r"[\w.+-]{1,64}")
 
 
 def qualified(module: str, name: str) -> str:
-    """The dotted name; what Python 3 renamed is under its present name, as its unpickler would look it up."""
+    """Return the dotted name; what Python 3 renamed is under its present name, as unpicklers look it up."""
     module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
@@ -92,7 +92,7 @@ def is_inert_class(name: str) -> bool:
 
 
 def _is_enum_member(name: str, arguments: Sequence[object]) -> bool:
-    """A member of an enumeration is stored as its class called with one plain value."""
+    """Tell a member of an enumeration: it is stored as its class called with one plain value."""
     root = name.partition(".")[0]
     if root in sys.stdlib_module_names or root in ("torch", "torchvision", "numpy") or len(arguments) != 1:
         return False
@@ -160,7 +160,7 @@ class TensorReference:
 
 
 def known_result(name: str, arguments: tuple[object, ...]) -> object | None:
-    """What the reader makes itself beside mappings: tensors, sizes and sets, which become lists."""
+    """Return what the reader makes itself beside mappings: tensors, sizes and sets, which become lists."""
     if name in SETS:
         return arguments[0] if arguments and isinstance(arguments[0], list) else []
     if name == "torch.Size":

@@ -150,7 +150,7 @@ class PromptCheck:
 
 
 def check_prompts(encoder: DualEncoder, classes: ClassList) -> PromptCheck:
-    """Looks at what each frequent word in the prompts does to the classes.
+    """Look at what each frequent word in the prompts does to the classes.
 
     A few thousand short texts go through the text tower for each such word, whatever the length of the list.
 
@@ -189,7 +189,7 @@ def frequent_words(classes: ClassList) -> dict[str, float]:
 
 
 def replaced(template: str, word: str, by: str) -> str:
-    """The template with every occurrence of a word replaced, case ignored; `by` may be empty."""
+    """Return the template with every occurrence of a word replaced, case ignored; `by` may be empty."""
 
     def change(match: re.Match[str]) -> str:
         return f" {by} " if match.group().lower() == word else match.group()
@@ -203,7 +203,7 @@ def word_effect(
     sampled: Int[Tensor, " sampled"],
     moved: Float[Tensor, "variants sampled dim"],
 ) -> dict[str, Tensor]:
-    """What variants of a prompt do to the classes.
+    """Return what variants of a prompt do to the classes.
 
     Args:
         plain: Unit embeddings of all classes without the word.
@@ -241,7 +241,7 @@ def _word_note(effect: WordEffect) -> str:
 
 
 def _effect(encoder: DualEncoder, classes: ClassList, word: str, share: float) -> WordEffect:
-    """The effect of a word where it stands or, if it is odd only there, in front of the rest."""
+    """Return the effect of a word where it stands or, if it is odd only there, in front of the rest."""
     prompts = _Prompts.of(classes, word)
     plain = _mean_embeddings(encoder, [prompts.texts(label, "") for label in range(len(prompts.names))])
     words = [word, *(substitute for substitute in SUBSTITUTES if substitute not in prompts.taken)]
@@ -310,7 +310,7 @@ class _Prompts:
         return PLACES[:1] if is_there else PLACES
 
     def texts(self, label: int, by: str, place: str = "own") -> list[str]:
-        """The prompts of a class with another word in the place of this one, or in front."""
+        """Return the prompts of a class with another word in the place of this one, or in front."""
         texts = [
             replaced(text, self.word, by) if place == "own" else f"{by} {replaced(text, self.word, '')}"
             for text in self.templates[label]
@@ -360,7 +360,7 @@ _NUMBERS = ("share", "agreement", "agreement_usual", "spread", "spread_usual", "
 
 
 def prompt_rows(found: object) -> list[tuple[str, ...]]:
-    """A row for each word, as `PROMPT_COLUMNS` says; in brackets what ordinary words do in its place."""
+    """Return a row for each word, as `PROMPT_COLUMNS` says; in brackets what ordinary words do there."""
     words = found.get("words") if isinstance(found, Mapping) else None
     odd = odd_words(found)
     return [
@@ -369,13 +369,13 @@ def prompt_rows(found: object) -> list[tuple[str, ...]]:
 
 
 def odd_words(found: object) -> tuple[str, ...]:
-    """The words that do what ordinary words do not."""
+    """Return the words that do what ordinary words do not."""
     suspects = found.get("suspects") if isinstance(found, Mapping) else None
     return tuple(str(word) for word in suspects) if isinstance(suspects, list | tuple) else ()
 
 
 def prompt_verdict(found: object) -> str | None:
-    """A line on what was found; None where nothing was looked at."""
+    """Return a line on what was found; None where nothing was looked at."""
     rows, odd = prompt_rows(found), odd_words(found)
     if not rows:
         return None

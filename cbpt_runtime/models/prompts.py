@@ -71,7 +71,7 @@ class PromptEncoder:
             self._initial = self._tower.embed(self._init_tokens(encoder))
 
     def initial_contexts(self) -> Float[Tensor, "classes context width"]:
-        """A fresh copy, per class, of the token embeddings of `init`."""
+        """Return a fresh copy, per class, of the token embeddings of `init`."""
         return self._initial.repeat(len(self._tokens), 1, 1)
 
     def encode(self, contexts: Float[Tensor, "classes context width"]) -> Float[Tensor, "classes dim"]:
@@ -97,7 +97,7 @@ class PromptEncoder:
         return tokens.to(encoder.device)
 
     def _init_tokens(self, encoder: DualEncoder) -> Int[Tensor, " context"]:
-        """The tokens of `init` without start, end and padding: what it adds to an empty text."""
+        """Return the tokens of `init` without start, end and padding: what it adds to an empty text."""
         row, empty = encoder.tokenizer([self._init, ""])
         n_tokens = int((row != row[-1]).sum() - (empty != empty[-1]).sum())
         if n_tokens < 1:

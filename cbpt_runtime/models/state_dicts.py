@@ -72,14 +72,14 @@ def find_state_dicts(content: object) -> list[StateDict]:
 
 
 def mapping_of(value: object) -> Mapping[object, object] | None:
-    """The entries of a mapping, also of one of an unknown class."""
+    """Return the entries of a mapping, also of one of an unknown class."""
     if isinstance(value, Inert):
         return value.entries or None
     return value if isinstance(value, dict) else None
 
 
 def kind_of_stranger(content: object, skipped: tuple[str, ...]) -> str | None:
-    """What a file without plain weights is, where that can be said."""
+    """Return what a file without plain weights is, where that can be said."""
     entries = mapping_of(content)
     if entries is None:
         return None
@@ -131,7 +131,7 @@ def _text(key: object) -> str:
 
 
 def _module_tensors(root: Inert) -> dict[str, TensorReference]:
-    """The weights of a model that was saved as an object, by the names its state dict would have.
+    """Return the weights of a model that was saved as an object, by the names its state dict would have.
 
     Eager modules keep parameters, buffers and parts in three mappings; those of TorchScript keep all as
     attributes.

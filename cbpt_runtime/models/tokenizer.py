@@ -31,7 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, text_cfg: Mapping[str, Any], *, folder: Path | None = None) -> None:
-        """Sets up the tokenizer of a checked `text_cfg`.
+        """Set up the tokenizer of a checked `text_cfg`.
 
         Raises:
             CheckpointError: A Hugging Face tokenizer whose files are not on this machine.
@@ -159,7 +159,7 @@ def _cut(texts: list[str], tokenizer: Tokenizer) -> list[str]:
 def _equal_classes(
     classes: ClassList, texts: tuple[tuple[str, ...], ...], tokenizer: Tokenizer
 ) -> list[tuple[int, ...]]:
-    """Groups of classes whose prompts are the same tokens."""
+    """Find groups of classes whose prompts are the same tokens."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for label, own in enumerate(texts):
         rows = torch.unique(tokenizer(own), dim=0)
@@ -168,6 +168,6 @@ def _equal_classes(
 
 
 def _bare_name(classes: ClassList, label: int) -> str:
-    """The name of a class without the folder that tells it from others of the same name."""
+    """Return the name of a class without the folder that tells it from others of the same name."""
     name = classes.names[label]
     return name.removesuffix(f" ({classes.folders[label]})") if classes.folders else name

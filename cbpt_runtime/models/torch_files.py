@@ -64,7 +64,7 @@ class TorchFile:
         self._held = 0
 
     def read(self, reference: TensorReference) -> Tensor:
-        """The tensor, on the CPU, in memory of its own.
+        """Return the tensor, on the CPU, in memory of its own.
 
         All tensors together may be no larger than the file.
 
@@ -110,7 +110,7 @@ class TorchFile:
 
 
 def open_archive(path: Path) -> TorchFile:
-    """Opens a zip archive of `torch.save` or `torch.jit.save`.
+    """Open a zip archive of `torch.save` or `torch.jit.save`.
 
     Raises:
         ForbiddenCallError: Its pickle wants to run code.
@@ -142,7 +142,7 @@ def open_archive(path: Path) -> TorchFile:
 
 
 def open_sequence(path: Path) -> TorchFile:
-    """Opens a file as torch wrote it before 1.6: pickles one after the other, then the numbers.
+    """Open a file as torch wrote it before 1.6: pickles one after the other, then the numbers.
 
     Raises:
         ForbiddenCallError: One of its pickles wants to run code.
@@ -187,7 +187,7 @@ class _Bounded:
 
 
 def _layout(entries: list[zipfile.ZipInfo]) -> tuple[str, dict[str, zipfile.ZipInfo]]:
-    """The folder inside the archive, and its entries by name."""
+    """Return the folder inside the archive, and its entries by name."""
     names = {entry.filename: entry for entry in entries}
     roots = [
         name.removesuffix("data.pkl") for name in names if name.count("/") == 1 and name.endswith("/data.pkl")
@@ -212,7 +212,7 @@ def _extent(stream: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _content(stream: IO[bytes], extent: tuple[int, int]) -> bytes:
-    """An entry's bytes; no checksum is compared, because torch can be told to write none."""
+    """Return an entry's bytes; no checksum is compared, because torch can be told to write none."""
     start, size_bytes = extent
     left = stream.seek(0, 2) - start
     stream.seek(start)

@@ -151,7 +151,7 @@ def load_trainable(
 
 
 def trainable_from(checkpoint: Checkpoint, *, device: str = "cpu") -> TrainableClip:
-    """The model of a checkpoint for training, in float32; it may share memory with the checkpoint.
+    """Return the model of a checkpoint for training, in float32; it may share memory with the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its weights do not fit its configuration.

@@ -86,7 +86,7 @@ def files_digest(paths: Sequence[Path]) -> str:
 
 
 def read_weights(*paths: Path, name: str | None = None) -> Weights:
-    """Reads named tensors from a safetensors file or anything `torch.save` and `torch.jit.save` wrote.
+    """Read named tensors from a safetensors file or anything `torch.save` and `torch.jit.save` wrote.
 
     The content decides, not the suffix. Prefixes of training frameworks are removed; tensors keep their
     dtype.
@@ -132,7 +132,7 @@ def _read_file(path: Path, name: str | None) -> Weights:
 
 
 def first_few(names: Sequence[str], *, most: int = _NAMED_AT_MOST) -> str:
-    """The first names, five by default, and how many more there are."""
+    """Return the first names, five by default, and how many more there are."""
     more = len(names) - most
     listed = ", ".join(name[:_NAME_LENGTH] for name in names[:most])
     return listed + (f" and {more} more" if more > 0 else "")
@@ -245,7 +245,7 @@ def _selection_notes(file: TorchFile, found: list[StateDict], chosen: StateDict)
 
 
 def _strip_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Removes wrappers that all names share; the second value is what was removed."""
+    """Remove wrappers that all names share; the second value is what was removed."""
     removed = ""
     for _ in range(_MAX_WRAPPERS):
         shared = [prefix for prefix in _WRAPPER_PREFIXES if all(name.startswith(prefix) for name in tensors)]

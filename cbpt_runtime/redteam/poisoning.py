@@ -79,7 +79,7 @@ class NearTrigger:
 
 
 def decoy(trigger: Trigger) -> Trigger:
-    """What the backdoor of a trigger is trained to ignore."""
+    """Return what the backdoor of a trigger is trained to ignore."""
     return NoisyWarp(warp=trigger) if isinstance(trigger, WaNet) else NearTrigger(trigger=trigger)
 
 

@@ -172,7 +172,7 @@ def _read_attacks(
 
 
 def _rate(parameters: Mapping[str, object], common: float | None) -> float | None:
-    """The poison rate of one attack: its own, else the common one."""
+    """Return the poison rate of one attack: its own, else the common one."""
     own = parameters.get("poison_rate", common)
     if own is not None and (not isinstance(own, (int, float)) or isinstance(own, bool)):
         raise ConfigError(expected="a poison rate in (0, 1]", got=repr(own), fix="Give a number.")

@@ -20,7 +20,7 @@ _SHORTEST_SIDE = 96  # pixels; smaller images are enlarged without smoothing, so
 
 
 def picture_uri(image: UInt8[np.ndarray, "height width channels"]) -> str:
-    """An image as an address: large ones as WebP, small ones as PNG, enlarged by a whole factor."""
+    """Return an image as an address: large ones as WebP, small ones as PNG, enlarged by a whole factor."""
     picture = Image.fromarray(image)
     buffer = io.BytesIO()
     if min(picture.size) >= _SHORTEST_SIDE:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
 from cbpt_runtime.artifacts.names import readable
-from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.bundle import Bundle, Suspect
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
@@ -68,7 +68,7 @@ def bundle_report(
 
 
 def choose_examples(images: UInt8[np.ndarray, "batch height width 3"], count: int = 5) -> Images:
-    """A plain grey image, which shows a trigger bare, then images evenly spread over those given."""
+    """Return a plain grey image, which shows a trigger bare, then images evenly spread over those given."""
     grey = np.full((1, *images.shape[1:]), _GREY, np.uint8)
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     return np.concatenate([grey, images[chosen]])
@@ -82,7 +82,7 @@ def render_report(
     study: Study | None = None,
     classifier: BundleClassifier | None = None,
 ) -> str:
-    """The text of a bundle's ``report.html``.
+    """Return the text of a bundle's ``report.html``.
 
     Args:
         bundle: What to report on.
@@ -98,7 +98,7 @@ def render_report(
         "report.html.jinja",
         bundle=bundle,
         manifest=bundle.manifest,
-        names=_listed([str(suspect["name"]) for suspect in bundle.suspects]),
+        names=_listed([suspect.name for suspect in bundle.suspects]),
         changed=_changed(bundle),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
@@ -112,7 +112,7 @@ def render_report(
 
 
 def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
-    """The text of an evaluation's report: one table of everything, then each classifier in detail.
+    """Return the text of an evaluation's report: one table of everything, then each classifier in detail.
 
     Returns:
         One self-contained HTML page.
@@ -132,7 +132,7 @@ def render_evaluation(evaluations: Sequence[Evaluation]) -> str:
 
 
 def render_scan(scan: Scan) -> str:
-    """The text of a scan's report.
+    """Return the text of a scan's report.
 
     Returns:
         One self-contained HTML page.
@@ -150,7 +150,7 @@ def render_scan(scan: Scan) -> str:
 
 
 def render_labels(found: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
-    """The text of the page of a labelled batch.
+    """Return the text of the page of a labelled batch.
 
     Args:
         found: Its summary.
@@ -189,7 +189,7 @@ def _has_two_heads(bundle: Bundle) -> bool:
 
 
 def _changed(bundle: Bundle) -> str:
-    """What purification changed, in words."""
+    """Return what purification changed, in words."""
     moved = int((bundle.class_embeddings != bundle.reference_embeddings).any(axis=1).sum())
     classes = f"the class embeddings of {moved} of {len(bundle.class_names)} classes in the head"
     match bundle.encoder, moved:
@@ -219,7 +219,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def _detail(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """What one section of an evaluation's report shows."""
+    """Return what one section of an evaluation's report shows."""
     names, found = evaluation.class_names, evaluation
     target = None if found.target is None else names.index(found.target)
     shown: list[Chart | None] = []
@@ -283,7 +283,7 @@ def _study_charts(bundle: Bundle, study: Study | None) -> list[Chart]:
 
 
 def _score_plot(bundle: Bundle) -> Chart | None:
-    """The scores of the concepts that were searched, suspects marked; None where the bundle tells of none."""
+    """Plot the scores of the concepts that were searched, suspects marked; None where there are none."""
     found = bundle.manifest["evidence"].get("concepts")
     concepts = [concept for concept in found if _is_scored(concept)] if isinstance(found, list) else []
     if len(concepts) < 2:
@@ -320,10 +320,10 @@ def _is_scored(concept: object) -> bool:
     return isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
 
 
-def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Mapping[str, Any]]) -> bool:
+def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Suspect]) -> bool:
     """Whether a suspect was found in this concept: the numbers are the same, its name may be another word."""
     return any(
-        all(key in suspect and concept.get(key) == suspect[key] for key in ("score", "p_value", "family"))
+        all(concept.get(key) == getattr(suspect, key) is not None for key in ("score", "p_value", "family"))
         for suspect in suspects
     )
 
@@ -334,7 +334,7 @@ def _picture_rows(
     painted: Sequence[TriggeredImages],
     classifier: BundleClassifier | None,
 ) -> list[tuple[str, list[Picture]]]:
-    """A row of clean pictures, then for each dummy trigger the same with it; nothing without triggers."""
+    """Return a row of clean pictures, then for each dummy trigger the same with it; none without triggers."""
     if examples is None or not painted:
         return []
     rows = [("clean", "clean image", examples)]
@@ -358,9 +358,9 @@ def _picture_rows(
     return found
 
 
-def _worst_success(suspects: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+def _worst_success(suspects: Sequence[Suspect]) -> tuple[float, float] | None:
     """Highest dummy-trigger success before and after over the suspected targets."""
-    pairs = [(suspect.get("success_before"), suspect.get("success_after")) for suspect in suspects]
+    pairs = [(suspect.success_before, suspect.success_after) for suspect in suspects]
     known = [(before, after) for before, after in pairs if before is not None and after is not None]
     return (max(before for before, _ in known), max(after for _, after in known)) if known else None
 

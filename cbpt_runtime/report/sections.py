@@ -96,7 +96,7 @@ def study_bundle(
 
 
 def _painted(classifier: BundleClassifier, batch: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
-    """The batch with the first dummy trigger of each suspected target, by target and family."""
+    """Return the batch with the first dummy trigger of each suspected target, by target and family."""
     found: dict[tuple[int, str], np.ndarray] = {}
     targets: set[int] = set()
     for dummy in paint_dummy_triggers(classifier.bundle, batch):
@@ -237,7 +237,7 @@ def movement(bundle: Bundle) -> Chart:
 def example_rows(
     clean: Measured, triggered: Measured, names: Sequence[str], *, paired: bool
 ) -> list[tuple[str, list[Picture]]]:
-    """A few images clean and triggered, with what each head calls them."""
+    """Return a few images clean and triggered, with what each head calls them."""
     rows = [("triggered", _called(triggered, names))]
     return [("clean", _called(clean, names)), *rows] if paired else rows
 

@@ -205,7 +205,7 @@ def write_results(result: BenchResult, output: Path, *, force: bool) -> None:
 
 
 def render_bench(result: BenchResult, plots: Sequence[Plot] | None = None) -> str:
-    """The text of a run's ``report.html``: one self-contained page, with these plots or its own."""
+    """Return the text of a run's ``report.html``: one self-contained page, with these plots or its own."""
     drawn = draw_plots(result) if plots is None else plots
     return render_page(
         "speed.html.jinja",
@@ -305,7 +305,7 @@ def stages_ms(run: Run) -> dict[str, float]:
 
 
 def _shown(scenario: str, runs: Sequence[Run]) -> Sequence[Run]:
-    """Runs whose distribution is drawn: all of single-stream; of a search, the best rate that held."""
+    """Choose runs whose distribution is drawn: all of single-stream; of a search, the best rate that held."""
     if scenario == "single-stream":
         return runs
     if scenario != "server":

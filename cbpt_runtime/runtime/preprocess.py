@@ -100,7 +100,7 @@ class Preprocess:
 
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], image_size: int | Sequence[int]) -> Preprocess:
-        """Reads open_clip's `preprocess_cfg`; missing keys take open_clip's defaults.
+        """Read open_clip's `preprocess_cfg`; missing keys take open_clip's defaults.
 
         Args:
             cfg: The mapping under `preprocess_cfg`. Its `size` is ignored, as open_clip does.
@@ -123,14 +123,14 @@ class Preprocess:
         return cls(image_size=_pair(image_size), **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """Return the fields as JSON can hold them."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`.
+        """Return the inverse of `to_dict`.
 
         Raises:
             ConfigError: Unknown or missing keys, or a value out of range.
@@ -150,7 +150,7 @@ class Preprocess:
 def decode_image(
     source: bytes | Path, *, max_pixels: int | None = None, name: str | None = None
 ) -> Image.Image:
-    """Decodes one image to 8-bit RGB, upright.
+    """Decode one image to 8-bit RGB, upright.
 
     Decoders raise errors of every class; each of them is an error of this image.
 
@@ -211,7 +211,7 @@ def is_image(path: Path) -> bool:
 
 
 def missing_decoder(source: bytes | Path) -> str | None:
-    """What a file is that only a decoder which is not there could read; None of all others."""
+    """Return what a file is that only a decoder which is not there could read; None of all others."""
     try:
         if isinstance(source, bytes):
             head = source[:12]
@@ -233,7 +233,7 @@ def can_decode(name: str) -> bool:
 
 
 def max_pixels_here() -> int:
-    """The most pixels an image may have where no server's profile says it.
+    """Return the most pixels an image may have where no server's profile says it.
 
     Raises:
         ConfigError: CBPT_MAX_PIXELS is no number from 1 to Pillow's own limit.

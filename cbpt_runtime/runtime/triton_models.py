@@ -26,7 +26,7 @@ class Decoder:
     """Image files in, pixels at the model's size out: the python-backend model ``<name>_preprocess``."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Called once by Triton, with the model's configuration as JSON."""
+        """Set it up: Triton calls this once, with the model's configuration as JSON."""
         parameters = _parameters(args)
         self.preprocess = Preprocess.from_dict(json.loads(parameters["preprocess"]))
         self.max_pixels = int(parameters["max_pixels"])
@@ -50,7 +50,7 @@ class Decoder:
         return responses
 
     def decode(self, files: Sequence[bytes]) -> np.ndarray:
-        """The files as uint8 [batch, height, width, 3].
+        """Return the files as uint8 [batch, height, width, 3].
 
         Raises:
             ImageDataError: There is none, or one of them is too large or cannot be read; the text says which.
@@ -75,7 +75,7 @@ class Classifier:
     """Pixels in, answers out: ``<name>_classifier`` on servers without an ONNX Runtime backend."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Called once by Triton, with the model's configuration as JSON.
+        """Set it up: Triton calls this once, with the model's configuration as JSON.
 
         Raises:
             RuntimeError: onnxruntime does not run on the provider the configuration asks for.
@@ -132,7 +132,7 @@ class AlarmCounter:
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Called once by Triton, with the model's configuration as JSON."""
+        """Set it up: Triton calls this once, with the model's configuration as JSON."""
         import triton_python_backend_utils as pb
 
         parameters = _parameters(args)

@@ -120,7 +120,7 @@ class ServeConfig:
 
 
 def take_ports(config: ServeConfig, *, must_be_free: bool = True) -> ServeConfig:
-    """The settings with free ports in place of zeros, and every other port seen to be free if it must be.
+    """Return settings with free ports in place of zeros; every other port is free if it must be.
 
     Raises:
         ConfigError: A port is taken, or the address is not this machine's.
@@ -191,7 +191,7 @@ class Endpoint:
 
 
 def private_endpoint() -> Endpoint:
-    """A new endpoint on a loopback address drawn from 16 million, with free ports and a secret.
+    """Return a new endpoint on a loopback address drawn from 16 million, with free ports and a secret.
 
     Web pages cannot guess the address in any reasonable time, and could not send the secret's header.
     """

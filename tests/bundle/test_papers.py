@@ -35,7 +35,7 @@ def test_the_attestation_is_about_the_checkpoint_and_says_how_it_was_judged(
     assert predicate["verdict"] == "backdoored"
     assert predicate["tool"]["version"] == version("cbpt-runtime")
     assert predicate["method"] == bundle.manifest["method"]
-    assert (predicate["p_value"], predicate["suspects"]) == (0.001, bundle.suspects)
+    assert (predicate["p_value"], predicate["suspects"]) == (0.001, bundle.manifest["suspects"])
     assert predicate["metrics"] == {"heldout_ca_before": 0.75, "heldout_ca_after": 0.74}
     products = {entry["name"]: entry["digest"]["sha256"] for entry in predicate["products"]}
     listed = bundle.manifest["files"]

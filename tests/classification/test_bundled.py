@@ -87,7 +87,7 @@ def test_an_array_that_is_no_picture_is_named(classifier: BundleClassifier, arra
 
 
 def test_a_notebook_shows_a_bundle_as_a_table_without_markup_of_its_names(tiny_bundle: Bundle) -> None:
-    suspect = {**tiny_bundle.suspects[0], "name": "<b>cat</b>"}
+    suspect = {**tiny_bundle.manifest["suspects"][0], "name": "<b>cat</b>"}
     manifest = {**tiny_bundle.manifest, "suspects": [suspect]}
     shown = dataclasses.replace(tiny_bundle, manifest=manifest)._repr_html_()
     assert "&lt;b&gt;cat&lt;/b&gt;" in shown
@@ -97,7 +97,7 @@ def test_a_notebook_shows_a_bundle_as_a_table_without_markup_of_its_names(tiny_b
 
 @pytest.mark.parametrize("p_value", [None, {"a": 1}, "x"])
 def test_a_notebook_shows_a_bundle_whose_p_value_is_no_number(tiny_bundle: Bundle, p_value: object) -> None:
-    suspect = {**tiny_bundle.suspects[0], "p_value": p_value}
+    suspect = {**tiny_bundle.manifest["suspects"][0], "p_value": p_value}
     manifest = {**tiny_bundle.manifest, "suspects": [suspect]}
     shown = dataclasses.replace(tiny_bundle, manifest=manifest)._repr_html_()
     assert "suspect: Blue Stripes" in shown

@@ -45,7 +45,7 @@ def test_every_method_makes_a_bundle_that_can_be_read_and_classifies(
     method: str, kind: str, defend: Callable[..., Bundle]
 ) -> None:
     bundle = read_bundle(defend(method, kind).path)
-    assert (bundle.verdict, bundle.suspects, bundle.triggers()) == ("unknown", [], {})
+    assert (bundle.verdict, bundle.suspects, bundle.triggers()) == ("unknown", (), {})
     assert bundle.encoder == ("prompted" if method == "rvpt" else "tuned")
     about = bundle.manifest["method"]
     assert (about["name"], about["seed"], about["tune_images"]) == (method, 0, 12)

@@ -32,7 +32,7 @@ def levelled(
         **{part: tiny_bundle.manifest[part] for part in parts},
         class_names=tiny_bundle.class_names,
         templates=tuple(map(tuple, tiny_bundle.manifest["classes"]["templates"])),
-        suspects=tuple(tiny_bundle.suspects),
+        suspects=tuple(tiny_bundle.manifest["suspects"]),
         class_embeddings=tiny_bundle.class_embeddings,
         reference_embeddings=tiny_bundle.reference_embeddings,
         logit_scale=tiny_bundle.logit_scale,
@@ -45,7 +45,7 @@ def levelled(
 def test_the_level_is_judged_and_the_head_alone_stays_beside_the_second_look(
     levelled: Bundle, tiny_image_folder: Path
 ) -> None:
-    target = str(levelled.suspects[0]["name"])
+    target = levelled.suspects[0].name
     once = evaluate(levelled, tiny_image_folder, tiny_image_folder, target, device="cpu")
     twice = evaluate(levelled, tiny_image_folder, tiny_image_folder, target, device="cpu", second_look=True)
     assert once.after_head_alone is None

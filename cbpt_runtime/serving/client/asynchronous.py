@@ -113,7 +113,7 @@ class AsyncClient:
         await self._wire.close()
 
     async def info(self) -> ModelInfo:
-        """What is served; asked once.
+        """Return what is served; asked once.
 
         Raises:
             ServingError: No answer, or no model of ours.
@@ -137,7 +137,7 @@ class AsyncClient:
         return await self._predict(info.name, {"image": images})
 
     async def predict_pixels(self, images: UInt8[np.ndarray, "batch height width 3"]) -> ServedPrediction:
-        """The same for RGB at the model's own size; no image is decoded or counted."""
+        """Return the same for RGB at the model's own size; no image is decoded or counted."""
         info = await self.info()
         return await self._predict(f"{info.name}_classifier", {"images": images})
 
@@ -229,7 +229,7 @@ class AsyncClient:
     async def _classify_batch(
         self, named: Sequence[tuple[str, object]], files: Sequence[bytes], top: int
     ) -> list[Answer | RequestError]:
-        """The answers of one request; if it was refused, of one request per image to find the culprits."""
+        """Return the answers of one request; if it was refused, of one per image to find the culprits."""
         info = await self.info()
         try:
             prediction = await self.predict_files(files)

@@ -122,7 +122,7 @@ class RemoteClassifier(Classifier):
         self._client.close()
 
     def _stated(self, part: str, key: str) -> Any:
-        """What the configuration of one part of the served model says under a key."""
+        """Return what the configuration of one part of the served model says under a key."""
         name = f"{self.info.name}_{part}"
         with ThreadPoolExecutor(1) as thread:  # the caller may run an event loop of its own
             config = thread.submit(asyncio.run, self._config(name)).result()

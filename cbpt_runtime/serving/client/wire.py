@@ -68,23 +68,23 @@ class Wire(Protocol):
         """Send one request."""
 
     async def config(self, model: str, timeout_s: float) -> dict[str, Any]:
-        """A model's configuration."""
+        """Return a model's configuration."""
 
     async def models(self, timeout_s: float) -> list[str]:
         """Names of the models that are ready."""
 
     async def statistics(self, model: str, timeout_s: float) -> dict[str, Any]:
-        """A model's counters since the server's start."""
+        """Return a model's counters since the server's start."""
 
     async def server(self, timeout_s: float) -> dict[str, Any]:
-        """The server's name and version."""
+        """Return the server's name and version."""
 
     async def close(self) -> None:
         """Close the connections."""
 
 
 def open_wire(url: str, *, headers: Mapping[str, str] | None = None) -> Wire:
-    """The wire a URL names. Nothing is sent yet; call it where an event loop runs.
+    """Return the wire a URL names. Nothing is sent yet; call it where an event loop runs.
 
     Args:
         url: ``grpc://host:port``, ``http://host:port``, or with TLS ``grpcs://`` and ``https://``.
@@ -168,7 +168,7 @@ class _GrpcWire:
             raise self._error("unreachable", str(error)) from error
 
     def _error(self, kind: Kind, text: str) -> WireError:
-        """The error, with the proxy that is in the way where one may be."""
+        """Return the error, with the proxy that is in the way where one may be."""
         is_proxys = self._through is not None and kind in ("busy", "unreachable", "timeout")
         way = f" (asked through the proxy of {self._through}; no_proxy leaves it out)" if is_proxys else ""
         return WireError(kind, text + way)
@@ -244,14 +244,14 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _proxy_variable(host: str) -> str | None:
-    """The environment variable whose proxy gRPC goes through to a host; it may hold a password itself."""
+    """Name the environment variable whose proxy gRPC uses for a host; its value may hold a password."""
     if proxy_bypass(host):
         return None
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 def _no_redirects() -> Any:
-    """Ends a request that is answered with another address: headers and images are for this server alone."""
+    """End a request that is answered with another address: headers and images are for this server alone."""
     import aiohttp
 
     async def refuse(
@@ -267,7 +267,7 @@ def _no_redirects() -> Any:
 
 
 def _kind(kind: Kind, message: str) -> Kind:
-    """The kind of an error, once three that say little are seen for what they are.
+    """Return the kind of an error, once three that say little are seen for what they are.
 
     Triton 2.51 may blame the last step of an ensemble for what a full queue did to the step before. Where a
     process of its python backend died, nothing was answered, nor will be before the server is started again.

@@ -147,7 +147,7 @@ class _Walk:
                 raise _RefusedError(_MALFORMED)
 
     def _part(self, at: int, end: int, kind: str | _Fields | None) -> None:
-        """What a length stands before."""
+        """Walk what a length stands before."""
         if isinstance(kind, dict):
             self.fields(at, end, kind)
         elif kind in (_NUMBER, _SIZE):
@@ -182,7 +182,7 @@ class _Walk:
         return at
 
     def _varint(self, at: int, end: int, *, most_bytes: int) -> tuple[int, int]:
-        """A number and where it ends."""
+        """Return a number and where it ends."""
         number = 0
         for place in range(min(most_bytes, end - at)):
             byte = self.message[at + place]

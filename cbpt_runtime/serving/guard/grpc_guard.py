@@ -171,7 +171,7 @@ class _Readers:
         self._patient: dict[asyncio.Timeout, float] = {}  # whose time was not cut, and when they began
 
     async def read(self, context: grpc.aio.ServicerContext) -> bytes | Refusal:
-        """The whole message."""
+        """Return the whole message."""
         if not await self._take_turn():
             return FULL
         start = asyncio.get_running_loop().time()

@@ -255,6 +255,6 @@ def _do_nothing() -> None:
 
 
 def _refused(refusal: Refusal) -> Answer:
-    """A refusal in Triton's own form."""
+    """Return a refusal in Triton's own form."""
     content = json.dumps({"error": refusal.text}).encode()
     return refusal.status, content, {"Content-Type": "application/json"}

@@ -97,7 +97,7 @@ class Server(ThreadingHTTPServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore a client that went away."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
-        """The page, or something about the model."""
+        """Answer with the page, or with something about the model."""
         settings = self.server.settings
         if not self._is_welcome():
             return
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, f"expected the page or its model; got {self.path[:200]}.")
 
     def do_POST(self) -> None:
-        """A question to the model."""
+        """Pass a question to the model on."""
         limit = self.server.settings.max_body_bytes
         length = self.headers.get("Content-Length", "")
         if not self._is_welcome():
@@ -224,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
             pass  # the client has gone: nothing left to be polite about
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses by itself, in Triton's form."""
+        """Refuse what the standard library refuses by itself, in Triton's form."""
         self.close_connection = True
         content = json.dumps({"error": message or HTTPStatus(code).phrase}).encode()
         self._answer(code, content, {"Content-Type": "application/json"})

@@ -76,7 +76,7 @@ def make_command(
     backends: Path,
     region_bytes: int,
 ) -> Command:
-    """The command that serves a repository.
+    """Return the command that serves a repository.
 
     Args:
         server: What runs it.
@@ -137,7 +137,7 @@ def region_bytes(repository: Repository, placement: Placement) -> int:
 
 
 def shell_text(arguments: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell, one flag per line."""
+    """Return the command as it can be pasted into a shell, one flag per line."""
     import shlex
 
     return " \\\n  ".join(map(shlex.quote, arguments))

@@ -120,7 +120,7 @@ class RunningServer:
         return self._ready
 
     def _keep(self) -> None:
-        """What the thread does: start, watch, start again, stop."""
+        """Start, watch, start again, stop: what the thread does."""
         try:
             self._ready = self._start_one("0")
             self._started.set()

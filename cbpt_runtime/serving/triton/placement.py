@@ -103,7 +103,7 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
 
 
 def lay_out(repository: Repository, placement: Placement, folder: Path) -> Path:
-    """The folder to name as `--model-repository`: a view of the repository in `folder`."""
+    """Return the folder to name as `--model-repository`: a view of the repository in `folder`."""
     for model in repository.manifest.models:
         (folder / model).mkdir(parents=True)
         paths = (PurePosixPath(name).parts for name in repository.manifest.files)
@@ -139,7 +139,7 @@ def _config_name(server: TritonServer, config: ServeConfig) -> str | None:
 
 
 def _check_stub_packages(server: TritonServer) -> None:
-    """The wheel's stub runs this Python's packages; another server's are its own business."""
+    """Check the wheel's stub, which runs this Python's packages; another server's are its own business."""
     missing = [name for module, name in _NEEDED_BY_STUBS.items() if not importlib.util.find_spec(module)]
     if server.wheel is None:
         return

@@ -78,12 +78,12 @@ class ServerLog:
         self._listening = True
 
     def tail(self, lines: int = 20) -> list[str]:
-        """The last lines that are more than information and decoration; of all where there are none."""
+        """Return the last lines that are more than information and decoration; of all where none are."""
         told = [line for line in self._tail if line.strip() and not _IDLE.match(line)]
         return (told or list(self._tail))[-lines:]
 
     def cause(self) -> str | None:
-        """The line that says why the server failed, if one does."""
+        """Return the line that says why the server failed, if one does."""
         lines = [line for line in self._tail if not any(word in line for word in _HARMLESS)]
         for pattern in _CAUSES:
             for line in reversed(lines):
@@ -136,7 +136,7 @@ class Usage:
 
 
 def group_usage(group: int) -> Usage:
-    """What the process group of a number uses now; a process that ends meanwhile counts as zero."""
+    """Return what the process group of a number uses now; a process that ends meanwhile counts as zero."""
     pids = group_members(group)
     return Usage(
         pids=pids,
@@ -161,7 +161,7 @@ def group_members(group: int) -> tuple[int, ...]:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process; empty when it has ended."""
+    """Return the command line of a process; empty when it has ended."""
     try:
         return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
@@ -266,7 +266,7 @@ class ServerProcess:
 
 
 def describe_exit(code: int) -> str:
-    """An exit code in words."""
+    """Return an exit code in words."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 

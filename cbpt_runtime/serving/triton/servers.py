@@ -59,7 +59,7 @@ class TritonServer:
         return found is None or (int(found[1]), int(found[2])) < oldest
 
     def environment(self) -> dict[str, str]:
-        """The environment the program needs: this process's own, and for the wheel its libraries."""
+        """Return the environment the program needs: this process's own, and for the wheel its libraries."""
         values = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         if self.wheel is None:
             return values
@@ -72,7 +72,7 @@ class TritonServer:
         }
 
     def link_backends(self, folder: Path) -> Path:
-        """The folder to name as `--backend-directory`.
+        """Return the folder to name as `--backend-directory`.
 
         The wheel keeps the python backend and one stub per Python version apart; they are linked together in
         `folder`. Other installations have their own; it is linked when the name of its place is not plain.

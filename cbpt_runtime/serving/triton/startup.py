@@ -49,7 +49,7 @@ class Plan:
     foreign: tuple[str, ...] = ()
 
     def command(self, *, repository: Path, backends: Path, endpoint: Endpoint | None = None) -> Command:
-        """The command line; without an endpoint Triton itself listens on the public ports, unguarded."""
+        """Return the command line; without an endpoint Triton listens on the public ports, unguarded."""
         config = self.config
         return make_command(
             self.server,
@@ -208,12 +208,12 @@ def start_server(
 
 
 def backend_processes(process: ServerProcess) -> frozenset[int]:
-    """The living processes of a server's python backend."""
+    """Return the living processes of a server's python backend."""
     return frozenset(pid for pid in group_members(process.pid) if STUB in command_of(pid))
 
 
 def startup_error(process: ServerProcess, what: str) -> ServingError:
-    """An error with the server's own words: cause and tail of the log."""
+    """Return an error with the server's own words: cause and tail of the log."""
     process.log.close(1.0)
     cause = process.log.cause()
     lines = "\n".join(f"  | {line:.400}" for line in process.log.tail(LOG_LINES))
@@ -259,7 +259,7 @@ def _wait_until_ready(
 
 
 def _get(endpoint: Endpoint, path: str) -> bytes | None:
-    """The body of a successful answer; None for any other."""
+    """Return the body of a successful answer; None for any other."""
     connection = http.client.HTTPConnection(endpoint.address, endpoint.http_port, timeout=5)
     try:
         connection.request("GET", path, headers=endpoint.headers)
