@@ -7,22 +7,26 @@ answers on what is left. Where no square does that, the first answer stays.
 
 It is not done for an image that the purified head calls a suspected target anyway, or of which the original
 head is not sure, and never ends with a suspected target:
-no attack succeeds more often than without it, whatever an attacker knows. NumPy only.
+no attack succeeds more often than without it, whatever an attacker knows. NumPy only: it also runs inside a
+server, and travels in the repositories that are exported with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.classifier import Classifier, Pixels
 from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
 
 SIZES = (0.5, 0.3, 0.2)
 """Sides of the squares, as shares of the shorter side of the image, from coarse to fine."""
@@ -38,7 +42,7 @@ UNSURE = 0.2
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
 
-Look = Callable[[UInt8[np.ndarray, "views height width 3"]], Prediction]
+Look = Callable[[Pixels], Prediction]
 """A first look: what a classifier says of pixels, with its alarm."""
 
 
@@ -55,17 +59,12 @@ class SecondLook(Classifier):
     """
 
     def __init__(self, first: Classifier) -> None:
-        threshold = first.alarm_threshold
-        if threshold is None or not first.suspect_indices:
-            raise ConfigError(
-                expected="a bundle or graph with suspected targets and a level of the alarm, to look twice",
-                got=f"{first.source} ({first.kind}), which calls no image suspicious",
-                fix="Purify again with this version, or leave the second look away.",
-            )
-        self.first, self._threshold = first, threshold
+        what = f"{first.source} ({first.kind})"
+        self.first = first
+        self._threshold = require_level(first.alarm_threshold, first.suspect_indices, what)
         self.kind, self.source, self.digest, self.place = first.kind, first.source, first.digest, first.place
         self.class_names, self.class_folders = first.class_names, first.class_folders
-        self.verdict, self.encoder = first.verdict, first.encoder
+        self.verdict, self.encoder, self.looks_twice = first.verdict, first.encoder, True
         self.notes = (*first.notes, f"{first.source}: suspicious images are looked at twice")
 
     @property
@@ -104,6 +103,21 @@ class SecondLook(Classifier):
     def close(self) -> None:
         """Close what the first look needs."""
         self.first.close()
+
+
+def require_level(threshold: float | None, suspects: Sequence[int], what: str) -> float:
+    """The level of the alarm, where something calls images suspicious at all.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if threshold is None or not suspects:
+        raise ConfigError(
+            expected="a bundle or graph with suspected targets and a level of the alarm, to look twice",
+            got=f"{what}, which calls no image suspicious",
+            fix="Purify again with this version, or leave the second look away.",
+        )
+    return threshold
 
 
 @dataclass(slots=True)

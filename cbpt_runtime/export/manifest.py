@@ -108,6 +108,11 @@ class Repository:
         return None if threshold is None else float(threshold)
 
     @property
+    def second_look(self) -> bool:
+        """Whether it was exported to look again at suspicious images."""
+        return bool(self.manifest["profile"].get("second_look", False))
+
+    @property
     def made_on(self) -> str | None:
         """Processor the gate ran on, where the answers depend on it: int8."""
         processor = self.manifest.get("processor")
@@ -213,6 +218,9 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             if not low <= profile[key] <= high
         ]
         threshold = manifest.get("alarm_threshold", 0.0)
+        has_alarm = "alarm_threshold" in manifest and bool(manifest.get("suspects"))
+        if profile.get("second_look", False) not in (False, has_alarm):
+            problems.append("a second look without suspected targets and a level of the alarm")
         if type(threshold) not in NUMBER or not 0 <= threshold <= 1:
             problems.append(f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]")
         try:

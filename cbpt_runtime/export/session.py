@@ -13,6 +13,7 @@ import onnxruntime
 from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts.names import readable, utf8_path
+from cbpt_runtime.classification.prediction import Prediction, above
 from cbpt_runtime.errors import ConfigError, ExportError, OutputError
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT
@@ -95,6 +96,26 @@ def run_session(
     return {
         name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)
     }
+
+
+def predict(
+    session: onnxruntime.InferenceSession,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    *,
+    batch_size: int,
+    threshold: float | None,
+) -> Prediction:
+    """What a graph of `export` says of images; suspicious are those whose alarm lies above a level."""
+    names = ("logits", "probabilities", "alarm", "alarm_target")
+    found = run_session(session, images, batch_size=batch_size, outputs=names)
+    alarm = found["alarm"].ravel()
+    return Prediction(
+        logits=found["logits"],
+        probabilities=found["probabilities"],
+        alarm=alarm,
+        suspicious=above(alarm, threshold),
+        alarm_target=found["alarm_target"].ravel(),
+    )
 
 
 def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:

@@ -43,6 +43,15 @@ _TRAVELLING = (
     "serving/__init__.py",
     "serving/model.py",
 )
+_TRAVELLING_TO_LOOK_TWICE = (
+    *_TRAVELLING,
+    "classification/__init__.py",
+    "classification/classifier.py",
+    "classification/prediction.py",
+    "classification/second_look.py",
+    "classification/zero_shot.py",
+    "progress.py",
+)
 _ENTRY = '''"""Written by cbpt-runtime. The code lies beside this file and is covered by the manifest."""
 
 import sys
@@ -59,18 +68,19 @@ _NO_CACHE = "A file on purpose: no Python caches in this folder.\n"
 
 def written_files(served: Served) -> dict[str, bytes]:
     """Code, configurations and labels of a repository, by their paths in it."""
-    kinds = {
-        served.preprocess_name: "Decoder",
-        served.classifier_name: "Classifier",
-        served.alarm_name: "AlarmCounter",
+    kinds: dict[str, tuple[str, tuple[str, ...]]] = {
+        served.preprocess_name: ("Decoder", _TRAVELLING),
+        served.classifier_name: ("Classifier", _TRAVELLING),
+        served.alarm_name: ("AlarmCounter", _TRAVELLING),
     }
+    if served.profile.second_look:
+        kinds[served.alarm_name] = "SecondLooker", _TRAVELLING_TO_LOOK_TWICE
     source = Path(cbpt_runtime.__file__).parent
-    code = {f"cbpt_runtime/{name}": (source / name).read_bytes() for name in _TRAVELLING}
     files = {
         f"{model}/1/{name}": content
-        for model, kind in kinds.items()
+        for model, (kind, travelling) in kinds.items()
         for name, content in {
-            **code,
+            **{f"cbpt_runtime/{name}": (source / name).read_bytes() for name in travelling},
             "model.py": _ENTRY.format(kind=kind).encode(),
             "__pycache__": _NO_CACHE.encode(),
         }.items()
@@ -168,6 +178,7 @@ class _Described:
     preprocess: Preprocess
     suspect_indices: tuple[int, ...]
     alarm_threshold: float | None
+    logit_bias: float | None
 
 
 def _served(repository: Repository) -> Served:
@@ -181,6 +192,7 @@ def _served(repository: Repository) -> Served:
             preprocess=Preprocess.from_dict(manifest["preprocess"]),
             suspect_indices=tuple(int(index) for index in manifest["suspects"]),
             alarm_threshold=repository.alarm_threshold,
+            logit_bias=0.0 if manifest.get("probabilities") == "sigmoid" else None,
         )
         if len(names) != manifest["classes"] or not all(
             0 <= index < len(names) for index in bundle.suspect_indices

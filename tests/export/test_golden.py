@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import INT8_TOLERANCE_ELSEWHERE, GoldenSet
@@ -21,10 +22,10 @@ def golden() -> GoldenSet:
     return GoldenSet(files=(b"", b""), names=("0.png", "1.png"), answers={"tolerance": 1e-3, "images": rows})
 
 
-def answers(moved: float) -> dict[str, np.ndarray]:
+def answers(moved: float) -> Prediction:
     """The golden answers with that much probability moved from the first class to the second."""
     probabilities = np.array([[0.51 - moved, 0.49 + moved], [0.1 - moved, 0.9 + moved]])
-    return {"probabilities": probabilities, "alarm": np.array([[0.1], [0.0]])}
+    return Prediction(logits=probabilities, probabilities=probabilities, alarm=np.array([0.1, 0.0]))
 
 
 @pytest.mark.parametrize("made_on", [None, kind_of_processor(), OTHER])
