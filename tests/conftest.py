@@ -451,6 +451,23 @@ def tiny_served(
 
 
 @pytest.fixture(scope="session")
+def twice_served(
+    levelled_bundle: Bundle, tiny_triggered_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model repository of `levelled_bundle`, called 'shapes', exported with a second look. Read only."""
+    from cbpt_runtime.export.profiles import Profile
+    from cbpt_runtime.export.repository import export_bundle
+
+    output = tmp_path_factory.mktemp("twice-served") / "repository"
+    profile = Profile(max_batch=8, decoders=2, threads=1, second_look=True)
+    exported = export_bundle(
+        levelled_bundle, output, name="shapes", profile=profile, calibration=tiny_triggered_folder
+    )
+    assert exported.golden_twice  # so whatever asks its golden images has looked twice
+    return output
+
+
+@pytest.fixture(scope="session")
 def tiny_graph(tiny_served: Path) -> Path:
     """The ONNX file of `tiny_served`. Read only."""
     return tiny_served / "shapes_classifier" / "1" / "model.onnx"

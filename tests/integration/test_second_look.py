@@ -17,8 +17,6 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.classification.second_look import SecondLook
 from cbpt_runtime.evaluation import evaluate_all
-from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer, ServeConfig, running_server
 from cbpt_runtime.serving.client import ServedPrediction
@@ -30,21 +28,10 @@ PROTOCOLS = ("http", "grpc")
 
 
 @pytest.fixture(scope="module")
-def looking(
-    tritonserver: TritonServer,
-    levelled_bundle: Bundle,
-    tiny_triggered_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
-    """A server of a repository exported with a second look."""
-    output = tmp_path_factory.mktemp("looking") / "repository"
-    profile = Profile(max_batch=8, decoders=2, threads=1, second_look=True)
-    exported = export_bundle(
-        levelled_bundle, output, name="shapes", profile=profile, calibration=tiny_triggered_folder
-    )
-    assert exported.golden_twice  # so the self-test has seen a second look before this server is ready
+def looking(tritonserver: TritonServer, twice_served: Path) -> Iterator[RunningServer]:
+    """A server of a repository exported with a second look, whose self-test has seen one."""
     config = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, drain_timeout_s=10.0)
-    with running_server(output, config, tell=print) as running:
+    with running_server(twice_served, config, tell=print) as running:
         yield running
         running.require_running()
 
