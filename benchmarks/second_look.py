@@ -229,7 +229,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             copies = f"{100 * ends['attack_success_rate']:.1f}, {100 * ends['poisoned_accuracy']:.1f} %"
         lines.append(
             [
-                run["victim"],
+                run["victim"] + (", target told" if run["told"] else ""),
                 both("clean_accuracy"),
                 both("attack_success_rate"),
                 f"{100 * alone['floor']:.1f} %",
