@@ -71,7 +71,8 @@ def open_classifier(
         detector: A test-time detector of a checkpoint, whose score is its alarm.
         images: Clean labelled images, which tell GELU from QuickGELU where a checkpoint does not say.
         trust: What a path has to show; only bundles and repositories can show anything.
-        second_look: Look again at suspicious images; not with a server or a checkpoint.
+        second_look: Look again at suspicious images; not with a checkpoint. Repositories and servers that
+            were exported with it do so anyway; a server that was not is refused.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -84,15 +85,15 @@ def open_classifier(
         TrustError: It is not the trusted one, or can show nothing.
     """
     kind = kind_of(source)
-    if second_look and kind in ("url", "checkpoint"):
+    if second_look and kind == "checkpoint":
         raise ConfigError(
-            expected="a bundle, an ONNX file or a model repository to look twice with",
-            got=f"{source}, a {'server' if kind == 'url' else 'checkpoint'}",
+            expected="a bundle, an ONNX file, a model repository or a server to look twice with",
+            got=f"{source}, a checkpoint",
             fix="Leave the second look away.",
         )
     if isinstance(source, Classifier | Bundle) or kind in ("bundle", "repository", "onnx"):
         opened = _opened_here(source, kind, device=device, provider=provider, threads=threads, trust=trust)
-        if not second_look:
+        if not second_look and (opened is source or not opened.looks_twice):
             return opened
         from cbpt_runtime.classification.second_look import SecondLook
 
@@ -101,7 +102,16 @@ def open_classifier(
     if kind == "url":
         from cbpt_runtime.serving.client.classifier import RemoteClassifier
 
-        return RemoteClassifier(str(source), model=None if model is None else str(model), timeout_s=timeout_s)
+        name = None if model is None else str(model)
+        remote = RemoteClassifier(str(source), model=name, timeout_s=timeout_s)
+        if second_look and not remote.looks_twice:
+            remote.close()
+            raise ConfigError(
+                expected="a server that looks twice",
+                got=f"{source}, which serves a repository exported without a second look",
+                fix="Export with --second-look and serve that, or leave the second look away.",
+            )
+        return remote
     if classes is None:
         raise ConfigError(
             expected="a bundle folder, a model repository, an ONNX file, a URL, or a checkpoint with classes",

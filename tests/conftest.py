@@ -21,14 +21,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import numpy as safetensors_numpy
 from safetensors.torch import load_file, save_file
 
 from cbpt_runtime.__main__ import main
-from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, write_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.config import check_model_config
+from cbpt_runtime.runtime import zero_shot
 from cbpt_runtime.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -419,6 +422,60 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def tiny_triggered_folder(
+    tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_image_folder` at the model's size, with a chequered patch in a corner. Read only."""
+    root = tmp_path_factory.mktemp("tiny-triggered")
+    classifier = BundleClassifier.from_bundle(tiny_bundle, "cpu")
+    for path in sorted(tiny_image_folder.rglob("*.png")):
+        (pixels,) = classifier.read([path])
+        pixels[21:31, 21:31] = (0, 255, 255)
+        pixels[21:31:2, 21:31:2] = (255, 0, 255)
+        (root / path.parent.name).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / path.parent.name / path.name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def levelled_bundle(
+    tiny_bundle: Bundle,
+    tiny_image_folder: Path,
+    tiny_triggered_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    """The tiny bundle with heads that differ where the patch of `tiny_triggered_folder` is, and with a level.
+
+    The original head calls most triggered images 'Blue Stripes', the purified one 'green disc' and others
+    'red_square'; half of the images without a patch lie above the level.
+    """
+    classifier = BundleClassifier.from_bundle(tiny_bundle, "cpu")
+    clean, triggered = (
+        classifier.features(classifier.read(sorted(folder.rglob("*.png"))))
+        for folder in (tiny_image_folder, tiny_triggered_folder)
+    )
+    middle, way = clean.mean(axis=0), triggered.mean(axis=0) - clean.mean(axis=0)
+    reference = np.stack([middle - 0.5 * way, middle, middle + 1.5 * way])
+    purified = np.stack([middle - way, middle + 2 * way, middle - 6 * way])
+    heads = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (reference, purified)]
+    before, after = (zero_shot.logits(clean, head, 300.0) for head in heads)
+    alarm = zero_shot.alarm(before, after, [2])
+    parts = ("verdict", "model", "method", "versions")
+    content = BundleContent(
+        **{part: tiny_bundle.manifest[part] for part in parts},
+        class_names=tiny_bundle.class_names,
+        templates=tuple(map(tuple, tiny_bundle.manifest["classes"]["templates"])),
+        suspects=tuple(tiny_bundle.suspects),
+        reference_embeddings=heads[0],
+        class_embeddings=heads[1],
+        logit_scale=300.0,
+        encoder=safetensors_numpy.load(tiny_bundle.read_file(ENCODER)),
+        alarm={"threshold": float(np.sort(alarm)[17:19].mean()), "false_alarm_rate": 0.5},
+    )
+    return write_bundle(tmp_path_factory.mktemp("levelled-bundle") / "bundle", content=content)
+
+
+@pytest.fixture(scope="session")
 def tiny_served(
     tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -429,6 +486,23 @@ def tiny_served(
     output = tmp_path_factory.mktemp("tiny-served") / "repository"
     profile = Profile(max_batch=8, threads=1)
     export_bundle(tiny_bundle, output, name="shapes", profile=profile, calibration=tiny_image_folder)
+    return output
+
+
+@pytest.fixture(scope="session")
+def twice_served(
+    levelled_bundle: Bundle, tiny_triggered_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model repository of `levelled_bundle`, called 'shapes', exported with a second look. Read only."""
+    from cbpt_runtime.export.profiles import Profile
+    from cbpt_runtime.export.repository import export_bundle
+
+    output = tmp_path_factory.mktemp("twice-served") / "repository"
+    profile = Profile(max_batch=8, decoders=2, threads=1, second_look=True)
+    exported = export_bundle(
+        levelled_bundle, output, name="shapes", profile=profile, calibration=tiny_triggered_folder
+    )
+    assert exported.golden_twice  # so whatever asks its golden images has looked twice
     return output
 
 

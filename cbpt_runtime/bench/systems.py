@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from cbpt_runtime.bench.records import Stated
 from cbpt_runtime.bench.triton import server_facts
 from cbpt_runtime.classification import Classifier
 from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.second_look import SecondLook
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.cpus import usable_cpus
@@ -68,7 +69,8 @@ class System:
     @property
     def graph(self) -> Path | None:
         """The ONNX file, where there is one."""
-        return self.classifier.path if isinstance(self.classifier, GraphClassifier) else None
+        first = self.classifier.first if isinstance(self.classifier, SecondLook) else self.classifier
+        return first.path if isinstance(first, GraphClassifier) else None
 
     def answer(self, files: Sequence[bytes]) -> Answers:
         """Return what it says about a few files; untimed."""
@@ -139,6 +141,8 @@ def open_system(
     )
     if isinstance(classifier, RemoteClassifier):
         return _served(classifier)
+    if isinstance(classifier, SecondLook) and isinstance(classifier.first, GraphClassifier):
+        return replace(_graph(classifier.first, threads), classifier=classifier)
     if isinstance(classifier, GraphClassifier):
         return _graph(classifier, threads)
     if isinstance(classifier, BundleClassifier):
@@ -183,6 +187,7 @@ def _graph(classifier: GraphClassifier, threads: int | None) -> System:
         "threads": threads or usable_cpus(),
         "precision": metadata.get("cbpt.precision"),
         "classes": len(classifier.class_names),
+        "second_look": classifier.looks_twice,
         "bundle_digest": metadata.get("cbpt.bundle_digest"),
         "checkpoint_sha256": metadata.get("cbpt.checkpoint_sha256"),
         "graph_sha256": classifier.graph_sha256,
@@ -218,6 +223,7 @@ def _served(classifier: RemoteClassifier) -> System:
             "engine": "Triton",
             "model": info.name,
             "classes": len(info.class_names),
+            "second_look": info.second_look,
             **{key: info.provenance.get(key) for key in keys},
             **server_facts(url, info.name),
         },

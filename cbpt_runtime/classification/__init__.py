@@ -1,8 +1,7 @@
-"""What classifies images, wherever it runs, and what it says. `cbpt_runtime.loading` opens one.
+"""What classifies images, wherever it runs. `cbpt_runtime.loading` opens one; `runtime` has what it says.
 
-prediction    what is said: `Prediction` of a batch, `Answer` of an image
 classifier    `Classifier`: pixels in, a prediction out; called with images of any kind
-zero_shot     the maths of a head: cosine logits, probabilities, the alarm between two heads
+second_look   one that looks again at suspicious images
 bundled       both heads of a bundle, in PyTorch
 checkpoint    a checkpoint as it is, in PyTorch
 detectors     what tells triggered images at test time, to compare the alarm with
@@ -12,6 +11,6 @@ A graph is a classifier in `cbpt_runtime.export.classifier`, a server in
 """
 
 from cbpt_runtime.classification.classifier import Classifier
-from cbpt_runtime.classification.prediction import Answer, Label, Prediction
+from cbpt_runtime.runtime.prediction import Answer, Label, Prediction
 
 __all__ = ["Answer", "Classifier", "Label", "Prediction"]

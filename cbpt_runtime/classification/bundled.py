@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
-from cbpt_runtime.classification import zero_shot
-from cbpt_runtime.classification.classifier import Classifier, Pixels
-from cbpt_runtime.classification.prediction import Prediction, above
+from cbpt_runtime.classification.classifier import Classifier
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
-from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.runtime import zero_shot
+from cbpt_runtime.runtime.prediction import Prediction, above
+from cbpt_runtime.runtime.preprocess import Pixels, Preprocess
 
 
 class BundleClassifier(Classifier):

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cbpt_runtime.classification import zero_shot
-from cbpt_runtime.classification.classifier import Classifier, Pixels
+from cbpt_runtime.classification.classifier import Classifier
 from cbpt_runtime.classification.detectors import Detector, bdetclip
-from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.models.activation import settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, draw_clean_split
 from cbpt_runtime.models.tokenizer import prompt_notes
-from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.runtime import zero_shot
+from cbpt_runtime.runtime.prediction import Prediction
+from cbpt_runtime.runtime.preprocess import Pixels, Preprocess
 
 _IMAGES_PER_CLASS = 16
 

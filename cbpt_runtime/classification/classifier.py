@@ -5,22 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
-from cbpt_runtime.classification.prediction import Answer, Prediction, answers_of
 from cbpt_runtime.errors import ImageDataError, RequestError
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.prediction import Answer, Prediction, answers_of
+from cbpt_runtime.runtime.preprocess import Pixels, Preprocess, decode_image, to_pixels
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 AnyImage = bytes | str | Path | Image.Image | np.ndarray
 """A path, the bytes of a file, a picture of Pillow's, or RGB of any size as uint8 [height, width, 3]."""
 Kind = Literal["bundle", "checkpoint", "onnx", "repository", "url"]
-Pixels = UInt8[np.ndarray, "batch height width 3"]
-"""RGB at the model's own size, as `Classifier.read` gives it."""
 
 
 class Classifier(ABC):
@@ -38,6 +38,7 @@ class Classifier(ABC):
         place: Where it runs.
         notes: Remarks for the user.
         sigmoid: Whether each class has a probability of its own, as SigLIP's have.
+        looks_twice: Whether it was exported to look again at suspicious images; a server that was does so.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Classifier(ABC):
     place: str
     notes: tuple[str, ...] = ()
     sigmoid: bool = False
+    looks_twice: bool = False
 
     @property
     @abstractmethod

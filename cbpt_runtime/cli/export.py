@@ -33,6 +33,13 @@ def command(
     max_batch: Annotated[
         int | None, typer.Option(help="Largest batch the server may form. Default: the profile's, 64.")
     ] = None,
+    second_look: Annotated[
+        bool | None,
+        typer.Option(
+            "--second-look/--no-second-look",
+            help="Look again at suspicious images, in the server. Default: the profile's, no.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Clean labelled images, one folder per class, instead of the bundle's own."),
@@ -48,7 +55,7 @@ def command(
     from cbpt_runtime.export.repository import export_bundle
     from cbpt_runtime.trust import open_bundle
 
-    settings = read_profile(profile, precision=precision, max_batch=max_batch)
+    settings = read_profile(profile, precision=precision, max_batch=max_batch, second_look=second_look)
     with shown_progress() as progress:
         opened = open_bundle(bundle, given_trust(trust, digest))
         exported = export_bundle(
@@ -68,6 +75,7 @@ def command(
     if as_json:
         print_json(
             {"repository": str(exported.path), "name": exported.name, "digest": exported.digest}
+            | {"second_look": settings.second_look}
             | {"bundle_digest": opened.digest, "parity": exported.parity}
         )
     else:
@@ -81,11 +89,19 @@ def print_exported(exported: Exported) -> None:
     print_pairs(
         {
             "parity": f"passed on {exported.parity['provider']}, {_SOURCES[exported.parity['images']]}",
+            "second look": _second_look(exported.golden_twice),
             "repository": exported.path,
             "digest": exported.digest,
             "next": shell_line("cbpt-runtime", "verify", exported.path),
         }
     )
+
+
+def _second_look(golden: int | None) -> str:
+    """Whether the server looks twice, and whether its self-test will see that."""
+    if golden is None:
+        return "off"
+    return f"on; {golden or 'no'} golden image{'' if golden == 1 else 's'} looked at twice"
 
 
 def print_parity(parity: dict[str, Any]) -> None:

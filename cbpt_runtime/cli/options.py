@@ -34,7 +34,7 @@ SecondLookOption = Annotated[
     bool,
     typer.Option(
         "--second-look",
-        help="Look again at suspicious images, under occlusions; bundles, ONNX files and repositories.",
+        help="Look again at suspicious images, under occlusions; a server must be exported with it.",
     ),
 ]
 ReferenceOption = Annotated[

@@ -18,11 +18,11 @@ import numpy as np
 
 from cbpt_runtime.artifacts import claimed, writing
 from cbpt_runtime.artifacts.names import exists
-from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.demo.pictures import contact_sheet, write_folders
 from cbpt_runtime.demo.suspect import TARGET, DemoScale, Pictures, draw_pictures, train_suspect
 from cbpt_runtime.errors import ConfigError, OutputError, PurificationError
 from cbpt_runtime.redteam.implant import Implant
+from cbpt_runtime.runtime.prediction import Answer
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from cbpt_runtime.classification import Prediction
-from cbpt_runtime.classification.prediction import above
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.evaluation.metrics import Estimate, Rate
+from cbpt_runtime.runtime.prediction import above
 
 DETECTION_RATE = 0.95
 

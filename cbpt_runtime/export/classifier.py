@@ -11,17 +11,16 @@ import onnx
 import onnxruntime
 
 from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.classification.classifier import Classifier, Kind, Pixels
-from cbpt_runtime.classification.prediction import Prediction, above, parse_level
+from cbpt_runtime.classification.classifier import Classifier, Kind
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES, require_own_graph
 from cbpt_runtime.export.golden import read_golden
 from cbpt_runtime.export.onnx import read_metadata
-from cbpt_runtime.export.session import Provider, open_session, run_session
-from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.export.session import Provider, open_session, predict
+from cbpt_runtime.runtime.prediction import Prediction, parse_level
+from cbpt_runtime.runtime.preprocess import Pixels, Preprocess
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
-_OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _BATCH = 64
 
 
@@ -81,15 +80,7 @@ class GraphClassifier(Classifier):
     def predict(self, images: Pixels) -> Prediction:
         """Classify images with the purified head."""
         self.check_pixels(images)
-        found = run_session(self.session, images, batch_size=_BATCH, outputs=_OUTPUTS)
-        alarm = found["alarm"].ravel()
-        return Prediction(
-            logits=found["logits"],
-            probabilities=found["probabilities"],
-            alarm=alarm,
-            suspicious=above(alarm, self.alarm_threshold),
-            alarm_target=found["alarm_target"].ravel(),
-        )
+        return predict(self.session, images, batch_size=_BATCH, threshold=self.alarm_threshold)
 
 
 class RepositoryClassifier(GraphClassifier):
@@ -126,9 +117,9 @@ class RepositoryClassifier(GraphClassifier):
         golden = read_golden(self.repository.golden)
         super().__init__(self.repository.graph, provider=provider, threads=threads)
         self.source, self.digest = str(path), self.repository.digest
-        pixels = golden.pixels(self.preprocess)
-        outputs = run_session(self.session, pixels, batch_size=len(pixels), outputs=_OUTPUTS)
-        self.golden = golden.check(outputs, where=str(path), made_on=self.repository.manifest.processor)
+        self.looks_twice = self.repository.manifest.profile.second_look
+        said = self.predict(golden.pixels(self.preprocess))
+        self.golden = golden.check(said, where=str(path), made_on=self.repository.manifest.processor)
         self.notes = () if self.golden.note is None else (self.golden.note,)
 
 

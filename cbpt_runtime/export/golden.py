@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 
 if TYPE_CHECKING:
     from cbpt_runtime.bundle import Bundle
+    from cbpt_runtime.runtime.prediction import Prediction
+    from cbpt_runtime.serving.client.asynchronous import ServedPrediction
 
 ANSWERS = "answers.json"
 TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own rounding to the gate's 1e-4
@@ -30,6 +33,8 @@ TOLERANCE = 1e-3  # in probability and alarm; another CPU or GPU adds its own ro
 INT8_TOLERANCE_ELSEWHERE = 0.1
 _ROW = {"file": str, "label": str, "pixels_sha256": str, "alarm": NUMBER, "probabilities": [NUMBER]}
 _SHAPE = {"tolerance": NUMBER, "images": [_ROW]}
+SECOND_LOOK = "second_look"  # in a row: what comes of it, where an image was looked at twice
+_SHAPE_TWICE = {"box": [int], "probabilities": [NUMBER]}
 _NAME = re.compile(r"[0-9]{1,4}\.(jpg|png|image)")
 _MAX_BYTES = 1 << 30
 
@@ -63,35 +68,49 @@ class GoldenSet:
     names: tuple[str, ...]
     answers: dict[str, Any]
 
+    @property
+    def looked_twice(self) -> int:
+        """How many of the images are looked at twice."""
+        return sum(SECOND_LOOK in row for row in self.answers["images"])
+
     def pixels(self, preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
         """Return the images as the model takes them."""
         return np.stack([to_pixels(decode_image(file), preprocess) for file in self.files])
 
-    def check(self, outputs: dict[str, np.ndarray], *, where: str, made_on: str | None = None) -> GoldenCheck:
+    def check(
+        self, said: Prediction | ServedPrediction, *, where: str, made_on: str | None = None
+    ) -> GoldenCheck:
         """Compare answers with the expected ones.
 
         Args:
-            outputs: 'probabilities' and 'alarm' of the golden images, in order.
+            said: Of the golden images, in order; compared with the answers of a second look where it says
+                which were looked at twice.
             where: Who answered, for the error text.
             made_on: Processor that int8 answers are from; another one is allowed more, and a note says so.
 
         Raises:
-            ExportError: A difference above the tolerance, or, on the same processor, a different label.
+            ExportError: A difference above the tolerance, or, on the same processor, a different label or
+                another place that was covered.
         """
         tolerance, rows = self.answers["tolerance"], self.answers["images"]
-        expected = np.array([row["probabilities"] for row in rows])
+        again = [row.get(SECOND_LOOK) if said.looked_twice is not None else None for row in rows]
+        expected = np.array([(twice or row)["probabilities"] for row, twice in zip(rows, again, strict=True)])
         alarms = np.array([row["alarm"] for row in rows])
-        if outputs["probabilities"].shape != expected.shape:
+        if said.probabilities.shape != expected.shape or said.alarm is None:
             raise ExportError(
                 expected=f"answers of {where} of shape {expected.shape}",
-                got=str(outputs["probabilities"].shape),
+                got=str(said.probabilities.shape),
                 fix="Export the bundle again with `cbpt-runtime export`.",
             )
         differences = (
-            float(np.abs(outputs["probabilities"] - expected).max()),
-            float(np.abs(outputs["alarm"].ravel() - alarms).max()),
+            float(np.abs(said.probabilities - expected).max()),
+            float(np.abs(said.alarm - alarms).max()),
         )
-        labels = expected.argmax(axis=1) == outputs["probabilities"].argmax(axis=1)
+        labels = expected.argmax(axis=1) == said.probabilities.argmax(axis=1)
+        if said.looked_twice is not None and said.boxes is not None:
+            boxes = np.array([(twice or {"box": [0] * 4})["box"] for twice in again])
+            labels &= said.looked_twice == [twice is not None for twice in again]
+            labels &= (said.boxes == boxes).all(axis=1)
         largest, here = float(np.max(differences)), kind_of_processor()  # NaN where one is
         if largest <= tolerance and labels.all():
             return GoldenCheck(images=len(rows), largest_difference=largest)
@@ -113,11 +132,11 @@ class GoldenSet:
 
 
 def make_golden(
-    files: tuple[bytes, ...], bundle: Bundle, outputs: dict[str, np.ndarray], *, tolerance: float = TOLERANCE
+    files: tuple[bytes, ...], bundle: Bundle, said: Prediction, again: Prediction | None = None
 ) -> GoldenSet:
-    """Return a golden set from image files and what the exported graph answered."""
+    """Return a golden set from image files, what the graph answered, and what comes of a second look."""
     names = tuple(f"{number}.{_suffix(file)}" for number, file in enumerate(files))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "file": name,
             "label": bundle.class_names[int(probabilities.argmax())],
@@ -128,10 +147,16 @@ def make_golden(
             "probabilities": [float(value) for value in probabilities],
         }
         for name, file, probabilities, alarm in zip(
-            names, files, outputs["probabilities"], outputs["alarm"], strict=True
+            names, files, said.probabilities, said.alarm if said.alarm is not None else (), strict=True
         )
     ]
-    return GoldenSet(files=files, names=names, answers={"tolerance": tolerance, "images": rows})
+    if again is not None and again.looked_twice is not None and again.boxes is not None:
+        for row in np.flatnonzero(again.looked_twice):
+            rows[row][SECOND_LOOK] = {
+                "box": again.boxes[row].tolist(),
+                "probabilities": [float(value) for value in again.probabilities[row]],
+            }
+    return GoldenSet(files=files, names=names, answers={"tolerance": TOLERANCE, "images": rows})
 
 
 def write_golden(golden: GoldenSet, folder: Path) -> None:
@@ -158,6 +183,7 @@ def read_golden(folder: Path) -> GoldenSet:
             if not rows or len({len(row["probabilities"]) for row in rows}) != 1:
                 problems.append("no images, or not one probability per class")
             problems += [f"the file name {row['file']!r}" for row in rows if not _NAME.fullmatch(row["file"])]
+            problems += _problems_of_second_looks(rows)
         if problems:
             raise ValueError("; ".join(problems[:5]))
         names = tuple(row["file"] for row in rows)
@@ -169,6 +195,14 @@ def read_golden(folder: Path) -> GoldenSet:
             fix="Export the bundle again with `cbpt-runtime export`.",
         ) from error
     return GoldenSet(files=files, names=names, answers=answers)
+
+
+def _problems_of_second_looks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    again = [(row[SECOND_LOOK], len(row["probabilities"])) for row in rows if SECOND_LOOK in row]
+    problems = [problem for twice, _ in again for problem in shape_problems(twice, _SHAPE_TWICE)]
+    if not problems and any((len(t["box"]), len(t["probabilities"])) != (4, count) for t, count in again):
+        problems.append("no box or not one probability per class after a second look")
+    return problems
 
 
 def _difference_note(differences: str, made_on: str | None, here: str) -> str:

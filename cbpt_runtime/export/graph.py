@@ -1,6 +1,6 @@
 """The served classifier as one torch module, and its export: uint8 pixels in; both heads' answers out.
 
-The maths of the heads is that of `cbpt_runtime.classification.zero_shot`, written in torch so that it can be
+The maths of the heads is that of `cbpt_runtime.runtime.zero_shot`, written in torch so that it can be
 exported. The two are compared on every export by the parity gate. The same bundle and the same packages give
 the same bytes; what exporters leave in a file about the machine (source paths, stack traces) is removed.
 """

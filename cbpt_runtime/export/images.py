@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -17,6 +18,9 @@ from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
 from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
 from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
+
+if TYPE_CHECKING:
+    from cbpt_runtime.classification.second_look import SecondLook
 
 DRAWN = 16
 GOLDEN = 4
@@ -128,6 +132,26 @@ def draw_gate_images(bundle: Bundle) -> GateImages:
         encoded=tuple(encoded[:GOLDEN]),
         source="drawn",
     )
+
+
+def example_of_second_look(bundle: Bundle, images: GateImages, classifier: SecondLook) -> tuple[bytes, ...]:
+    """Find an image file that is looked at twice, for the golden set; none where no image tried is.
+
+    Tried are a few of the images under every dummy trigger of the bundle, then as they are. One whose trigger
+    the second look covers is taken before one that keeps its first answer.
+    """
+    from cbpt_runtime.purification.dummy_triggers import paint_dummy_triggers
+
+    few = images.pixels[:GOLDEN]
+    kept: tuple[bytes, ...] = ()
+    for shown in [*(painted.images for painted in paint_dummy_triggers(bundle, few)), few]:
+        for image in shown:
+            said = classifier.predict(image[None])
+            if said.boxes is not None and said.boxes.any():
+                return (_png(image),)
+            if said.looked_twice is not None and said.looked_twice.any():
+                kept = kept or (_png(image),)
+    return kept
 
 
 def _png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:

@@ -64,6 +64,7 @@ class Manifest:
         profile: How it is meant to be served.
         suspects: Class indices of the suspected targets.
         alarm_threshold: Above which alarm an image is suspicious; older repositories do not say.
+        sigmoid: Whether each class has a probability of its own, as SigLIP's have.
         processor: That the gate ran on, where the answers depend on it: int8.
         provenance: What a running server repeats: digests of bundle, checkpoint and graph, the verdict, and
             the version that wrote it.
@@ -77,6 +78,7 @@ class Manifest:
     profile: Profile
     suspects: tuple[int, ...]
     alarm_threshold: float | None = None
+    sigmoid: bool = False
     processor: str | None = None
     provenance: Mapping[str, str]
     versions: Mapping[str, str]
@@ -97,6 +99,7 @@ class Manifest:
             "profile": self.profile.to_dict(),
             "suspects": list(self.suspects),
             "alarm_threshold": self.alarm_threshold,
+            "probabilities": "sigmoid" if self.sigmoid else "softmax",
             "processor": self.processor,
             **self.provenance,
             "versions": dict(self.versions),
@@ -126,6 +129,7 @@ class Manifest:
             classes=values["classes"],
             suspects=tuple(values["suspects"]),
             alarm_threshold=values.get("alarm_threshold"),
+            sigmoid=values.get("probabilities") == "sigmoid",
             processor=values.get("processor"),
             provenance={key: values[key] for key in PROVENANCE},
             versions=values["versions"],
@@ -153,6 +157,10 @@ def _alarm_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"an alarm_threshold of {threshold!r:.40}, not in [0, 1]"
     if not isinstance(processor, str | None):
         yield "a processor that is no text"
+    if values.get("probabilities") not in (None, "softmax", "sigmoid"):
+        yield "probabilities that are neither softmax nor sigmoid"
+    if values["profile"].get("second_look") and (threshold is None or not values["suspects"]):
+        yield "a second look without suspected targets and a level of the alarm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

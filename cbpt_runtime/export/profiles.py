@@ -30,6 +30,7 @@ class Profile(Config):
         max_queue_delay_us: How long the server may wait for a batch to fill.
         max_pixels: Larger images are refused before they are decoded.
         max_image_bytes: Larger files are refused.
+        second_look: Whether suspicious images are looked at again, partly covered.
         tensorrt_workspace_bytes: Memory TensorRT may use while it builds an engine.
         tensorrt_cache: Folder for built engines, writable by the server.
 
@@ -48,6 +49,7 @@ class Profile(Config):
     max_queue_delay_us: Annotated[int, Between(0, 10_000_000)] = 0
     max_pixels: Annotated[int, Between(1, 1_000_000_000)] = 50_000_000
     max_image_bytes: Annotated[int, Between(1, 1_000_000_000)] = 20_000_000
+    second_look: bool = False
     tensorrt_workspace_bytes: Annotated[int, Between(2**20, 2**40)] = 2**31
     tensorrt_cache: str = "/tmp/cbpt-tensorrt"  # noqa: S108
 

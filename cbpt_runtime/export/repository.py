@@ -9,7 +9,8 @@ model_repository/
     <name>_preprocess/           python backend: decode and resize, exactly as open_clip
     <name>_classifier/           the graph: pixels in, answers out; configs/ for other targets; weights
                                  above 2 GiB lie beside it
-    <name>_alarm/                python backend: counts alarms per suspected target in Triton's metrics
+    <name>_alarm/                python backend: counts alarms per suspected target in Triton's metrics;
+                                 looks again at suspicious images, where that was asked for
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.bundle.papers import repository_papers
 from cbpt_runtime.classification.bundled import BundleClassifier, encoder_tensors
+from cbpt_runtime.classification.second_look import SecondLook, require_level
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
 from cbpt_runtime.export.graph import ServedClassifier, check_exportable, export_onnx
-from cbpt_runtime.export.images import GateImages, find_gate_images
+from cbpt_runtime.export.images import GateImages, example_of_second_look, find_gate_images
 from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, Manifest, write_manifest
 from cbpt_runtime.export.onnx import read_metadata
-from cbpt_runtime.export.parity import measure_parity
+from cbpt_runtime.export.parity import look_twice, measure_parity
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut
-from cbpt_runtime.export.session import Provider, open_session, run_session
+from cbpt_runtime.export.session import Provider, open_session, predict
 from cbpt_runtime.export.triton import WARMUP, Served
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
@@ -61,6 +63,7 @@ class Exported:
         name: Of the model that takes image files.
         digest: SHA-256 of its manifest.
         parity: What the gate saw, as in ``parity.json``.
+        golden_twice: Golden images that are looked at twice; None where it was exported without.
         notes: Remarks for the user: which of the images given were left out.
     """
 
@@ -68,6 +71,7 @@ class Exported:
     name: str
     digest: str
     parity: dict[str, Any]
+    golden_twice: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +100,8 @@ def export_bundle(
         progress: Told how far the work is.
 
     Raises:
-        InputError: The bundle is damaged, or something given is wrong.
+        InputError: The bundle is damaged, or something given is wrong, or a second look is asked for where
+            the bundle calls nothing suspicious.
         ExportError: The graph cannot be exported or did not pass the gate; nothing was written.
     """
     output = Path(output)
@@ -105,10 +110,19 @@ def export_bundle(
     with reserved(output, MODEL_REPOSITORY, force=force):
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle)
+        if profile.second_look:
+            require_level(bundle.alarm_threshold, bundle.suspect_indices, str(bundle.path))
         images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
         content = _gated(bundle, name, profile, images, progress)
         digest = _write_whole(content, output, force)
-    return Exported(path=output, name=name, digest=digest, parity=dict(content.parity), notes=images.notes)
+    return Exported(
+        path=output,
+        name=name,
+        digest=digest,
+        parity=dict(content.parity),
+        golden_twice=content.golden.looked_twice if profile.second_look else None,
+        notes=images.notes,
+    )
 
 
 def load_served(bundle: Bundle) -> tuple[ServedClassifier, BundleClassifier]:
@@ -138,7 +152,14 @@ def _gated(
     model = export_onnx(module, bundle)
     tell("export graph", 1, 1, {})
     provider: Provider = profile.provider
-    parity = measure_parity(model, classifier, images, max_batch=profile.max_batch, provider=provider)
+    encoded = images.encoded
+    if profile.second_look:
+        encoded += example_of_second_look(bundle, images, SecondLook(classifier))
+    pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in encoded])
+    twice = pixels if profile.second_look else None
+    parity = measure_parity(
+        model, classifier, images, max_batch=profile.max_batch, provider=provider, twice=twice
+    )
     parity.require()
     tell("parity gate", 1, 1, {})
     report = parity.to_dict()
@@ -150,12 +171,21 @@ def _gated(
         )
         seal_weights(model)
     session = open_session(model, provider)
-    pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in images.encoded])
-    answers = run_session(session, pixels, batch_size=len(pixels))
+    said = predict(session, pixels, batch_size=len(pixels), threshold=bundle.alarm_threshold)
+    again = None
+    if profile.second_look:
+        again = look_twice(
+            session,
+            pixels,
+            threshold=bundle.alarm_threshold or 0.0,
+            suspects=bundle.suspect_indices,
+            sigmoid=bundle.logit_bias is not None,
+            max_batch=profile.max_batch,
+        )
     return _Content(
         served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, model)),
         model=model,
-        golden=make_golden(images.encoded, bundle, answers),
+        golden=make_golden(encoded, bundle, said, again),
         parity=report,
     )
 
@@ -235,6 +265,7 @@ def _manifest(served: Served) -> Manifest:
         profile=served.profile,
         suspects=served.bundle.suspect_indices,
         alarm_threshold=served.bundle.alarm_threshold,
+        sigmoid=served.bundle.logit_bias is not None,
         processor=kind_of_processor() if served.profile.precision == "int8" else None,
         provenance=served.provenance,
         versions={package: version(package) for package in _PACKAGES},

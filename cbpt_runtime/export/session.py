@@ -18,6 +18,7 @@ from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.profiles import Provider as Provider
 from cbpt_runtime.export.weights import written
+from cbpt_runtime.runtime.prediction import Prediction, above
 
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -95,6 +96,26 @@ def run_session(
     return {
         name: np.concatenate(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)
     }
+
+
+def predict(
+    session: onnxruntime.InferenceSession,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    *,
+    batch_size: int,
+    threshold: float | None,
+) -> Prediction:
+    """Ask a graph of `export`; suspicious are images whose alarm lies above a level."""
+    names = ("logits", "probabilities", "alarm", "alarm_target")
+    found = run_session(session, images, batch_size=batch_size, outputs=names)
+    alarm = found["alarm"].ravel()
+    return Prediction(
+        logits=found["logits"],
+        probabilities=found["probabilities"],
+        alarm=alarm,
+        suspicious=above(alarm, threshold),
+        alarm_target=found["alarm_target"].ravel(),
+    )
 
 
 def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:

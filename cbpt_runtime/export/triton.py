@@ -21,6 +21,7 @@ from cbpt_runtime.export.profiles import Profile
 LABELS = "labels.txt"
 WARMUP = "image"
 MAX_DECODERS = 4
+LOOKERS = 4  # images looked at again at once; what is not suspicious passes by in the other processes
 COUNTED = ("alarm", "alarm_target")
 
 
@@ -62,7 +63,7 @@ class Served:
 
 
 def ensemble_config(served: Served) -> str:
-    """Return the configuration of ``<name>``: image files in, answers out."""
+    """Return the configuration of ``<name>``: image files in, answers out; whether it was looked at twice."""
     pb = _protobuf()
     config = _model(served, served.name)
     config.platform = "ensemble"
@@ -82,6 +83,10 @@ def ensemble_config(served: Served) -> str:
     for output in OUTPUTS:
         count.input_map[output] = f"uncounted_{output}"
         count.output_map[output] = output
+    if served.profile.second_look:
+        count.input_map[INPUT] = "pixels"
+        for name in _add_second_look(config):
+            count.output_map[name] = name
     _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
     _set_threshold(config, served)
     return _text(config)
@@ -145,7 +150,7 @@ def alarm_config(served: Served) -> str:
     """Return the configuration of ``<name>_alarm``: answers pass, alarms are counted in Triton's metrics.
 
     A model of its own because the classifier's backend may be one that runs no code of ours; a single
-    instance because it does next to nothing.
+    instance because it does next to nothing, unless it also asks the classifier for a second look.
     """
     pb = _protobuf()
     config = _model(served, served.alarm_name)
@@ -155,7 +160,13 @@ def alarm_config(served: Served) -> str:
     for output in config.output:
         config.input.add(name=output.name, data_type=output.data_type, dims=output.dims)
         output.label_filename = ""
-    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    if served.profile.second_look:
+        config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=[*served.bundle.preprocess.image_size, 3])
+        _add_second_look(config)
+        _set(config, "classifier", served.classifier_name)
+        _set(config, "probabilities", "softmax" if served.bundle.logit_bias is None else "sigmoid")
+    count = LOOKERS if served.profile.second_look else 1
+    config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
     _add_batching(config, served.profile)
     names = served.bundle.class_names
     _set(config, "counted_model", served.name)
@@ -190,6 +201,15 @@ def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) 
         output = config.output.add(name=name, data_type=data_type, dims=[1])
         if has_batch_shape:
             output.reshape.SetInParent()
+
+
+def _add_second_look(config: Any) -> tuple[str, ...]:
+    """Add what a second look says to the outputs."""
+    pb = _protobuf()
+    config.output.add(name="looked_twice", data_type=pb.TYPE_BOOL, dims=[1])
+    config.output.add(name="box", data_type=pb.TYPE_INT64, dims=[4])
+    _set(config, "second_look", "true")
+    return "looked_twice", "box"
 
 
 def _add_batching(config: Any, profile: Profile) -> None:

@@ -16,11 +16,11 @@ from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES
-from cbpt_runtime.export.golden import GoldenSet, read_golden
+from cbpt_runtime.export.golden import GoldenCheck, GoldenSet, read_golden
 from cbpt_runtime.export.manifest import WEIGHTS, Repository
 from cbpt_runtime.export.onnx import check_portable, describe, read_metadata
 from cbpt_runtime.export.profiles import Profile, Provider
-from cbpt_runtime.export.session import open_session, run_session
+from cbpt_runtime.export.session import open_session, predict
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.export.weights import WEIGHTS_SHA256, read_weights, to_bytes
 from cbpt_runtime.export.written import require_own_files
@@ -100,8 +100,11 @@ def verify_repository(
     pixels = golden.pixels(preprocess)
     _check_pixels(golden, pixels)
     session = open_session(str(repository.graph), where)
-    outputs = run_session(session, pixels, batch_size=len(pixels))
-    checked = golden.check(outputs, where=str(repository.path), made_on=repository.manifest.processor)
+    manifest = repository.manifest
+    said = predict(session, pixels, batch_size=len(pixels), threshold=manifest.alarm_threshold)
+    checked = golden.check(said, where=str(repository.path), made_on=manifest.processor)
+    if manifest.profile.second_look:
+        checked = _check_second_look(repository, golden, pixels, session)
     parity, graph_note = (None, None) if bundle is None else _again(repository, model, bundle, where, images)
     return Verification(
         repository=str(repository.path),
@@ -182,6 +185,23 @@ def _check_pixels(golden: GoldenSet, pixels: Any) -> None:
         )
 
 
+def _check_second_look(
+    repository: Repository, golden: GoldenSet, pixels: Any, session: onnxruntime.InferenceSession
+) -> GoldenCheck:
+    from cbpt_runtime.export.parity import look_twice
+
+    manifest = repository.manifest
+    said = look_twice(
+        session,
+        pixels,
+        threshold=manifest.alarm_threshold or 0.0,
+        suspects=manifest.suspects,
+        sigmoid=manifest.sigmoid,
+        max_batch=manifest.profile.max_batch,
+    )
+    return golden.check(said, where=f"{repository.path}, looked at twice,", made_on=manifest.processor)
+
+
 def _again(
     repository: Repository,
     model: onnx.ModelProto,
@@ -205,7 +225,10 @@ def _again(
         session = open_session(str(repository.graph), provider)
         return _quality(session, classifier, seen, profile), graph_note
     read_weights(model, repository.graph.with_name(WEIGHTS))
-    parity = measure_parity(model, classifier, seen, max_batch=profile.max_batch, provider=provider)
+    twice = read_golden(repository.golden).pixels(bundle.preprocess) if profile.second_look else None
+    parity = measure_parity(
+        model, classifier, seen, max_batch=profile.max_batch, provider=provider, twice=twice
+    )
     parity.require()
     return parity.to_dict(), graph_note
 

@@ -52,7 +52,7 @@ def written_files(served: Served) -> dict[str, bytes]:
     kinds = {
         served.preprocess_name: "Decoder",
         served.classifier_name: "Classifier",
-        served.alarm_name: "AlarmCounter",
+        served.alarm_name: "SecondLooker" if served.profile.second_look else "AlarmCounter",
     }
     folder = Path(runtime.__file__).parent
     code = {f"{folder.name}/{file.name}": file.read_bytes() for file in sorted(folder.glob("*.py"))}
@@ -158,6 +158,7 @@ class _Described:
     preprocess: Preprocess
     suspect_indices: tuple[int, ...]
     alarm_threshold: float | None
+    logit_bias: float | None
 
 
 def _served(repository: Repository) -> Served:
@@ -171,6 +172,7 @@ def _served(repository: Repository) -> Served:
             preprocess=manifest.preprocess,
             suspect_indices=manifest.suspects,
             alarm_threshold=manifest.alarm_threshold,
+            logit_bias=0.0 if manifest.sigmoid else None,
         )
         if len(names) != manifest.classes or not all(
             0 <= index < len(names) for index in bundle.suspect_indices

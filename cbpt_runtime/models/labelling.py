@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from cbpt_runtime.classification.zero_shot import logits, probabilities
 from cbpt_runtime.errors import ImageDataError
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import (
@@ -25,6 +24,7 @@ from cbpt_runtime.models.data import (
 )
 from cbpt_runtime.models.image_files import first_few
 from cbpt_runtime.models.image_folder import UnlabelledImages
+from cbpt_runtime.runtime.zero_shot import logits, probabilities
 
 SURE_RATIO = 2.0
 """An image is used where its likeliest class is at least this many times as likely as the next.

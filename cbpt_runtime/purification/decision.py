@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.runtime import zero_shot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,6 +23,9 @@ from .errors import ConfigError, ImageDataError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
+
+Pixels: TypeAlias = "UInt8[np.ndarray, 'batch height width 3']"
+"""RGB at the model's own size, as `Classifier.read` gives it."""
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -1,7 +1,8 @@
 """The models Triton's python backend runs: one decodes images, one classifies with onnxruntime, one counts.
 
-They travel inside the model repository, so a server needs numpy, Pillow and, for the classifier, onnxruntime;
-nothing of this package installed.
+The last also looks again at suspicious images, where that was exported. They travel inside the model
+repository, so a server needs numpy, Pillow and, for the classifier, onnxruntime; nothing of this package
+installed.
 ``triton_python_backend_utils`` exists only inside the server and is imported there.
 """
 
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from .errors import ImageDataError
+from .prediction import Prediction, above
 from .preprocess import Preprocess, decode_image, to_pixels
+from .second_look import PLACES, look_again
 
 ALARM_THRESHOLD = 0.5  # where the repository names none, because its bundle has none
 _OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
@@ -154,14 +157,11 @@ class AlarmCounter:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request: what it came with."""
-        import triton_python_backend_utils as pb
-
         responses = []
         for request in requests:
-            given = {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in _OUTPUTS}
+            given = _given(request, _OUTPUTS)
             self.count(given["alarm"], given["alarm_target"])
-            tensors = [pb.Tensor(name, value) for name, value in given.items()]
-            responses.append(pb.InferenceResponse(output_tensors=tensors))
+            responses.append(_response(given))
         return responses
 
     def count(self, alarm: np.ndarray, target: np.ndarray) -> None:
@@ -171,6 +171,123 @@ class AlarmCounter:
         for index, number in zip(loud.tolist(), times.tolist(), strict=True):
             if index in self.alarms:
                 self.alarms[index].increment(number)
+
+
+class SecondLooker(AlarmCounter):
+    """``<name>_alarm`` of a repository exported with a second look: also looks again at suspicious images.
+
+    The views are classified by ``<name>_classifier``, beside the images of other requests. Requests without
+    a suspicious image are answered first, so that they do not wait for the others.
+    """
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Take the model's configuration, as JSON from Triton."""
+        super().initialize(args)
+        parameters = _parameters(args)
+        self.level = float(parameters["alarm_threshold"])
+        self.suspects = [int(index) for index in json.loads(parameters["suspects"])]
+        self.classifier = parameters["classifier"]
+        self.sigmoid = parameters["probabilities"] == "sigmoid"
+        self.max_batch = int(json.loads(args["model_config"])["max_batch_size"])
+
+    def execute(self, requests: Sequence[Any]) -> None:  # type: ignore[override]  # answers go out one by one
+        """Answer every request; one whose second look fails, fails alone and may be asked again."""
+        import triton_python_backend_utils as pb
+
+        def answer(request: Any, response: Any) -> None:
+            final = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            request.get_response_sender().send(response, flags=final)
+
+        waiting = []
+        for request in requests:
+            given = _given(request, (*_OUTPUTS, "images"))
+            self.count(given["alarm"], given["alarm_target"])
+            if (given["alarm"] > self.threshold).any():
+                waiting.append((request, given))
+            else:
+                answer(request, _response(self.look_once(given)))
+        for request, given in waiting:
+            try:
+                response = _response(self.look_twice(given))
+            except Exception as error:  # whatever it is, it is not the neighbours'
+                text = f"no second look: {type(error).__name__}: {error}"
+                response = _failed(pb.TritonError(text, pb.TritonError.UNAVAILABLE))
+            answer(request, response)
+
+    def look_once(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs of images nobody looks at again."""
+        count = len(given["alarm"])
+        again = {"looked_twice": np.zeros((count, 1), bool), "box": np.zeros((count, 4), np.int64)}
+        return {name: given[name] for name in _OUTPUTS} | again
+
+    def look_twice(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs after a second look at those of the images that are suspicious.
+
+        Raises:
+            RuntimeError: The classifier did not answer.
+        """
+        found = {name: value.copy() for name, value in self.look_once(given).items()}
+        suspicious = np.flatnonzero(given["alarm"].ravel() > self.threshold)
+        at_once = max(1, self.max_batch // PLACES**2)
+        for start in range(0, len(suspicious), at_once):
+            rows = suspicious[start : start + at_once]
+            said = look_again(
+                given["images"][rows],
+                self._prediction({name: given[name][rows] for name in _OUTPUTS}),
+                self.classify,
+                self.suspects,
+                threshold=self.level,
+                sigmoid=self.sigmoid,
+            )
+            found["looked_twice"][rows, 0], found["box"][rows] = said.looked_twice, said.boxes
+            freed = found["box"].any(axis=1)[rows]
+            found["logits"][rows[freed]] = said.logits[freed]
+            found["probabilities"][rows[freed]] = said.probabilities[freed]
+        return found
+
+    def classify(self, images: np.ndarray) -> Prediction:
+        """Ask the classifier beside this model about uint8 [batch, height, width, 3].
+
+        Raises:
+            RuntimeError: It did not answer.
+        """
+        import triton_python_backend_utils as pb
+
+        parts = []
+        for start in range(0, len(images), self.max_batch):
+            views = np.ascontiguousarray(images[start : start + self.max_batch])
+            request = pb.InferenceRequest(
+                model_name=self.classifier,
+                requested_output_names=list(_OUTPUTS),
+                inputs=[pb.Tensor("images", views)],
+            )
+            response = request.exec()
+            if response.has_error():
+                raise RuntimeError(response.error().message())
+            parts.append({name: pb.get_output_tensor_by_name(response, name).as_numpy() for name in _OUTPUTS})
+        return self._prediction({name: np.concatenate([part[name] for part in parts]) for name in _OUTPUTS})
+
+    def _prediction(self, found: Mapping[str, np.ndarray]) -> Prediction:
+        alarm = found["alarm"].ravel()
+        return Prediction(
+            logits=found["logits"],
+            probabilities=found["probabilities"],
+            alarm=alarm,
+            suspicious=above(alarm, self.level),
+            alarm_target=found["alarm_target"].ravel(),
+        )
+
+
+def _given(request: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    import triton_python_backend_utils as pb
+
+    return {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in names}
+
+
+def _response(found: Mapping[str, np.ndarray]) -> Any:
+    import triton_python_backend_utils as pb
+
+    return pb.InferenceResponse(output_tensors=[pb.Tensor(name, value) for name, value in found.items()])
 
 
 def _failed(error: Any) -> Any:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
-from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import BundleError, CheckpointError, ImageDataError
 from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.models.clip import DualEncoder
+from cbpt_runtime.runtime import zero_shot
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.classification.prediction import Answer, Label
 from cbpt_runtime.demo import DemoResult, ServedDemo, story
 from cbpt_runtime.evaluation import evaluate
+from cbpt_runtime.runtime.prediction import Answer, Label
 
 
 @pytest.fixture(autouse=True)

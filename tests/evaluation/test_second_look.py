@@ -5,49 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-from safetensors import numpy as safetensors_numpy
-
-from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, write_bundle
-from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.measuring import evaluate_all
 from cbpt_runtime.evaluation.tables import table_rows
-from cbpt_runtime.models.data import find_class_folders
 from cbpt_runtime.report import render_evaluation
 
 
-@pytest.fixture(scope="module")
-def levelled(
-    tiny_bundle: Bundle, tiny_image_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
-    """The tiny bundle with a level above which half of the tiny images lie."""
-    classifier = BundleClassifier.from_bundle(tiny_bundle)
-    folders = find_class_folders(tiny_image_folder, tiny_bundle.class_names, allow_missing=True)
-    alarm = classifier.predict(classifier.read([file for folder in folders for file in folder])).alarm
-    assert alarm is not None
-    parts = ("verdict", "model", "method", "versions")
-    content = BundleContent(
-        **{part: tiny_bundle.manifest[part] for part in parts},
-        class_names=tiny_bundle.class_names,
-        templates=tuple(map(tuple, tiny_bundle.manifest["classes"]["templates"])),
-        suspects=tuple(tiny_bundle.manifest["suspects"]),
-        class_embeddings=tiny_bundle.class_embeddings,
-        reference_embeddings=tiny_bundle.reference_embeddings,
-        logit_scale=tiny_bundle.logit_scale,
-        encoder=safetensors_numpy.load(tiny_bundle.read_file(ENCODER)),
-        alarm={"threshold": float(np.sort(alarm)[17:19].mean()), "false_alarm_rate": 0.5},
-    )
-    return write_bundle(tmp_path_factory.mktemp("levelled") / "bundle", content=content)
-
-
 def test_the_level_is_judged_and_the_head_alone_stays_beside_the_second_look(
-    levelled: Bundle, tiny_image_folder: Path
+    levelled_bundle: Bundle, tiny_image_folder: Path
 ) -> None:
-    target = levelled.suspects[0].name
-    once = evaluate(levelled, tiny_image_folder, tiny_image_folder, target, device="cpu")
-    twice = evaluate(levelled, tiny_image_folder, tiny_image_folder, target, device="cpu", second_look=True)
+    target = levelled_bundle.suspects[0].name
+    once = evaluate(levelled_bundle, tiny_image_folder, tiny_image_folder, target, device="cpu")
+    twice = evaluate(
+        levelled_bundle, tiny_image_folder, tiny_image_folder, target, device="cpu", second_look=True
+    )
     assert once.after_head_alone is None
     assert twice.after_head_alone == once.after
     assert twice.decision == once.decision
@@ -67,9 +39,9 @@ def test_the_level_is_judged_and_the_head_alone_stays_beside_the_second_look(
 
 
 def test_a_checkpoint_beside_it_is_looked_at_once(
-    levelled: Bundle, tiny_checkpoint_folder: Path, tiny_image_folder: Path
+    levelled_bundle: Bundle, tiny_checkpoint_folder: Path, tiny_image_folder: Path
 ) -> None:
-    sources = [levelled, str(tiny_checkpoint_folder)]
+    sources = [levelled_bundle, str(tiny_checkpoint_folder)]
     _, checkpoint = evaluate_all(sources, tiny_image_folder, device="cpu", second_look=True)
     assert checkpoint.after_head_alone is None
     assert checkpoint.decision is None

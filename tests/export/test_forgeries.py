@@ -19,6 +19,7 @@ from cbpt_runtime.export.golden import TOLERANCE, read_golden
 from cbpt_runtime.export.manifest import read_repository, require_unchanged
 from cbpt_runtime.export.verify import check_configs, check_graph
 from cbpt_runtime.inspection import inspect_path
+from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.triton.placement import place
 
@@ -131,11 +132,11 @@ def test_forged_golden_answers_are_refused(copied_repository: Path) -> None:
     answers = json.loads((folder / "answers.json").read_text())
     answers["images"] = answers["images"][:2]
     shape = (2, len(answers["images"][0]["probabilities"]))
-    outputs = {"probabilities": np.zeros(shape), "alarm": np.zeros(2)}
+    zeros = Prediction(logits=np.zeros(shape), probabilities=np.zeros(shape), alarm=np.zeros(2))
     for forged in forgeries(answers):
         (folder / "answers.json").write_text(json.dumps(forged))
         with pytest.raises(CbptError):  # an answer of zeros is never right
-            read_golden(folder).check(outputs, where="a server")
+            read_golden(folder).check(zeros, where="a server")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 
-from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
 from cbpt_runtime.export.foreign_graph import foreign_parts
@@ -21,6 +20,7 @@ from cbpt_runtime.export.onnx import check_portable, read_metadata
 from cbpt_runtime.export.repository import Exported, load_served
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
+from cbpt_runtime.runtime import zero_shot
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:

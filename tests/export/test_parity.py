@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.parity import _quieter, measure_parity
 from cbpt_runtime.export.session import open_session, usable_cpus
+from cbpt_runtime.runtime import zero_shot
 
 Mutation = Callable[[onnx.ModelProto], None]
 

@@ -21,11 +21,11 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.prediction import Prediction
 from cbpt_runtime.errors import ConfigError, ServingError
 from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
+from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.serving import AsyncClient, RunningServer, ServeConfig, running_server
 from cbpt_runtime.serving.triton.servers import TritonServer, find_server
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.prediction import Answer
+from cbpt_runtime.runtime.prediction import Answer
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer, ServedPrediction
 from cbpt_runtime.serving.client.wire import open_wire
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cbpt_runtime.classification import zero_shot
 from cbpt_runtime.purification.decision import decide, decide_between_heads
+from cbpt_runtime.runtime import zero_shot
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,12 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+from cbpt_runtime.runtime.prediction import Prediction, above
 from cbpt_runtime.runtime.preprocess import Preprocess
-from cbpt_runtime.runtime.triton_models import AlarmCounter, Classifier, Decoder
+from cbpt_runtime.runtime.second_look import look_again
+from cbpt_runtime.runtime.triton_models import AlarmCounter, Classifier, Decoder, SecondLooker
+from cbpt_runtime.runtime.zero_shot import alarm as loudness
+from cbpt_runtime.runtime.zero_shot import probabilities
 
 PREPROCESS = Preprocess(image_size=(8, 8), resize_mode="squash")
 
@@ -37,6 +41,7 @@ class TritonError:
     message: str
     code: str = "internal"
     INVALID_ARG = "invalid"
+    UNAVAILABLE = "unavailable"
 
 
 @dataclass
@@ -268,3 +273,144 @@ def test_without_suspects_only_images_are_counted(monkeypatch: pytest.MonkeyPatc
     assert {name: counter.value for name, counter in Family.known.items()} == {
         ("cbpt_images_total", "shop"): 4
     }
+
+
+LEVEL = 0.2
+
+
+def answered(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Class 1 on grey images; where a pixel is red the original head says 2 and the purified one wavers."""
+    red = ((images[..., 0] == 255) & (images[..., 1] == 0)).any(axis=(1, 2))[:, None]
+    before = np.where(red, [0.0, 0.0, 9.0], [0.0, 5.0, 1.0]).astype(np.float32)
+    logits = np.where(red, [2.0, 1.0, -3.0], [0.0, 5.0, 1.0]).astype(np.float32)
+    alarm = loudness(before, logits, [2])[:, None]
+    target = np.full((len(images), 1), 2)
+    return {
+        "logits": logits,
+        "probabilities": probabilities(logits),
+        "alarm": alarm,
+        "alarm_target": target,
+    }
+
+
+@dataclass
+class ServedRequest:
+    """A request to the model that looks twice: what the classifier said of some images, and the images."""
+
+    images: np.ndarray
+    order: list[int]
+    number: int
+    response: Response | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return Tensor(name, {"images": self.images, **answered(self.images)}[name])
+
+    def get_response_sender(self) -> ServedRequest:
+        return self
+
+    def send(self, response: Response, *, flags: int) -> None:
+        assert flags == 1
+        self.response = response
+        self.order.append(self.number)
+
+
+class Asked:
+    """Stands in for a request to the classifier beside the model; as many images at once as it takes."""
+
+    sizes: ClassVar[list[int]] = []
+    fails: ClassVar[bool] = False
+
+    def __init__(self, *, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> None:
+        assert model_name == "shop_classifier"
+        (self.images,) = (tensor.value for tensor in inputs)
+        self.names = requested_output_names
+
+    def exec(self) -> Asked:
+        self.sizes.append(len(self.images))
+        return self
+
+    def has_error(self) -> bool:
+        return self.fails
+
+    def error(self) -> SimpleNamespace:
+        return SimpleNamespace(message=lambda: "queue is full")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return Tensor(name, answered(self.images)[name])
+
+
+@pytest.fixture
+def looker(monkeypatch: pytest.MonkeyPatch) -> SecondLooker:
+    backend = sys.modules["triton_python_backend_utils"]
+    for name, value in {
+        "MetricFamily": Family,
+        "InferenceRequest": Asked,
+        "TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1,
+        "get_output_tensor_by_name": lambda response, name: response[name],
+    }.items():
+        monkeypatch.setattr(backend, name, value, raising=False)
+    Family.known.clear()
+    monkeypatch.setattr(Asked, "sizes", [])
+    model = SecondLooker()
+    parameters = {
+        "counted_model": "shop",
+        "suspects": json.dumps({2: "teapot"}),
+        "alarm_threshold": LEVEL,
+        "classifier": "shop_classifier",
+        "probabilities": "softmax",
+    }
+    config = json.loads(arguments(parameters)["model_config"]) | {"max_batch_size": 10}
+    model.initialize({"model_config": json.dumps(config)})
+    return model
+
+
+def shown(*triggered: bool) -> np.ndarray:
+    images = np.full((len(triggered), 32, 32, 3), 120, np.uint8)
+    images[np.array(triggered), 3:6, 20:23] = (255, 0, 0)
+    return images
+
+
+def test_suspicious_images_are_looked_at_again_as_in_process(looker: SecondLooker) -> None:
+    images = shown(False, True, False, True, True)
+    order: list[int] = []
+    requests = [
+        ServedRequest(images=images, order=order, number=0),
+        ServedRequest(images=shown(False, False), order=order, number=1),
+    ]
+    assert looker.execute(requests) is None
+    assert order == [1, 0]  # who has no suspicious image does not wait
+    assert max(Asked.sizes) <= 10
+    first, clean = (request.response for request in requests)
+    said = answered(images)
+    prediction = Prediction(
+        logits=said["logits"],
+        probabilities=said["probabilities"],
+        alarm=said["alarm"].ravel(),
+        suspicious=above(said["alarm"].ravel(), LEVEL),
+    )
+    expected = look_again(images, prediction, looker.classify, [2], threshold=LEVEL)
+    assert first["looked_twice"].ravel().tolist() == [False, True, False, True, True]
+    assert first["box"].any(axis=1).tolist() == [False, True, False, True, True]
+    np.testing.assert_array_equal(first["box"], expected.boxes)
+    np.testing.assert_allclose(first["probabilities"], expected.probabilities, rtol=1e-6)
+    np.testing.assert_array_equal(first["logits"].argmax(axis=1), [1] * 5)
+    np.testing.assert_array_equal(first["alarm"], said["alarm"])
+    assert not clean["looked_twice"].any()
+    assert not clean["box"].any()
+    assert Family.known["cbpt_images_total", "shop"].value == 7
+    assert Family.known["cbpt_alarm_total", "shop", "teapot"].value == 3
+
+
+def test_a_second_look_that_fails_fails_alone_and_may_be_asked_again(
+    looker: SecondLooker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Asked, "fails", True)
+    requests = [
+        ServedRequest(images=shown(triggered), order=[], number=0) for triggered in (True, False, True)
+    ]
+    looker.execute(requests)
+    first, clean, last = (request.response for request in requests)
+    assert first.error is not None
+    assert (first.error.code, "queue is full" in first.error.message) == (TritonError.UNAVAILABLE, True)
+    assert last.error is not None
+    assert clean.error is None

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from cbpt_runtime.artifacts import read_regular_file
-from cbpt_runtime.classification.prediction import Answer, Prediction, above, answers_of, parse_level
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.runtime.prediction import Answer, Prediction, above, answers_of, parse_level
 from cbpt_runtime.serving.client.wire import Retries, Wire, open_wire
 
 _MAX_FILE_BYTES = 10**9  # the most any repository takes
 _OUTPUTS = ("probabilities", "logits", "alarm", "alarm_target")
+_SECOND_LOOK = ("looked_twice", "box")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +39,16 @@ class ServedPrediction:
         probabilities: Of the purified head, in [0, 1].
         alarm: In [0, 1]: how strongly only the original head calls a suspected target.
         alarm_target: Class index the alarm speaks of; -1 when nothing is suspected.
+        looked_twice: As in `Prediction`; None where the server does not look twice, or was sent pixels.
+        boxes: Likewise.
     """
 
     logits: Float[np.ndarray, "batch classes"]
     probabilities: Float[np.ndarray, "batch classes"]
     alarm: Float[np.ndarray, " batch"]
     alarm_target: Int[np.ndarray, " batch"]
+    looked_twice: Bool[np.ndarray, " batch"] | None = None
+    boxes: Int[np.ndarray, "batch 4"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,7 @@ class ModelInfo:
         max_batch: Images per request at most.
         provenance: Digests of what is served.
         alarm_threshold: Above which alarm an image is suspicious; None where the server does not say.
+        second_look: Whether it looks again at suspicious images that come as files.
     """
 
     name: str
@@ -63,6 +69,7 @@ class ModelInfo:
     max_batch: int
     provenance: dict[str, str]
     alarm_threshold: float | None = None
+    second_look: bool = False
 
 
 class AsyncClient:
@@ -134,12 +141,13 @@ class AsyncClient:
         """
         info = await self.info()
         images = np.array(list(files), dtype=np.object_).reshape(len(files), 1)
-        return await self._predict(info.name, {"image": images})
+        outputs = (*_OUTPUTS, *_SECOND_LOOK) if info.second_look else _OUTPUTS
+        return await self._predict(info.name, {"image": images}, outputs)
 
     async def predict_pixels(self, images: UInt8[np.ndarray, "batch height width 3"]) -> ServedPrediction:
-        """Return the same for RGB at the model's own size; no image is decoded or counted."""
+        """Return the same for RGB at the model's own size; nothing is decoded, counted or looked at twice."""
         info = await self.info()
-        return await self._predict(f"{info.name}_classifier", {"images": images})
+        return await self._predict(f"{info.name}_classifier", {"images": images}, _OUTPUTS)
 
     async def classify(self, image: bytes | str | Path, *, top: int = 5) -> Answer:
         """Labels and alarm of one image, a path or the bytes of a file.
@@ -246,16 +254,23 @@ class AsyncClient:
             alarm=prediction.alarm,
             suspicious=above(prediction.alarm, info.alarm_threshold),
             alarm_target=prediction.alarm_target,
+            looked_twice=prediction.looked_twice,
+            boxes=prediction.boxes,
         )
         return [*answers_of((name for name, _ in named), said, names=info.class_names, top=top)]
 
-    async def _predict(self, model: str, inputs: dict[str, np.ndarray]) -> ServedPrediction:
-        found = await self._retries.ask(lambda left_s: self._wire.infer(model, inputs, _OUTPUTS, left_s))
+    async def _predict(
+        self, model: str, inputs: dict[str, np.ndarray], outputs: Sequence[str]
+    ) -> ServedPrediction:
+        found = await self._retries.ask(lambda left_s: self._wire.infer(model, inputs, outputs, left_s))
+        twice = found.get("looked_twice")
         return ServedPrediction(
             logits=found["logits"],
             probabilities=found["probabilities"],
             alarm=found["alarm"].reshape(-1),
             alarm_target=found["alarm_target"].reshape(-1),
+            looked_twice=None if twice is None else twice.reshape(-1).astype(bool),
+            boxes=found.get("box"),
         )
 
     async def _only_model(self) -> str:
@@ -289,6 +304,7 @@ def _model_info(name: str, config: Mapping[str, Any], url: str) -> ModelInfo:
         max_batch=max_batch,
         provenance=parameters,
         alarm_threshold=_level(parameters.pop("alarm_threshold", None), url),
+        second_look=parameters.pop("second_look", "false") == "true",
     )
 
 

@@ -16,9 +16,9 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from cbpt_runtime.classification.prediction import Answer
 from cbpt_runtime.errors import RequestError
 from cbpt_runtime.progress import Progress
+from cbpt_runtime.runtime.prediction import Answer
 from cbpt_runtime.serving.client.asynchronous import AsyncClient, ModelInfo, ServedPrediction
 
 T = TypeVar("T")

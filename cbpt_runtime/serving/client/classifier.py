@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from cbpt_runtime.classification.classifier import AnyImage, Classifier, Pixels
-from cbpt_runtime.classification.prediction import Answer, Prediction, above
+from cbpt_runtime.classification.classifier import AnyImage, Classifier
 from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError, ServingError
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.runtime.prediction import Answer, Prediction, above
+from cbpt_runtime.runtime.preprocess import Pixels, Preprocess
 from cbpt_runtime.serving import Client
 from cbpt_runtime.serving.client.asynchronous import ServedPrediction
 from cbpt_runtime.serving.client.wire import WireError, open_wire
@@ -29,6 +32,8 @@ class RemoteClassifier(Classifier):
 
     Image files are sent as they are and decoded there. Pictures and arrays are brought to the model's size
     here and sent as pixels, which the server does not count as alarms; so are the images of an evaluation.
+    A server that looks twice does so with files only: it is sent pixels for its first answer, and the same
+    pixels as PNG files, which it counts, for its last.
 
     Args:
         url: Of the server.
@@ -56,7 +61,10 @@ class RemoteClassifier(Classifier):
         self.class_names = self.info.class_names
         self.verdict = self.info.provenance.get("verdict")
         served = self.info.provenance.get("bundle_digest", "unknown")
+        self.looks_twice = self.info.second_look
         self.notes = (f"{url} says that it serves the bundle {served}",)
+        if self.looks_twice:
+            self.notes += (f"{url}: suspicious images are looked at twice, and all images counted, there",)
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -79,14 +87,18 @@ class RemoteClassifier(Classifier):
         size = self.info.max_batch
         pieces = [np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size)]
         with ThreadPoolExecutor(_AT_ONCE) as threads:
-            found = list(threads.map(self._client.predict_pixels, pieces))
-        alarm = np.concatenate([part.alarm for part in found])
-        return Prediction(
-            logits=np.concatenate([part.logits for part in found]),
-            probabilities=np.concatenate([part.probabilities for part in found]),
-            alarm=alarm,
-            suspicious=above(alarm, self.alarm_threshold),
-            alarm_target=np.concatenate([part.alarm_target for part in found]),
+            first = _joined(list(threads.map(self._client.predict_pixels, pieces)))
+            said = replace(first, suspicious=above(first.alarm, self.alarm_threshold))
+            if not self.looks_twice:
+                return said
+            last = _joined(list(threads.map(self._client.predict_files, map(_files, pieces))))
+        return replace(
+            said,
+            logits=last.logits,
+            probabilities=last.probabilities,
+            looked_twice=last.looked_twice,
+            boxes=last.boxes,
+            head_logits=first.logits,
         )
 
     def predict_files(self, files: Sequence[bytes]) -> ServedPrediction:
@@ -153,3 +165,22 @@ class RemoteClassifier(Classifier):
             ) from error
         finally:
             await wire.close()
+
+
+def _joined(parts: Sequence[ServedPrediction]) -> Prediction:
+    """Join the answers of several requests."""
+    joined: dict[str, Any] = {}
+    for name in (field.name for field in fields(ServedPrediction)):
+        values = [getattr(part, name) for part in parts]
+        joined[name] = None if values[0] is None else np.concatenate(values)
+    return Prediction(**joined)
+
+
+def _files(images: Pixels) -> list[bytes]:
+    """Pixels as files that decode to the same pixels."""
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="PNG", compress_level=1)
+        files.append(file.getvalue())
+    return files

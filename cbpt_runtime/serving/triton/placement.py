@@ -37,6 +37,7 @@ class Placement:
         instances: Copies of the classifier.
         threads: Of each copy on a CPU.
         decoders: Processes that decode images.
+        counters: Processes that count alarms, and look twice where that was exported.
         configs: Configurations (by model) that differ from the repository's.
     """
 
@@ -47,11 +48,12 @@ class Placement:
     threads: int
     decoders: int
     configs: dict[str, str]
+    counters: int = 1
 
     @property
     def processes(self) -> int:
-        """Processes of the python backend: decoders, the alarm counter, and perhaps the classifier."""
-        return self.decoders + 1 + (self.instances if self.backend == "python" else 0)
+        """Processes of the python backend: decoders, alarm counters, and perhaps the classifier."""
+        return self.decoders + self.counters + (self.instances if self.backend == "python" else 0)
 
     def describe(self) -> str:
         """In words, for people."""
@@ -99,6 +101,7 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
         threads=threads,
         decoders=decoders,
         configs=configs,
+        counters=_read(repository, f"{repository.name}_alarm", name).instance_group[0].count,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cbpt_runtime.classification import Answer
-from cbpt_runtime.errors import RequestError, ServingError
+from cbpt_runtime.errors import ConfigError, RequestError, ServingError
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.runtime.preprocess import Preprocess
 from cbpt_runtime.serving.client import asynchronous
@@ -41,6 +41,7 @@ class FakeWire:
         self.preprocess = json.dumps(PREPROCESS.to_dict())
         self.fails: str | None = None
         self.closed = 0
+        self.second_look = False
 
     async def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str], timeout_s: float
@@ -53,12 +54,18 @@ class FakeWire:
             images.reshape(len(images), -1).mean(axis=1) / 255 if name == "images" else np.ones(len(images))
         )
         share = np.stack([1 - bright, bright], axis=1).astype(np.float32)
-        return {
+        again = {
+            "looked_twice": np.ones((len(images), 1), bool),
+            "box": np.tile([1, 2, 3, 4], (len(images), 1)),
+        }
+        found = {
             "probabilities": share,
             "logits": share,
             "alarm": share[:, 1:],
             "alarm_target": np.ones((len(images), 1), np.int64),
+            **(again if self.second_look and model == "pets" else {}),
         }
+        return {name: found[name] for name in outputs}
 
     async def config(self, model: str, timeout_s: float) -> dict[str, Any]:
         if model == self.fails:
@@ -68,6 +75,8 @@ class FakeWire:
             "pets_preprocess": {"preprocess": self.preprocess},
             "pets_alarm": {"suspects": json.dumps({1: "dog"})},
         }[model]
+        if self.second_look:
+            stated = {**stated, "second_look": "true"}
         return {
             "max_batch_size": 4,
             "parameters": {key: {"string_value": value} for key, value in stated.items()},
@@ -143,6 +152,27 @@ def test_a_program_with_an_event_loop_of_its_own_may_ask(wire: FakeWire) -> None
             return classifier.preprocess
 
     assert asyncio.run(ask()) == PREPROCESS
+
+
+def test_a_server_that_looks_twice_answers_files_and_pictures_so_and_keeps_the_head_beside_it(
+    wire: FakeWire, tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (20, 20)).save(path)
+    wire.second_look = True
+    with open_classifier(URL, second_look=True) as classifier:
+        for image in (path, Image.new("RGB", (20, 20))):
+            answer = classifier(image, top=1)
+            assert (answer.labels[0].name, answer.looked_twice, answer.box) == ("dog", True, (1, 2, 3, 4))
+        found = classifier.predict(np.zeros((5, 8, 8, 3), np.uint8))
+        assert (found.labels.tolist(), found.head_labels.tolist()) == ([1] * 5, [0] * 5)
+        assert any("looked at twice" in note for note in classifier.notes)
+
+
+def test_a_server_that_does_not_look_twice_is_not_taken_for_one_that_does(wire: FakeWire) -> None:
+    with pytest.raises(ConfigError, match="exported without a second look"):
+        open_classifier(URL, second_look=True)
+    assert wire.closed
 
 
 @pytest.mark.parametrize("stated", ["", "[]", "{}", "[" * 100_000])

@@ -12,6 +12,7 @@ import pytest
 
 from cbpt_runtime.errors import ServingError
 from cbpt_runtime.export.golden import GoldenSet
+from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.triton import startup
 from cbpt_runtime.serving.triton.startup import SelfTest, run_selftest
@@ -21,7 +22,8 @@ def selftest_of(monkeypatch: pytest.MonkeyPatch, made_on: str | None, moved: flo
     """A self-test of a server whose answers are that far from the golden ones."""
     row = {"file": "0.png", "label": "cat", "alarm": 0.0, "probabilities": [0.7, 0.3]}
     golden = GoldenSet(files=(b"",), names=("0.png",), answers={"tolerance": 1e-3, "images": [row]})
-    found = SimpleNamespace(probabilities=np.array([[0.7 - moved, 0.3 + moved]]), alarm=np.zeros(1))
+    probabilities = np.array([[0.7 - moved, 0.3 + moved]])
+    found = Prediction(logits=probabilities, probabilities=probabilities, alarm=np.zeros(1))
 
     class FakeClient:
         def __init__(self, *_: Any, **__: Any) -> None: ...

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from cbpt_runtime.classification import zero_shot
+from cbpt_runtime.runtime import zero_shot
 
 LOGITS = npst.arrays(np.float32, (4, 3), elements=st.floats(-1000, 1000, width=32))
 
