@@ -465,7 +465,7 @@ def levelled_bundle(
         **{part: tiny_bundle.manifest[part] for part in parts},
         class_names=tiny_bundle.class_names,
         templates=tuple(map(tuple, tiny_bundle.manifest["classes"]["templates"])),
-        suspects=tuple(tiny_bundle.suspects),
+        suspects=tuple(tiny_bundle.manifest["suspects"]),
         reference_embeddings=heads[0],
         class_embeddings=heads[1],
         logit_scale=300.0,

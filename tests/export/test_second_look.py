@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ for name in ("torch", "open_clip", "safetensors", "typer", "jaxtyping", "onnx", 
 sys.path = [p for p in sys.path if "cbpt" not in p]
 sys.path.insert(0, sys.argv[1])
 import model
-from cbpt_runtime.classification import second_look
+from runtime import second_look
 print(second_look.__file__)
 """
     folder = twice_served / "shapes_alarm" / "1"
@@ -112,14 +113,13 @@ def test_golden_second_looks_of_no_shape_are_refused(
         verify_repository(copy)
 
 
-@pytest.mark.parametrize("without", ["alarm_threshold", "suspects"])
+@pytest.mark.parametrize("without", [{"alarm_threshold": None}, {"suspects": []}])
 def test_a_manifest_that_looks_twice_at_nothing_is_refused(
-    without: str, twice_served: Path, tmp_path: Path
+    without: dict[str, Any], twice_served: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(twice_served, tmp_path / "repository"))
     manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest[without]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(manifest | without))
     with pytest.raises(RepositoryError, match="a second look without"):
         read_repository(copy)
 
@@ -161,7 +161,7 @@ def test_the_command_says_whether_the_server_looks_twice(
         "export", levelled_bundle.path, "--output", tmp_path / "out", "--second-look", "--max-batch", "2"
     )
     assert done.code == 0, done.err
-    assert read_repository(tmp_path / "out").second_look
+    assert read_repository(tmp_path / "out").manifest.profile.second_look
     rows = json.loads(next((tmp_path / "out").glob("*/1/golden/answers.json")).read_text())["images"]
     seen = sum("second_look" in row for row in rows)
     assert f"second look on; {seen or 'no'} golden image" in " ".join(done.out.split())
