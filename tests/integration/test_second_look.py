@@ -20,7 +20,7 @@ from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.serving import AsyncClient, Client, RunningServer, ServeConfig, running_server
 from cbpt_runtime.serving.client.asynchronous import ServedPrediction
-from cbpt_runtime.serving.servers import TritonServer
+from cbpt_runtime.serving.triton.servers import TritonServer
 
 from .test_answers import counters
 
