@@ -406,9 +406,11 @@ def ray_nodes() -> Iterator[None]:
         ray.init(address=running.stdout.readline().strip(), logging_level="ERROR", log_to_driver=False)
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield
-        ray.shutdown()
-        running.stdin.close()
+        try:
+            yield
+        finally:  # first of all: Ray ends a process that has lost its cluster
+            ray.shutdown()
+            running.stdin.close()
 
 
 def open_clip_loop(tower: str) -> Callable[[list[Path]], Answers]:
