@@ -398,17 +398,18 @@ def ray_data(paths: list[Path], classifier: Path) -> Answers:
 def ray_nodes() -> Iterator[None]:
     """Ray, on two nodes of this machine."""
     os.environ |= two_nodes.CLIENT
-    with subprocess.Popen(
-        [sys.executable, two_nodes.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as running:
-        import ray
+    import ray.data  # it needs the package pandas
 
+    program = [sys.executable, two_nodes.__file__]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         ray.init(address=running.stdout.readline().strip(), logging_level="ERROR", log_to_driver=False)
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield
-        ray.shutdown()
-        running.stdin.close()
+        try:
+            yield
+        finally:  # first of all: Ray ends a process that has lost its cluster
+            ray.shutdown()
+            running.stdin.close()
 
 
 def open_clip_loop(tower: str) -> Callable[[list[Path]], Answers]:
