@@ -1,7 +1,8 @@
 """Does the demo hang on luck? It is told many seeds, each from nothing, and searched in both precisions.
 
     python benchmarks/demo.py FOLDER --seeds 0 1 2
-    python benchmarks/demo.py FOLDER --seeds 0 1 2 --precisions fp32
+    python benchmarks/demo.py FOLDER --seeds 0 1 2 --precisions fp32 --benign
+    python benchmarks/demo.py --table
 
 Victims are kept in the folder and runs in the results, so that an interrupted benchmark goes on; another
 processor or number of threads makes other weights and is another victim. Only the demo's last step, the
@@ -41,13 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the victims are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20)))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--benign", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only show what is there")
     options = parser.parse_args()
     runs = json.loads(options.output.read_text()) if options.output.exists() else []
+    if options.table or options.folder is None:
+        print(table(runs))
+        return
     where = {
         "processor": kind_of_processor(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
@@ -110,6 +115,44 @@ def benign_run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
         "concepts": _first(found.evidence),
         "suspects": [suspect.name for suspect in found.suspects],
     }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return a row for each kind of model, kernels and precision; the worst of its seeds in every column."""
+    lines = [
+        "| models | kernels | search in | as it should be | p of the target, at most | p of any other word, at least "
+        "| ASR after, at most | CA lost, mean (at most) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    kinds = sorted({(row["benign"], row["kernels"], row["precision"]) for row in runs})
+    for benign, kernels, precision in kinds:
+        rows = [
+            row
+            for row in runs
+            if (row["benign"], row["kernels"], row["precision"]) == (benign, kernels, precision)
+        ]
+        words = [
+            (word["word"] == TARGET and not benign, word["p_value"])
+            for row in rows
+            for word in row["concepts"]
+        ]
+        target = max((chance for own, chance in words if own), default=None)
+        other = min((chance for own, chance in words if not own), default=None)
+        after = [row["attack_success_rate"][1] for row in rows if not benign]
+        lost = [row["clean_accuracy"][0] - row["clean_accuracy"][1] for row in rows if not benign]
+        passed = sum(row["passed"] and row["suspects"] == ([] if benign else [TARGET]) for row in rows)
+        cells = (
+            "trained on without a trigger" if benign else "backdoored",
+            kernels,
+            precision,
+            f"{passed} of {len(rows)}",
+            "–" if target is None else f"{target:.2g}",
+            "–" if other is None else f"{other:.2g}",
+            f"{100 * max(after):.1f} %" if after else "–",
+            f"{100 * sum(lost) / len(lost):.1f} ({100 * max(lost):.1f}) points" if lost else "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _victim(made: Path, seed: int) -> dict[str, float]:

@@ -48,8 +48,8 @@ class Purified:
         class_embeddings: The purified head.
         reference_embeddings: The head before.
         metrics: Held-out rates in [0, 1].
-        stage_seconds: Wall time of each stage; of the first run where a stage was resumed, of the last one for
-            a search that went on with some of its families.
+        stage_seconds: Wall time of each stage; of the first run where a stage was resumed, of the last one
+            for a search that went on with some of its families.
         contexts: Tuned contexts of the prompt parameterization; None otherwise.
         triggers: The dummy triggers of the suspected targets.
         alarm: From which alarm on an image is suspicious; None where nothing is suspected.
