@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +121,16 @@ def benign_run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> str:
     """Return a row for each kind of model, kernels and precision; the worst of its seeds in every column."""
     lines = [
-        "| models | kernels | search in | as it should be | p of the target, at most | p of any other word, at least "
-        "| ASR after, at most | CA lost, mean (at most) |",
+        "| models | kernels | search in | as it should be | p of the target, at most "
+        "| p of any other word, at least | ASR after, at most | CA lost, mean (at most) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    kinds = sorted({(row["benign"], row["kernels"], row["precision"]) for row in runs})
-    for benign, kernels, precision in kinds:
-        rows = [
-            row
-            for row in runs
-            if (row["benign"], row["kernels"], row["precision"]) == (benign, kernels, precision)
-        ]
-        words = [
-            (word["word"] == TARGET and not benign, word["p_value"])
-            for row in rows
-            for word in row["concepts"]
-        ]
-        target = max((chance for own, chance in words if own), default=None)
-        other = min((chance for own, chance in words if not own), default=None)
+    kind = itemgetter("benign", "kernels", "precision")
+    for benign, kernels, precision in sorted(set(map(kind, runs))):
+        rows = [row for row in runs if kind(row) == (benign, kernels, precision)]
+        words = [word for row in rows for word in row["concepts"]]
+        own = [word["p_value"] for word in words if word["word"] == TARGET and not benign]
+        others = [word["p_value"] for word in words if word["word"] != TARGET or benign]
         after = [row["attack_success_rate"][1] for row in rows if not benign]
         lost = [row["clean_accuracy"][0] - row["clean_accuracy"][1] for row in rows if not benign]
         passed = sum(row["passed"] and row["suspects"] == ([] if benign else [TARGET]) for row in rows)
@@ -146,8 +139,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             kernels,
             precision,
             f"{passed} of {len(rows)}",
-            "–" if target is None else f"{target:.2g}",
-            "–" if other is None else f"{other:.2g}",
+            f"{max(own):.2g}" if own else "–",
+            f"{min(others):.2g}" if others else "–",
             f"{100 * max(after):.1f} %" if after else "–",
             f"{100 * sum(lost) / len(lost):.1f} ({100 * max(lost):.1f}) points" if lost else "–",
         )
