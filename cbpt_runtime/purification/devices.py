@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields, is_dataclass, replace
 from queue import SimpleQueue
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
