@@ -122,7 +122,7 @@ def _remote_unit(work: Work, given: object, name: str, kind: str, threads: int) 
     return moved(work(moved(given, torch.device(kind)), name), _CPU)
 
 
-def reach_cluster(address: str) -> ModuleType:
+def reach_cluster(address: str) -> Any:
     """Ray, connected to a cluster until the process ends; to that of an earlier call where there was one.
 
     Raises:
