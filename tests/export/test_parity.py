@@ -140,7 +140,8 @@ def test_at_least_one_cpu_is_usable() -> None:
 
 
 def test_of_two_suspects_the_louder_one_must_be_named(tiny_export) -> None:
-    manifest = tiny_export.bundle.manifest | {"suspects": [{"index": 0}, {"index": 2}]}
+    suspects = [{"index": index, "name": f"class {index}"} for index in (0, 2)]
+    manifest = tiny_export.bundle.manifest | {"suspects": suspects}
     bundle = replace(tiny_export.bundle, manifest=manifest)
     expected = tiny_export.classifier.predict(tiny_export.images.pixels[:4])
     each = [zero_shot.alarm(expected.reference_logits, expected.logits, [suspect]) for suspect in (0, 2)]
