@@ -47,6 +47,7 @@ class FakePurify:
         config: PurifyConfig,
         *,
         reference: Any = None,
+        cluster: str | None = None,
         progress: Any = None,
         stages: StageStore | None = None,
     ) -> Purified:
