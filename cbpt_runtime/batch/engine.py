@@ -20,7 +20,7 @@ _CLUSTER_EXTRA = "Install it with `pip install 'cbpt-runtime[cluster]'`."
 
 
 def load_daft() -> ModuleType:
-    """The package Daft.
+    """Import the package Daft.
 
     Raises:
         ConfigError: It is not installed.

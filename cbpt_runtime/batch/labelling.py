@@ -57,7 +57,7 @@ class Labelled:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as JSON can hold it."""
+        """Return the summary as JSON can hold it."""
         rate = self.images_now / self.seconds if self.images_now else None
         speed = {"images_now": self.images_now, "seconds": self.seconds, "images_per_second": rate}
         return {**self.facts, **self.counts.to_dict(), **speed, "notes": list(self.notes)}
@@ -129,7 +129,7 @@ def label_images(
 
 
 def _plan(folder: Path, source: Source, settings: dict[str, Any], *, resume: bool) -> Plan:
-    """The plan of the run that is resumed, or a new one."""
+    """Return the plan of the run that is resumed, or a new one."""
     found = read_plan(folder, settings) if resume else None
     if found is not None:
         return found
@@ -188,7 +188,7 @@ def _label(query: _Query, partitions: Partitions, progress: Progress | None) -> 
 
 
 def _own_error(error: BaseException) -> CbptError | None:
-    """The error of ours that an engine's stands for."""
+    """Return the error of ours that an engine's stands for."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, CbptError):
@@ -216,7 +216,7 @@ def _link(file: Path, to: Path) -> None:
 
 
 def _pictures(loudest: tuple[Loud, ...], plan: Plan) -> list[Picture]:
-    """The images that raised the alarm most, fetched once more."""
+    """Return the images that raised the alarm most, fetched once more."""
     references = [plan.references(loud.partition)[loud.row] for loud in loudest]
     pictures = []
     for loud, content in zip(loudest, contents(references, io_config()), strict=True):

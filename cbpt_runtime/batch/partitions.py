@@ -77,7 +77,7 @@ class Partitions:
         self._waiting.clear()
 
     def done(self) -> Iterator[int]:
-        """The partitions that are finished."""
+        """Return the partitions that are finished."""
         for file in sorted(self.folder.glob("part-*.parquet")):
             yield int(file.stem.removeprefix("part-"))
 

@@ -56,11 +56,11 @@ class Plan:
     notes: tuple[str, ...]
 
     def file(self, partition: int) -> Path:
-        """The references of a partition."""
+        """Return the references of a partition."""
         return self.folder / f"{partition:05}.parquet"
 
     def references(self, partition: int) -> list[Reference]:
-        """The same, read."""
+        """Return the same, read."""
         table = pq.read_table(self.file(partition), columns=list(REFERENCE))
         return references_of([column.to_pylist() for column in table.columns])
 
@@ -104,7 +104,7 @@ def make_plan(
 
 
 def read_plan(folder: Path, settings: Mapping[str, Any]) -> Plan | None:
-    """The plan of an earlier run; None where there is none.
+    """Return the plan of an earlier run; None where there is none.
 
     Raises:
         ConfigError: That run was another one.
@@ -134,5 +134,5 @@ def _table(partition: int, references: list[Reference]) -> pa.Table:
 
 
 def pending(plan: Plan, done: Iterator[int]) -> list[int]:
-    """The partitions that are still to be labelled."""
+    """Return the partitions that are still to be labelled."""
     return sorted(set(range(len(plan.sizes))) - set(done))

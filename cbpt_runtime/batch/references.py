@@ -76,7 +76,7 @@ def contents(
 
 
 def reason(error: Exception) -> str:
-    """An exception on one line."""
+    """Return an exception on one line."""
     if isinstance(error, ImageDataError):
         return error.got
     if isinstance(error, OSError) and error.strerror:
@@ -125,7 +125,7 @@ def _row_group(place: str, number: int, column: str, io_config: Any) -> pa.Chunk
 
 @contextmanager
 def opened_table(place: str, io_config: Any) -> Iterator[Any]:
-    """A Parquet file, here or in an object store."""
+    """Open a Parquet file, here or in an object store."""
     import pyarrow.parquet as pq
 
     with _opened(place, io_config) as file, pq.ParquetFile(file) as table:
@@ -152,7 +152,7 @@ def shard_members(place: str, io_config: Any) -> Iterator[tuple[str, int, int] |
 
 
 def _opened(place: str, io_config: Any) -> io.BufferedReader:
-    """A file, here or in an object store, for a ``with`` block; its bytes come as they are asked for."""
+    """Open a file, here or in an object store, for a ``with`` block; its bytes come as they are asked for."""
     import daft
 
     if is_remote(place):

@@ -25,7 +25,7 @@ COLUMNS = pa.schema([("key", pa.string()), *((field.name, field.type) for field 
 
 
 def to_row(answer: Answer) -> dict[str, Any]:
-    """The columns of an image that was classified."""
+    """Return the columns of an image that was classified."""
     return {
         "label": answer.labels[0].name,
         "probability": answer.labels[0].probability,
@@ -38,5 +38,5 @@ def to_row(answer: Answer) -> dict[str, Any]:
 
 
 def failed(why: str) -> dict[str, Any]:
-    """The columns of an image that was not."""
+    """Return the columns of an image that was not."""
     return {**dict.fromkeys(field.name for field in ANSWER), "error": why}

@@ -44,7 +44,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
     def references(self) -> Iterator[Reference]:
-        """The images, in the order of their rows.
+        """Return the images, in the order of their rows.
 
         Raises:
             ImageDataError: There are none, or a table has no such column.
@@ -83,7 +83,7 @@ class Source:
             yield Reference(key=readable(str(path)), place=str(path))
 
     def _files(self) -> list[str]:
-        """The files of a pattern, of a folder in an object store, or the one file."""
+        """Return the files of a pattern, of a folder in an object store, or the one file."""
         remote, wild = is_remote(self.name), bool(_WILD & set(self.name))
         if not remote and not wild:
             if not is_file(Path(self.name)):

@@ -67,7 +67,7 @@ class Counts:
     loudest: tuple[Loud, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON can hold them."""
+        """Return the counts as JSON can hold them."""
         values = asdict(self)
         values["loudest"] = [
             {key: value for key, value in loud.items() if key not in ("partition", "row")}

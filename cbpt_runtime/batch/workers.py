@@ -52,7 +52,7 @@ class Work:
 
 
 def open_for(work: Work) -> Classifier:
-    """The classifier of this process, opened once. One operator gets one thread: batches share the CPUs.
+    """Return this process's classifier, opened once. One operator gets one thread: batches share the CPUs.
 
     Raises:
         BundleError: It is not the one the run began with.
@@ -86,7 +86,7 @@ def _opened(
 
 
 def answers(references: list[Reference], work: Work, io_config: Any) -> list[dict[str, Any]]:
-    """The columns of some images.
+    """Return the columns of some images.
 
     Raises:
         ServingError: A server does not answer.
@@ -109,7 +109,7 @@ def _row(answer: Answer | Exception) -> dict[str, Any]:
 
 
 def make_labeller(daft: Any, work: Work, io_config: Any, *, gpus: int) -> Any:
-    """The expression of the engine that answers references."""
+    """Return the expression of the engine that answers references."""
     columns = daft.DataType.from_arrow_type(ANSWER)
 
     class Labeller:
@@ -127,7 +127,7 @@ def make_labeller(daft: Any, work: Work, io_config: Any, *, gpus: int) -> Any:
 
 
 def references_of(columns: Sequence[Sequence[Any]]) -> list[Reference]:
-    """References from the columns of a plan, in the order of `plan.REFERENCE`."""
+    """Read references from the columns of a plan, in the order of `plan.REFERENCE`."""
     return [
         Reference(
             key=key,

@@ -71,7 +71,7 @@ class SecondLook(Classifier):
 
 
 def require_level(threshold: float | None, suspects: Sequence[int], what: str) -> float:
-    """The level of the alarm, where something calls images suspicious at all.
+    """Return the level of the alarm, where something calls images suspicious at all.
 
     Raises:
         ConfigError: It does not.

@@ -152,7 +152,7 @@ def _search(
     stages: StageStore | None,
     cluster: str | None,
 ) -> Stage:
-    """What the search says of every concept, and the targets it points to, with their texts."""
+    """Search, and find the targets it points to, with their texts; the evidence says all of it."""
     vocabulary = build_vocabulary(
         encoder, classes, defender.texts, config.search_concepts, background=config.background_words
     )
@@ -202,7 +202,7 @@ def _targets(texts: Tensor, searched: dict[str, Any]) -> list[Target]:
 def _invert(
     defender: DefenderData, targets: list[Target], config: PurifyConfig, progress: Progress | None
 ) -> Stage:
-    """Dummy triggers of the suspected targets, as tensors."""
+    """Invert dummy triggers of the suspected targets, as tensors."""
     texts, rows = with_words(defender.texts, targets)
     triggers: list[DummyTrigger] = []
     for number, (name, family) in enumerate(INVERSION_FAMILIES.items()):
@@ -311,7 +311,7 @@ def _decision(
 def _stage(
     name: str, stages: StageStore | None, seconds: dict[str, float], work: Callable[[], Stage]
 ) -> Stage:
-    """Runs a stage, or takes what an interrupted run has left of it."""
+    """Run a stage, or take what an interrupted run has left of it."""
     left = None if stages is None else stages.load(name)
     if left is not None:
         tensors, values = left

@@ -37,7 +37,7 @@ class CleanFeatures:
     features: Float[Tensor, "batch dim"]
 
     def part(self, which: Tensor) -> CleanFeatures:
-        """Some of the images, by mask or place."""
+        """Return some of the images, by mask or place."""
         which = which.to(self.labels.device)
         return CleanFeatures(
             images=self.images[which], labels=self.labels[which], features=self.features[which]
@@ -132,7 +132,7 @@ def _class_sums(clean: CleanFeatures, n_classes: int) -> Float[Tensor, "classes 
 
 
 def fuse_batch_norm(encoder: ImageEncoder) -> ImageEncoder:
-    """The same encoder, batch norms folded into convolutions and channels last, where features stay equal.
+    """Fold batch norms into convolutions and put channels last, where features stay equal.
 
     Towers that have no convolution followed by its batch norm come back as they are.
     """

@@ -45,7 +45,7 @@ class AlarmDecision:
 def decide(
     alarms: Float[np.ndarray, " images"], *, false_alarm_rate: float, held_out: bool = True
 ) -> AlarmDecision:
-    """The lowest level that clean images exceed no more often than asked, as far as they can tell.
+    """Return the lowest level that clean images exceed no more often than asked, as far as they can tell.
 
     Args:
         alarms: Of clean images, at least one.

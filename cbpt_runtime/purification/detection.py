@@ -76,7 +76,7 @@ def find_outliers(
     *,
     least_deviation: float = 0.0,
 ) -> Outliers:
-    """Tests every concept against the others, without those that are suspects already.
+    """Test every concept against the others, without those that are suspects already.
 
     Among fewer than two dozen concepts there is at most one suspect.
 

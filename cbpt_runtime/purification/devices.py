@@ -49,14 +49,14 @@ def in_parallel(
 
 
 def devices_like(device: torch.device) -> list[torch.device]:
-    """The devices of this machine that are of a kind; the CPU is one."""
+    """Return the devices of this machine that are of a kind; the CPU is one."""
     if device.type != "cuda":
         return [device]
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def moved(value: T, device: torch.device) -> T:
-    """The same with all that is in it on a device; what is there already is not copied."""
+    """Return the same with all that is in it on a device; what is there already is not copied."""
     found: Any = value
     if isinstance(found, Tensor | ImageEncoder):
         found = found.to(device)
@@ -71,7 +71,7 @@ def moved(value: T, device: torch.device) -> T:
 def _on_devices(
     work: Work, given: object, names: Sequence[str], devices: list[torch.device]
 ) -> Iterator[tuple[str, Any]]:
-    """A thread for each device, which all have a copy."""
+    """Do the units in a thread for each device, which all have a copy."""
     free: SimpleQueue[tuple[Any, torch.device]] = SimpleQueue()
     for device in devices:
         free.put((moved(given, device), device))
@@ -95,7 +95,7 @@ def _on_devices(
 def _on_cluster(
     work: Work, given: object, names: Sequence[str], device: torch.device, address: str
 ) -> Iterator[tuple[str, Any]]:
-    """A Ray task for each unit; of a worker that dies, another does the unit."""
+    """Do each unit in a Ray task; of a worker that dies, another does the unit."""
     ray = reach_cluster(address)
     try:
         threads = torch.get_num_threads()

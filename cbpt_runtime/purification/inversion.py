@@ -89,7 +89,7 @@ class Inversion:
         self._optimizer = self._new_optimizer()
 
     def advance(self, steps: int) -> None:
-        """Takes optimiser steps on the contrastive inversion loss."""
+        """Take optimiser steps on the contrastive inversion loss."""
         for _ in range(steps):
             drawn = torch.randint(len(self._clean.images), (self._batch,), generator=self._generator)
             drawn = drawn.to(self._clean.images.device)
@@ -128,7 +128,7 @@ class Inversion:
             }
 
     def result(self) -> Parameters:
-        """The triggers as they are now."""
+        """Return the triggers as they are now."""
         return {name: value.detach() for name, value in self.parameters.items()}
 
     def _new_optimizer(self) -> torch.optim.Adam:
@@ -165,7 +165,7 @@ class Inversion:
 
 
 def invert(inversion: Inversion, steps: int) -> Parameters:
-    """Runs an inversion to its end: the triggers, stacked."""
+    """Run an inversion to its end: the triggers, stacked."""
     inversion.advance(steps)
     return inversion.result()
 

@@ -29,7 +29,7 @@ def read_reference(
     model: str | Path | None = None,
     image_size: int | None = None,
 ) -> Checkpoint:
-    """Reads the trusted checkpoint; it has to see images as the suspect does.
+    """Read the trusted checkpoint; it has to see images as the suspect does.
 
     Args:
         source: In any form that the suspect may have.
@@ -57,7 +57,7 @@ def read_reference(
 
 
 def reference_notes(trusted: Checkpoint | None, evidence: Mapping[str, Any]) -> list[str]:
-    """What the user is told of the reference, or of the want of one.
+    """Say what the user is told of the reference, or of the want of one.
 
     Args:
         trusted: The reference, if there is one.
@@ -78,7 +78,7 @@ def reference_notes(trusted: Checkpoint | None, evidence: Mapping[str, Any]) -> 
 
 
 def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchInput) -> Reference:
-    """The trusted encoder with the concepts of the suspect, in its own texts.
+    """Return the trusted encoder with the concepts of the suspect, in its own texts.
 
     Args:
         encoder: The trusted one.

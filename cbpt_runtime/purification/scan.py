@@ -166,7 +166,7 @@ def unlabelled_input(
     pixels: UInt8[np.ndarray, "batch height width 3"],
     config: PurifyConfig,
 ) -> SearchInput:
-    """What the search is asked with images that nobody has labelled; the first quarter is held out."""
+    """Ask with images that nobody has labelled; the first quarter is held out."""
     texts = None if listed is None else encoder.class_embeddings(listed)
     fast = fuse_batch_norm(encoder.image_encoder)
     clean = encode_clean(fast, pixels, np.zeros(len(pixels), np.int64))
@@ -198,7 +198,7 @@ def _draw_images(folder: Path, suspect: Checkpoint, seed: int) -> UnlabelledImag
 
 
 def _check_judged(found: SearchResult) -> None:
-    """A search that judged nothing must not read as a clean verdict."""
+    """Refuse a search that judged nothing: it must not read as a clean verdict."""
     if not bool((found.outliers.scores > -torch.inf).any()):
         raise PurificationError(
             expected="triggers that take images to different places",

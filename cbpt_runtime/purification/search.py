@@ -99,7 +99,7 @@ class Reach:
     reference_success: Float[Tensor, " concepts"] | None = None
 
     def judged(self) -> Float[Tensor, "2 concepts"]:
-        """The margins, beside a reference what they exceed its margins by."""
+        """Return the margins, beside a reference what they exceed its margins by."""
         known = self.reference_margins
         if known is None:
             return self.margins
@@ -129,7 +129,7 @@ class SearchResult:
     families: tuple[str, ...]
 
     def facts(self, concept: int) -> dict[str, Any]:
-        """What is to be said of one concept, as plain values."""
+        """Return what is to be said of one concept, as plain values."""
         return {
             "score": float(self.outliers.scores[concept]),
             "p_value": float(self.outliers.p_values[concept]),
@@ -202,7 +202,7 @@ def _unit(asked: tuple[SearchInput, Reference | None, PurifyConfig], name: str) 
 
 
 def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchResult:
-    """Tests who stands out in what the triggers of every search family reach.
+    """Test who stands out in what the triggers of every search family reach.
 
     Args:
         suspect: The encoder under suspicion.
@@ -219,7 +219,7 @@ def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchRes
 def family_reach(
     suspect: SearchInput, reference: Reference | None, family: TriggerFamily, config: PurifyConfig
 ) -> Reach:
-    """What the triggers of one family reach, one for every concept.
+    """Invert a trigger of one family for every concept, and measure what they reach.
 
     The unit of the search: it depends on nothing but its arguments, wherever it is computed.
     """
@@ -266,7 +266,7 @@ def _measure(
     images: UInt8[Tensor, "batch 3 height width"],
     shown: Int[Tensor, " batch"],
 ) -> Reach:
-    """What triggers reach on an encoder, on the images that do not show the concept already."""
+    """Measure triggers on an encoder, on the images that do not show the concept already."""
     texts, members, rivals = vocabulary.texts, vocabulary.members(), vocabulary.rivals()
     margins = torch.full((2, len(members)), -torch.inf)
     success = torch.zeros(len(members))
@@ -311,5 +311,5 @@ def _result(
 
 
 def _of_each(best: list[Float[Tensor, " concepts"]]) -> Float[Tensor, " concepts"]:
-    """The value of the first concept in the first, of the second in the second."""
+    """Return the value of the first concept in the first, of the second in the second."""
     return torch.stack(best).diagonal().clone()

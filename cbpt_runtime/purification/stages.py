@@ -42,7 +42,7 @@ class StageStore:
             return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Keeps a finished stage; whole or not at all."""
+        """Keep a finished stage; whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{name}.safetensors"
         partial = path.with_suffix(".tmp")

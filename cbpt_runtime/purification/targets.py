@@ -37,7 +37,7 @@ class Target:
 
 
 def nearest_word(direction: Float[Tensor, " dim"], vocabulary: Vocabulary) -> tuple[int, bool]:
-    """The word a direction of triggered features points to, and whether it is a class of the list.
+    """Return the word a direction of triggered features points to, and whether it is a class of the list.
 
     A listed class is preferred where it is as near as any word but for a tenth, counted from the median word,
     or where its text is as good as that of the nearest word.
@@ -54,7 +54,7 @@ def nearest_word(direction: Float[Tensor, " dim"], vocabulary: Vocabulary) -> tu
 
 
 def landing(direction: Float[Tensor, " dim"], texts: Float[Tensor, "classes dim"]) -> int:
-    """The class that features of this direction are called."""
+    """Return the class that features of this direction are called."""
     return int((texts @ direction).argmax())
 
 

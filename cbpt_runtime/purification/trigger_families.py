@@ -124,7 +124,7 @@ class _Smooth(TriggerFamily):
         rows: Float[Tensor, "height frequencies"],
         columns: Float[Tensor, "width frequencies"],
     ) -> Float[Tensor, "triggers channels height width"]:
-        """What the coefficients stand for, with the cosines of either axis."""
+        """Return what the coefficients stand for, with the cosines of either axis."""
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
         """Random starting coefficients, on the CPU."""
@@ -154,7 +154,7 @@ class ColorField(_Smooth):
         rows: Float[Tensor, "height frequencies"],
         columns: Float[Tensor, "width frequencies"],
     ) -> Float[Tensor, "triggers 3 height width"]:
-        """A sum of products of cosines."""
+        """Return a sum of products of cosines."""
         return rows @ coefficients @ columns.T
 
 
@@ -173,7 +173,7 @@ class Lines(_Smooth):
         rows: Float[Tensor, "height frequencies"],
         columns: Float[Tensor, "width frequencies"],
     ) -> Float[Tensor, "triggers 1 height width"]:
-        """The sum of both profiles."""
+        """Return the sum of both profiles."""
         down, along = coefficients[:, :, 0] @ rows.T, coefficients[:, :, 1] @ columns.T
         return down.unsqueeze(-1) + along.unsqueeze(-2)
 
@@ -197,7 +197,7 @@ class Warp(TriggerFamily):
     step_size: float = 0.2
 
     def initial(self, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Parameters:
-        """A random starting field, on the CPU."""
+        """Return a random starting field, on the CPU."""
         return {"field": 0.1 * torch.randn(count, *image_size, 2, generator=generator)}
 
     def apply(

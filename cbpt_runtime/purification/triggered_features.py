@@ -55,7 +55,7 @@ def compute_triggered_features(
 
 
 def _working(defender: DefenderData, target: Target, triggers: Sequence[DummyTrigger]) -> list[DummyTrigger]:
-    """The dummy triggers that take held-out images to the target's text rather than to a class."""
+    """Return the dummy triggers that take held-out images to the target's text rather than to a class."""
     head = defender.texts.clone()
     head[target.index] = target.text
     own = [trigger for trigger in triggers if trigger.target == target.index]
@@ -123,7 +123,7 @@ def check_head(
     head: Float[Tensor, "classes dim"],
     goal: float,
 ) -> HeadCheck:
-    """What held-out images say of a head.
+    """Judge a head on held-out images.
 
     The floor of a class is the share of clean images of other classes that are called the class.
 

@@ -57,7 +57,7 @@ def tune(
     prompts: PromptEncoder | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes context width"] | None]:
-    """Moves the class embeddings so that dummy-triggered images get their own class back.
+    """Move the class embeddings so that dummy-triggered images get their own class back.
 
     A class embedding is its reference plus a change. With `prompts`, the free parameters are one context per
     class in front of its name, and the change is what the context has done to the text feature. Without, the
@@ -156,7 +156,7 @@ def _minimise(
 
 
 def soft_targets(data: TuningData) -> Float[Tensor, "batch classes"]:
-    """What is known of the clean images, without what the backdoor may have put there.
+    """Say what is known of the clean images, without what the backdoor may have put there.
 
     On images of suspected classes the label. On images of other classes what the reference head says, the
     share of the suspected classes taken out and the rest scaled to one.

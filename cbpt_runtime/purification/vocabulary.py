@@ -65,7 +65,7 @@ def build_vocabulary(
     background: bool = True,
     like: Vocabulary | None = None,
 ) -> Vocabulary:
-    """The user's classes and open_clip's ImageNet names, in the words of the user's templates.
+    """Collect the user's classes and open_clip's ImageNet names, in the words of the user's templates.
 
     Args:
         encoder: Its text tower puts the background words into the shared space.
@@ -110,7 +110,7 @@ def background_words() -> tuple[str, ...]:
 
 
 def group(texts: Float[Tensor, "words dim"], n_concepts: int) -> Int[Tensor, " words"]:
-    """Groups texts by direction: spherical k-means that starts from texts far from each other.
+    """Group texts by direction: spherical k-means that starts from texts far from each other.
 
     Far-apart starts give words that stand alone a concept of their own, however many others crowd together.
     """
