@@ -105,7 +105,9 @@ def verify_repository(
     checked = golden.check(said, where=str(repository.path), made_on=manifest.processor)
     if manifest.profile.second_look:
         checked = _check_second_look(repository, golden, pixels, session)
-    parity, graph_note = (None, None) if bundle is None else _again(repository, model, bundle, where, images)
+    parity, graph_note = None, None
+    if bundle is not None:
+        parity, graph_note = _again(repository, model, bundle, where, images, pixels)
     return Verification(
         repository=str(repository.path),
         digest=repository.digest,
@@ -208,6 +210,7 @@ def _again(
     bundle: Bundle | str | Path,
     provider: Provider,
     images: str | Path | None,
+    golden: Any,
 ) -> tuple[dict[str, Any], str | None]:
     """Run the gate again; also return why the graph was not compared with a new export, if it was not."""
     from cbpt_runtime.export.images import find_gate_images
@@ -225,7 +228,7 @@ def _again(
         session = open_session(str(repository.graph), provider)
         return _quality(session, classifier, seen, profile), graph_note
     read_weights(model, repository.graph.with_name(WEIGHTS))
-    twice = read_golden(repository.golden).pixels(bundle.preprocess) if profile.second_look else None
+    twice = golden if profile.second_look else None
     parity = measure_parity(
         model, classifier, seen, max_batch=profile.max_batch, provider=provider, twice=twice
     )
