@@ -25,12 +25,12 @@ from cbpt_runtime.export.manifest import WEIGHTS, Repository
 from cbpt_runtime.export.onnx import (
     FEATURES,
     INPUT,
-    OUTPUTS,
     foreign_operators,
     format_problems,
     read_metadata,
 )
 from cbpt_runtime.export.weights import WEIGHTS_SHA256, is_outside, layout_problems
+from cbpt_runtime.runtime.prediction import OUTPUTS
 
 MAX_GRAPH_BYTES = 2**31  # what protobuf can hold
 _HEADS = ("class_embeddings", "reference_embeddings")

@@ -21,9 +21,10 @@ from torch.nn.functional import normalize
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
-from cbpt_runtime.export.onnx import FEATURES, INPUT, OUTPUTS, check_portable, describe, write_metadata
+from cbpt_runtime.export.onnx import FEATURES, INPUT, check_portable, describe, write_metadata
 from cbpt_runtime.export.weights import MAX_WEIGHT_BYTES, fills_two_files, seal_weights
 from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.runtime.prediction import OUTPUTS
 
 OPSET = 18
 _NOISY_LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx")

@@ -20,6 +20,7 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.manifest import WEIGHTS
 from cbpt_runtime.export.weights import is_outside, needs_two_files, without_weights
+from cbpt_runtime.runtime.prediction import OUTPUTS
 
 _ARITHMETIC = """
     Abs Add Ceil Clip Cos Div Erf Exp Floor Log Max Min Mod Mul Neg Pow Reciprocal Round Sign Sin Sqrt Sub Sum
@@ -59,7 +60,6 @@ _GROUPS = (
 )
 OPERATORS: Final = frozenset(name for group in _GROUPS for name in group.split())
 INPUT = "images"
-OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 FEATURES = "features"  # a tensor inside the graph
 OPSETS = (18, 19, 20)
 MAX_IR_VERSION = 10

@@ -18,7 +18,7 @@ from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.profiles import Provider as Provider
 from cbpt_runtime.export.weights import written
-from cbpt_runtime.runtime.prediction import Prediction, above
+from cbpt_runtime.runtime.prediction import OUTPUTS, Prediction, prediction_of
 
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -106,16 +106,7 @@ def predict(
     threshold: float | None,
 ) -> Prediction:
     """Ask a graph of `export`; suspicious are images whose alarm lies above a level."""
-    names = ("logits", "probabilities", "alarm", "alarm_target")
-    found = run_session(session, images, batch_size=batch_size, outputs=names)
-    alarm = found["alarm"].ravel()
-    return Prediction(
-        logits=found["logits"],
-        probabilities=found["probabilities"],
-        alarm=alarm,
-        suspicious=above(alarm, threshold),
-        alarm_target=found["alarm_target"].ravel(),
-    )
+    return prediction_of(run_session(session, images, batch_size=batch_size, outputs=OUTPUTS), threshold)
 
 
 def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:

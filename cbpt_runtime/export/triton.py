@@ -15,8 +15,9 @@ from typing import Any
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.export.cpus import usable_cpus
-from cbpt_runtime.export.onnx import INPUT, OUTPUTS
+from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.profiles import Profile
+from cbpt_runtime.runtime.prediction import OUTPUTS
 
 LABELS = "labels.txt"
 WARMUP = "image"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
+"""What a graph of `export` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,18 @@ def above(
         return None
     suspicious: np.ndarray = alarm > np.float32(threshold)
     return suspicious
+
+
+def prediction_of(outputs: Mapping[str, np.ndarray], threshold: float | None) -> Prediction:
+    """Read the `OUTPUTS` of a graph; suspicious are images whose alarm lies above a level."""
+    alarm = outputs["alarm"].ravel()
+    return Prediction(
+        logits=outputs["logits"],
+        probabilities=outputs["probabilities"],
+        alarm=alarm,
+        suspicious=above(alarm, threshold),
+        alarm_target=outputs["alarm_target"].ravel(),
+    )
 
 
 def parse_level(said: str | None) -> float | None:

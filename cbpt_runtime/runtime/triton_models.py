@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from .errors import ImageDataError
-from .prediction import Prediction, above
+from .prediction import OUTPUTS, Prediction, prediction_of
 from .preprocess import Preprocess, decode_image, to_pixels
 from .second_look import PLACES, look_again
 
 ALARM_THRESHOLD = 0.5  # where the repository names none, because its bundle has none
-_OUTPUTS = ("logits", "probabilities", "alarm", "alarm_target")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -112,7 +111,7 @@ class Classifier:
                 responses.append(_failed(pb.TritonError(text, pb.TritonError.INVALID_ARG)))
                 continue
             start, end = end, end + len(batch)
-            tensors = [pb.Tensor(name, answers[name][start:end]) for name in _OUTPUTS]
+            tensors = [pb.Tensor(name, answers[name][start:end]) for name in OUTPUTS]
             responses.append(pb.InferenceResponse(output_tensors=tensors))
         return responses
 
@@ -122,8 +121,8 @@ class Classifier:
 
     def classify(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Logits, probabilities and the alarm of uint8 [batch, height, width, 3]."""
-        answers = self.session.run(list(_OUTPUTS), {"images": images})
-        return dict(zip(_OUTPUTS, answers, strict=True))
+        answers = self.session.run(list(OUTPUTS), {"images": images})
+        return dict(zip(OUTPUTS, answers, strict=True))
 
 
 class AlarmCounter:
@@ -159,7 +158,7 @@ class AlarmCounter:
         """One response per request: what it came with."""
         responses = []
         for request in requests:
-            given = _given(request, _OUTPUTS)
+            given = _given(request, OUTPUTS)
             self.count(given["alarm"], given["alarm_target"])
             responses.append(_response(given))
         return responses
@@ -200,7 +199,7 @@ class SecondLooker(AlarmCounter):
 
         waiting = []
         for request in requests:
-            given = _given(request, (*_OUTPUTS, "images"))
+            given = _given(request, (*OUTPUTS, "images"))
             self.count(given["alarm"], given["alarm_target"])
             if (given["alarm"] > self.threshold).any():
                 waiting.append((request, given))
@@ -218,7 +217,7 @@ class SecondLooker(AlarmCounter):
         """Return the outputs of images nobody looks at again."""
         count = len(given["alarm"])
         again = {"looked_twice": np.zeros((count, 1), bool), "box": np.zeros((count, 4), np.int64)}
-        return {name: given[name] for name in _OUTPUTS} | again
+        return {name: given[name] for name in OUTPUTS} | again
 
     def look_twice(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs after a second look at those of the images that are suspicious.
@@ -233,7 +232,7 @@ class SecondLooker(AlarmCounter):
             rows = suspicious[start : start + at_once]
             said = look_again(
                 given["images"][rows],
-                self._prediction({name: given[name][rows] for name in _OUTPUTS}),
+                prediction_of({name: given[name][rows] for name in OUTPUTS}, self.level),
                 self.classify,
                 self.suspects,
                 threshold=self.level,
@@ -258,24 +257,15 @@ class SecondLooker(AlarmCounter):
             views = np.ascontiguousarray(images[start : start + self.max_batch])
             request = pb.InferenceRequest(
                 model_name=self.classifier,
-                requested_output_names=list(_OUTPUTS),
+                requested_output_names=list(OUTPUTS),
                 inputs=[pb.Tensor("images", views)],
             )
             response = request.exec()
             if response.has_error():
                 raise RuntimeError(response.error().message())
-            parts.append({name: pb.get_output_tensor_by_name(response, name).as_numpy() for name in _OUTPUTS})
-        return self._prediction({name: np.concatenate([part[name] for part in parts]) for name in _OUTPUTS})
-
-    def _prediction(self, found: Mapping[str, np.ndarray]) -> Prediction:
-        alarm = found["alarm"].ravel()
-        return Prediction(
-            logits=found["logits"],
-            probabilities=found["probabilities"],
-            alarm=alarm,
-            suspicious=above(alarm, self.level),
-            alarm_target=found["alarm_target"].ravel(),
-        )
+            parts.append({name: pb.get_output_tensor_by_name(response, name).as_numpy() for name in OUTPUTS})
+        found = {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS}
+        return prediction_of(found, self.level)
 
 
 def _given(request: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
