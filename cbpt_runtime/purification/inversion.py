@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.models.folding import folded
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.losses import contrastive_inversion
 from cbpt_runtime.purification.trigger_families import Parameters, TriggerFamily
 
-_ENCODER_BATCH = 400  # images of 64 x 64 pixels
+_ENCODER_BATCH = 200  # images of 64 x 64 pixels
 _BETAS = (0.5, 0.9)
 _RECENT = 0.3
 
@@ -71,7 +72,7 @@ class Inversion:
         seed: int,
         mixed: bool = False,
     ) -> None:
-        self._encoder = encoder
+        self._encoder = folded(encoder)
         self._family = family
         self._goals = goals
         self._clean = clean

@@ -255,7 +255,7 @@ class Judge:
 def good_neighbour(server: RunningServer, drawn: Any) -> Iterator[Counter[str]]:
     """Somebody who asks well all the time, over both protocols, and must get the right answers."""
     outcomes: Counter[str] = Counter()
-    is_over = threading.Event()
+    has_asked, is_over = threading.Event(), threading.Event()
 
     def ask() -> None:
         with Client(server.config.http_url) as one, Client(server.config.grpc_url) as other:
@@ -265,10 +265,12 @@ def good_neighbour(server: RunningServer, drawn: Any) -> Iterator[Counter[str]]:
                 found = (one, other)[rows[0] % 2].predict_files([drawn.files[row] for row in rows])
                 difference = np.abs(found.probabilities - drawn.expected.probabilities[rows]).max()
                 outcomes["right" if difference <= 1e-4 else "wrong"] += 1
+                has_asked.set()
 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
+        assert has_asked.wait(60)
         yield outcomes
     finally:
         is_over.set()
