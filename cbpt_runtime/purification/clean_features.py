@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
+from cbpt_runtime.models.folding import folded
 from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS, augment
 
 _BATCH = 256
 _SYNTHETIC = 300
 _SPREAD = 0.7
-_FUSION_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ def compute_features(
     encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0
 ) -> DefenderData:
     """Compute reference embeddings and the features of all clean images; the seed is for augmentation."""
-    fast = fuse_batch_norm(encoder.image_encoder)
+    fast = folded(encoder.image_encoder)
     tune = encode_clean(fast, split.tune_images, split.tune_labels)
     heldout = tune
     if len(split.heldout_labels):
@@ -129,43 +127,6 @@ def with_synthetic_features(
 def _class_sums(clean: CleanFeatures, n_classes: int) -> Float[Tensor, "classes dim"]:
     sums = torch.zeros(n_classes, clean.features.shape[1], device=clean.features.device)
     return sums.index_add_(0, clean.labels, clean.features)
-
-
-def fuse_batch_norm(encoder: ImageEncoder) -> ImageEncoder:
-    """Fold batch norms into convolutions and put channels last, where features stay equal.
-
-    Towers that have no convolution followed by its batch norm come back as they are.
-    """
-    state = encoder.module.state_dict()
-    if not any(name.endswith("running_var") for name in state):
-        return encoder
-    module = copy.deepcopy(encoder.module)
-    _fold(module)
-    folded = ImageEncoder(module, encoder.model_config, encoder.preprocess)
-    height, width = encoder.preprocess.image_size
-    probe = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(encoder.device)
-    with torch.no_grad():
-        difference = (encoder.encode_images(probe) - folded.encode_images(probe)).abs().max()
-    if not difference < _FUSION_TOLERANCE:
-        return encoder
-    module.to(memory_format=torch.channels_last)
-    return folded
-
-
-def _fold(module: nn.Module) -> None:
-    """Folds each batch norm into the convolution registered last before it with its number of channels."""
-    previous: str | None = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Conv2d):
-            previous = name
-        elif isinstance(child, nn.BatchNorm2d) and previous is not None:
-            convolution = getattr(module, previous)
-            if convolution.out_channels == child.num_features:
-                setattr(module, previous, fuse_conv_bn_eval(convolution, child))
-                setattr(module, name, nn.Identity())
-            previous = None
-        else:
-            _fold(child)
 
 
 def _augmented(encoder: ImageEncoder, clean: CleanFeatures, seed: int) -> AugmentedFeatures:

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cbpt_runtime.models.clip import ImageEncoder
-from cbpt_runtime.models.folding import folded
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.losses import contrastive_inversion
 from cbpt_runtime.purification.trigger_families import Parameters, TriggerFamily
@@ -72,7 +71,7 @@ class Inversion:
         seed: int,
         mixed: bool = False,
     ) -> None:
-        self._encoder = folded(encoder)
+        self._encoder = encoder
         self._family = family
         self._goals = goals
         self._clean = clean

@@ -32,7 +32,6 @@ class Weak:
         self.strength = strength
         self.waves = waves
         self.device = torch.device("cpu")
-        self.module = torch.nn.Identity()  # without batch norms
         self.preprocess = Preprocess(image_size=(SIDE, SIDE))
 
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search, vocabulary
 from cbpt_runtime.purification.cbpt import purify
-from cbpt_runtime.purification.clean_features import fuse_batch_norm
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers
 from cbpt_runtime.purification.stages import StageStore
@@ -131,15 +130,6 @@ def test_every_kind_of_tower_can_be_purified(kind: str, tiny_folder: Callable[..
     encoder = load_dual_encoder(read_checkpoint(tiny_folder(kind)))
     result = purify(encoder, classes(), clean_split(), SUSPICIOUS)
     assert result.class_embeddings.isfinite().all()
-
-
-def test_folding_batch_norms_changes_no_feature(tiny_resnet_folder: Path) -> None:
-    encoder = load_dual_encoder(read_checkpoint(tiny_resnet_folder)).image_encoder
-    fast = fuse_batch_norm(encoder)
-    assert fast is not encoder
-    assert not any("running_var" in name for name in fast.module.state_dict())
-    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(fast.encode_images(pixels), encoder.encode_images(pixels), atol=1e-5)
 
 
 @pytest.mark.nightly
