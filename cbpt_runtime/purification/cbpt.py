@@ -260,8 +260,8 @@ def _suspects(
             score=target.score,
             p_value=target.p_value,
             family=target.family,
-            success_before=strongest_success(defender, target.index, triggered_sets, defender.texts),
-            success_after=strongest_success(defender, target.index, triggered_sets, embeddings),
+            success_before=strongest_success(target.index, triggered_sets, defender.texts),
+            success_after=strongest_success(target.index, triggered_sets, embeddings),
         )
         for target in targets
     )
@@ -284,7 +284,7 @@ def _metrics(
             metrics[f"heldout_target_recall_{when}"] = float((called[own] == labels[own]).float().mean())
             metrics[f"heldout_floor_{when}"] = float(torch.isin(called[~own], targets).float().mean())
             metrics[f"dummy_success_{when}"] = max(
-                strongest_success(defender, index, triggered_sets, head) for index in suspected
+                strongest_success(index, triggered_sets, head) for index in suspected
             )
     return metrics
 

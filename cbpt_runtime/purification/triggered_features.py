@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cbpt_runtime.models.clip import ImageEncoder
 from cbpt_runtime.purification.augmentation import augment
 from cbpt_runtime.purification.clean_features import CleanFeatures, DefenderData, with_synthetic_features
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger
@@ -27,42 +28,68 @@ WORKING_SUCCESS = 0.9
 """Held-out success at full strength from which on a dummy trigger is taken for like the attacker's."""
 
 
+MOST_REHEARSED = 2000
+"""Images to tune on, and held-out ones, that dummy triggers are put on; more cost, and tell little more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriggeredFeatures:
     """One dummy trigger of one suspected class at one strength.
 
     Attributes:
         target: Class index.
-        tune: Features of the tune images under it.
-        heldout: Features of the held-out images under it.
+        tune: Features of tune images under it.
+        tune_labels: Their own classes.
+        heldout: Features of held-out images under it.
+        heldout_labels: Their own classes.
     """
 
     target: int
     tune: Float[Tensor, "batch dim"]
+    tune_labels: Int[Tensor, " batch"]
     heldout: Float[Tensor, "heldout dim"]
+    heldout_labels: Int[Tensor, " heldout"]
 
 
 def compute_triggered_features(
     defender: DefenderData, targets: Sequence[Target], triggers: Sequence[DummyTrigger], seed: int
 ) -> list[TriggeredFeatures]:
-    """Encode images under the dummy triggers that work (the best if none does), at every strength."""
+    """Encode images under the dummy triggers that work (the best if none does), at every strength.
+
+    Of many classes a part of the images, as many of one class as of another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tune, heldout = _drawn(defender.tune, generator), _drawn(defender.heldout, generator)
     return [
         triggered_set
         for target in targets
-        for trigger in _working(defender, target, triggers)
-        for triggered_set in _at_all_strengths(defender, trigger, seed)
+        for trigger in _working(defender, heldout, target, triggers)
+        for triggered_set in _at_all_strengths(defender.encoder, tune, heldout, trigger, seed)
     ]
 
 
-def _working(defender: DefenderData, target: Target, triggers: Sequence[DummyTrigger]) -> list[DummyTrigger]:
+def _drawn(clean: CleanFeatures, generator: torch.Generator) -> CleanFeatures:
+    """Return all images if they are few; else as many of each class as fit, drawn at random."""
+    if len(clean.labels) <= MOST_REHEARSED:
+        return clean
+    order = torch.randperm(len(clean.labels), generator=generator)
+    labels = clean.labels.cpu()[order]
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(dim=0) - counts)[labels[by_class]]  # in its class
+    return clean.part(order[by_class[place.argsort(stable=True)[:MOST_REHEARSED]]].sort().values)
+
+
+def _working(
+    defender: DefenderData, heldout: CleanFeatures, target: Target, triggers: Sequence[DummyTrigger]
+) -> list[DummyTrigger]:
     """Return the dummy triggers that take held-out images to the target's text rather than to a class."""
     head = defender.texts.clone()
     head[target.index] = target.text
     own = [trigger for trigger in triggers if trigger.target == target.index]
     success = [
         success_rate(
-            encode_triggered(defender.encoder, trigger.apply, defender.heldout.images),
-            defender.heldout,
+            encode_triggered(defender.encoder, trigger.apply, heldout.images),
+            heldout.labels,
             target.index,
             head,
         )
@@ -72,20 +99,23 @@ def _working(defender: DefenderData, target: Target, triggers: Sequence[DummyTri
     return [trigger for trigger, rate in zip(own, success, strict=True) if rate >= least]
 
 
-def _at_all_strengths(defender: DefenderData, trigger: DummyTrigger, seed: int) -> list[TriggeredFeatures]:
+def _at_all_strengths(
+    encoder: ImageEncoder, tune: CleanFeatures, heldout: CleanFeatures, trigger: DummyTrigger, seed: int
+) -> list[TriggeredFeatures]:
     generator = torch.Generator().manual_seed(seed)
-    images = defender.tune.images
     triggered_sets = []
     for number, strength in enumerate(STRENGTHS):
-        seen = images
+        seen = tune.images
         if number:
-            seen = torch.cat([(part * 255).round().byte() for part in augment(images, number, generator)])
+            seen = torch.cat([(part * 255).round().byte() for part in augment(seen, number, generator)])
         apply = partial(trigger.apply, strength=strength)
         triggered_sets.append(
             TriggeredFeatures(
                 target=trigger.target,
-                tune=encode_triggered(defender.encoder, apply, seen),
-                heldout=encode_triggered(defender.encoder, apply, defender.heldout.images),
+                tune=encode_triggered(encoder, apply, seen),
+                tune_labels=tune.labels,
+                heldout=encode_triggered(encoder, apply, heldout.images),
+                heldout_labels=heldout.labels,
             )
         )
     return triggered_sets
@@ -93,26 +123,23 @@ def _at_all_strengths(defender: DefenderData, trigger: DummyTrigger, seed: int) 
 
 def success_rate(
     features: Float[Tensor, "batch dim"],
-    clean: CleanFeatures,
+    labels: Int[Tensor, " batch"],
     target: int,
     head: Float[Tensor, "classes dim"],
 ) -> float:
     """Share of the images of other classes that the head calls the suspected class."""
-    others = clean.labels != target
+    others = labels != target
     return float((margins(features[others] @ head.T, target) > 0).float().mean())
 
 
 def strongest_success(
-    defender: DefenderData,
-    target: int,
-    triggered_sets: Sequence[TriggeredFeatures],
-    head: Float[Tensor, "classes dim"],
+    target: int, triggered_sets: Sequence[TriggeredFeatures], head: Float[Tensor, "classes dim"]
 ) -> float:
     """Largest success of a dummy trigger of the class, on held-out images of other classes."""
     return max(
-        success_rate(triggered_set.heldout, defender.heldout, target, head)
-        for triggered_set in triggered_sets
-        if triggered_set.target == target
+        success_rate(one.heldout, one.heldout_labels, target, head)
+        for one in triggered_sets
+        if one.target == target
     )
 
 
@@ -133,15 +160,14 @@ def check_head(
         'accepted'.
     """
     clean = defender.heldout
-    floors = {target: success_rate(clean.features, clean, target, head) for target in targets}
+    floors = {target: success_rate(clean.features, clean.labels, target, head) for target in targets}
     if any(
-        floor > success_rate(clean.features, clean, target, defender.texts)
+        floor > success_rate(clean.features, clean.labels, target, defender.texts)
         for target, floor in floors.items()
     ):
         return "false_positives"
     if any(
-        strongest_success(defender, target, triggered_sets, head) > max(goal, floor)
-        for target, floor in floors.items()
+        strongest_success(target, triggered_sets, head) > max(goal, floor) for target, floor in floors.items()
     ):
         return "trigger_survives"
     return "accepted"
@@ -162,18 +188,18 @@ def directions(
 
 
 def of_other_classes(
-    triggered_sets: Sequence[TriggeredFeatures], labels: Int[Tensor, " batch"]
+    triggered_sets: Sequence[TriggeredFeatures],
 ) -> tuple[Float[Tensor, "triggered dim"], Int[Tensor, " triggered"], Int[Tensor, " triggered"]]:
     """Tune features under every dummy trigger, without images of its own suspected class.
 
     Returns:
         Features, the images' own classes, and the suspected class of each one's trigger.
     """
-    kept = [(triggered_set, labels != triggered_set.target) for triggered_set in triggered_sets]
+    kept = [(one, one.tune_labels != one.target) for one in triggered_sets]
     return (
-        torch.cat([triggered_set.tune[others] for triggered_set, others in kept]),
-        torch.cat([labels[others] for _, others in kept]),
-        torch.cat([torch.full_like(labels[others], triggered_set.target) for triggered_set, others in kept]),
+        torch.cat([one.tune[others] for one, others in kept]),
+        torch.cat([one.tune_labels[others] for one, others in kept]),
+        torch.cat([torch.full_like(one.tune_labels[others], one.target) for one, others in kept]),
     )
 
 
@@ -186,7 +212,7 @@ def tuning_data(
     """
     classes = [target.index for target in targets]
     clean = with_synthetic_features(defender.augmented, defender.tune, classes, seed)
-    triggered, own_labels, triggered_targets = of_other_classes(triggered_sets, defender.tune.labels)
+    triggered, own_labels, triggered_targets = of_other_classes(triggered_sets)
     elsewhere = [target.index for target in targets if not target.on_list]
     called = (triggered @ defender.texts.T).scatter(1, own_labels.unsqueeze(1), -torch.inf).argmax(dim=1)
     unlisted = torch.isin(triggered_targets, torch.tensor(elsewhere, device=own_labels.device))

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.purification import triggered_features as module
 from cbpt_runtime.purification.clean_features import AugmentedFeatures, CleanFeatures, DefenderData
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger, from_tensors
 from cbpt_runtime.purification.targets import Target
@@ -82,7 +84,7 @@ def triggers(**masks: Tensor) -> list[DummyTrigger]:
 def test_only_dummy_triggers_that_work_are_rehearsed() -> None:
     found = compute_triggered_features(defender(), [target()], triggers(), seed=0)
     assert len(found) == len(STRENGTHS)
-    assert strongest_success(defender(), 1, found, defender().texts) == 1.0
+    assert strongest_success(1, found, defender().texts) == 1.0
 
 
 def test_the_best_is_rehearsed_where_none_works() -> None:
@@ -93,10 +95,25 @@ def test_the_best_is_rehearsed_where_none_works() -> None:
 def test_images_of_the_suspected_class_are_left_out() -> None:
     known = defender()
     triggered_sets = compute_triggered_features(known, [target()], triggers(), seed=0)
-    features, labels, targets = of_other_classes(triggered_sets, known.tune.labels)
+    features, labels, targets = of_other_classes(triggered_sets)
     assert features.shape == (8 * len(STRENGTHS), 3 * SIDE * SIDE)
     assert sorted(labels.unique().tolist()) == [0, 2]
     assert targets.tolist() == [1] * len(labels)
+
+
+def test_of_many_images_some_of_every_class_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_REHEARSED", 6)
+    found = compute_triggered_features(defender(), [target()], triggers(), seed=0)
+    for one in found:
+        assert torch.equal(one.tune_labels.bincount(), torch.tensor([2, 2, 2]))
+        assert torch.equal(one.heldout_labels.bincount(), torch.tensor([2, 2, 2]))
+        assert len(one.tune) == len(one.heldout) == 6
+    brightest = found[0].tune.view(6, 3, SIDE, SIDE)[:, :, 0, 0].argmax(dim=1)  # each image shows its class
+    assert torch.equal(brightest, found[0].tune_labels)
+    assert check_head(defender(), [1], found, defender().texts, 0.0) == "trigger_survives"
+    monkeypatch.setattr(module, "MOST_REHEARSED", 4)  # four of three classes
+    odd = compute_triggered_features(defender(), [target()], triggers(), seed=0)[0]
+    assert sorted(odd.tune_labels.bincount().tolist()) == [1, 1, 2]
 
 
 def test_directions_are_orthonormal_and_what_the_trigger_adds() -> None:
