@@ -252,9 +252,14 @@ def _inverted(subject: SearchInput, family: TriggerFamily, config: PurifyConfig)
     inversion.advance(first)
     inversion.narrow()
     order = inversion.recent_margins().argsort(descending=True, stable=True)
-    inversion.keep(order[: max(_FEW, math.ceil(_KEPT * len(order)))])
+    inversion.keep(order[: concepts_kept(len(order))])
     inversion.advance(steps - first)
     return inversion
+
+
+def concepts_kept(concepts: int) -> int:
+    """How many of so many concepts are followed to the end: the better half, all of a few."""
+    return min(concepts, max(_FEW, math.ceil(_KEPT * concepts)))
 
 
 def _measure(
