@@ -7,7 +7,49 @@ and random pictures, whose cost is that of any others, and its time multiplied b
 the JSON has both. Every setting runs in a process of its own, with all its pictures and features in memory,
 so that its peak is the command's. One suspect is assumed, all four of whose dummy triggers work, and as many
 rounds of tuning as there can be: the most that one suspect costs.
-"""Measure every setting in a process of its own, write them down, and print the table."""
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from purification import machine
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cbpt_runtime.config import is_mixed
+from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.models.folding import folded
+from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS
+from cbpt_runtime.purification.clean_features import CleanFeatures
+from cbpt_runtime.purification.config import PurifyConfig
+from cbpt_runtime.purification.inversion import Goals, Inversion, encode_triggered
+from cbpt_runtime.purification.search import MEASURED_IMAGES, concepts_kept
+from cbpt_runtime.purification.trigger_families import INVERSION_FAMILIES, SEARCH_FAMILIES
+from cbpt_runtime.purification.triggered_features import MOST_REHEARSED, STRENGTHS
+from cbpt_runtime.purification.tuning import TuningData, tune
+from cbpt_runtime.runtime.preprocess import Preprocess
+
+RESULTS = Path(__file__).parent / "results" / "full-size.json"
+SHOTS, HELDOUT = 16, 8  # images of each class
+WORDS = 1000  # of the background vocabulary
+TRIED_CONCEPTS, TRIED_STEPS, TRIED_IMAGES = 8, 2, 64
+TRIED_TUNING_STEPS = 2
+REPEATS = 3
+
+
+def main() -> None:
+    """Measure every setting in a process of its own, write them down, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
