@@ -3,7 +3,8 @@
 A suspicious image is looked at again with a square of it covered, filled with the colour around it: at every
 place of a coarse grid, then at places of finer grids inside the square that worked best. Where the original
 head is no longer sure of the suspected target, the square has covered the trigger, and the purified head
-answers on what is left. Where no square does that, the first answer stays.
+answers on what is left. Where only the largest squares do that, or none, there is no patch under them, and the
+first answer stays.
 
 It is not done for an image that the purified head calls a suspected target anyway, or of which the original
 head is not sure, and never ends with a suspected target:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SIZES = (0.5, 0.3, 0.2)
 """Sides of the squares, as shares of the shorter side of the image, from coarse to fine."""
+PATCH = 0.3
+"""Side of the squares, one of `SIZES`, that have to cover the trigger: a half takes from any trigger."""
 PLACES = 3
 """Places along an axis at least; as many more as squares need to overlap by half."""
 RING = 1 / 16
@@ -50,7 +53,6 @@ class _Search:
 
     row: int
     box: Box
-    found: bool = False
     seen: list[tuple[float, Float[np.ndarray, " classes"]]] = field(default_factory=list)
 
 
@@ -82,18 +84,18 @@ def look_again(
     level = max(threshold, UNSURE)
     twice = doubtful & ~np.isin(said.labels, list(suspects)) & (original_certainty(said, suspects) > level)
     height, width = images.shape[1:3]
-    searches = [_Search(row=int(row), box=(0, 0, width, height)) for row in np.flatnonzero(twice)]
-    going = searches
+    going = [_Search(row=int(row), box=(0, 0, width, height)) for row in np.flatnonzero(twice)]
     for size in SIZES:
         side = max(1, round(size * min(height, width)))
         going = _look_inside(going, images, look, suspects, side, level)
+        if size == PATCH:
+            freed = going
     logits, boxes = said.logits.copy(), np.zeros((len(images), 4), np.int64)
-    for search in searches:
-        if search.found:
-            best = sorted(search.seen, key=lambda view: view[0])[:KEPT]
-            logits[search.row] = np.mean([row for _, row in best], axis=0)
-            logits[search.row, list(suspects)] = logits[search.row].min()
-            boxes[search.row] = search.box
+    for search in freed:
+        best = sorted(search.seen, key=lambda view: view[0])[:KEPT]
+        logits[search.row] = np.mean([row for _, row in best], axis=0)
+        logits[search.row, list(suspects)] = logits[search.row].min()
+        boxes[search.row] = search.box
     return replace(
         said,
         logits=logits,
@@ -125,7 +127,7 @@ def _look_inside(
         free = [view for view in range(start, end) if certainty[view] <= level]
         search.seen += [(float(certainty[view]), seen.logits[view]) for view in free]
         if free:
-            search.box, search.found = grid[int(certainty[start:end].argmin())], True
+            search.box = grid[int(certainty[start:end].argmin())]
             going.append(search)
     return going
 
