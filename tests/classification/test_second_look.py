@@ -105,6 +105,15 @@ def test_two_triggers_too_far_apart_for_one_square_leave_the_first_answer() -> N
     np.testing.assert_array_equal(found.logits, found.head_logits)
 
 
+def test_what_only_a_square_of_a_half_takes_away_leaves_the_first_answer() -> None:
+    look = Backdoored()
+    found = twice(grey((2, 2), (13, 13))[None], look)
+    assert len(look.seen) == 3  # squares of a half freed it and were gone into
+    assert found.boxes is not None
+    assert not found.boxes.any()
+    np.testing.assert_array_equal(found.logits, found.head_logits)
+
+
 def test_an_image_called_the_target_anyway_is_not_looked_at_again() -> None:
     look = Backdoored()
     said = look(grey((5, 5))[None])
