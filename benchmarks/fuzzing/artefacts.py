@@ -21,7 +21,7 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.export.verify import verify_repository
-from cbpt_runtime.inspection import inspect_path
+from cbpt_runtime.loading import inspect_path
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder

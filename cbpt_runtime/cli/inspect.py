@@ -33,7 +33,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
-    from cbpt_runtime.inspection import inspect_path
+    from cbpt_runtime.loading import inspect_path
     from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, prompt_rows, prompt_verdict
 
     found = inspect_path(

@@ -3,8 +3,8 @@
 A suspicious image is looked at again with a square of it covered, filled with the colour around it: at every
 place of a coarse grid, then at places of finer grids inside the square that worked best. Where the original
 head is no longer sure of the suspected target, the square has covered the trigger, and the purified head
-answers on what is left. Where only the largest squares do that, or none, there is no patch under them, and the
-first answer stays.
+answers on what is left. Where only the largest squares do that, or none, there is no patch under them,
+and the first answer stays.
 
 It is not done for an image that the purified head calls a suspected target anyway, or of which the original
 head is not sure, and never ends with a suspected target:

@@ -275,7 +275,7 @@ def test_plain_progress_says_first_last_and_little_between(capsys: pytest.Captur
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_program_with_the_shells_exit_code(number: signal.Signals, code: int) -> None:
     program = (
-        "import signal, cbpt_runtime.inspection as i; from cbpt_runtime.__main__ import main\n"
+        "import signal, cbpt_runtime.loading as i; from cbpt_runtime.__main__ import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in jobs of the background
         f"i.inspect_path = lambda *a, **k: signal.raise_signal({int(number)})\n"
         "main(['inspect', 'x'])"

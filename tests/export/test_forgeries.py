@@ -18,7 +18,7 @@ from cbpt_runtime.errors import BundleError, CbptError, InputError, RepositoryEr
 from cbpt_runtime.export.golden import TOLERANCE, read_golden
 from cbpt_runtime.export.manifest import read_repository, require_unchanged
 from cbpt_runtime.export.verify import check_configs, check_graph
-from cbpt_runtime.inspection import inspect_path
+from cbpt_runtime.loading import inspect_path
 from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.triton.placement import place
