@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import ImageEncoder
-from cbpt_runtime.models.folding import folded
+from cbpt_runtime.models.faster import faster
 from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
@@ -69,7 +69,7 @@ def main() -> None:
 def measured(tower: str, classes: int) -> dict[str, Any]:
     """Return the units, how often they are needed, and what that makes."""
     config = PurifyConfig()
-    encoder = folded(random_encoder(tower))
+    encoder = faster(random_encoder(tower))
     tune_images, heldout = random_images(encoder, SHOTS * classes), random_images(encoder, HELDOUT * classes)
     texts = normalize(torch.randn(classes + WORDS, encoder.embed_dim), dim=1)
     counts = image_counts(classes, config)

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
-from cbpt_runtime.models.folding import folded
+from cbpt_runtime.models.faster import faster
 from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS, augment
 
 _BATCH = 256
@@ -80,7 +80,7 @@ def compute_features(
     encoder: DualEncoder, classes: ClassList, split: CleanSplit, *, seed: int = 0
 ) -> DefenderData:
     """Compute reference embeddings and the features of all clean images; the seed is for augmentation."""
-    fast = folded(encoder.image_encoder)
+    fast = faster(encoder.image_encoder)
     tune = encode_clean(fast, split.tune_images, split.tune_labels)
     heldout = tune
     if len(split.heldout_labels):

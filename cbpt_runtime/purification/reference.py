@@ -14,7 +14,7 @@ from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
 from cbpt_runtime.models.data import ClassList
-from cbpt_runtime.models.folding import folded
+from cbpt_runtime.models.faster import faster
 from cbpt_runtime.purification.clean_features import CleanFeatures, encode_clean
 from cbpt_runtime.purification.detection import FEW_CONCEPTS
 from cbpt_runtime.purification.search import Reference, SearchInput
@@ -90,7 +90,7 @@ def comparison(encoder: DualEncoder, classes: ClassList | None, suspect: SearchI
         CheckpointError: It is no relative: it places images elsewhere than the suspect does, so that what is
             natural to the suspect would look like a backdoor, or hide one.
     """
-    fast = folded(encoder.image_encoder)
+    fast = faster(encoder.image_encoder)
     _check_related(fast, suspect.heldout)
     asked = suspect.vocabulary
     listed = None if classes is None else encoder.class_embeddings(classes)

@@ -17,7 +17,7 @@ from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList
-from cbpt_runtime.models.folding import folded
+from cbpt_runtime.models.faster import faster
 from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
@@ -169,7 +169,7 @@ def unlabelled_input(
 ) -> SearchInput:
     """Ask with images that nobody has labelled; the first quarter is held out."""
     texts = None if listed is None else encoder.class_embeddings(listed)
-    fast = folded(encoder.image_encoder)
+    fast = faster(encoder.image_encoder)
     clean = encode_clean(fast, pixels, np.zeros(len(pixels), np.int64))
     heldout = torch.arange(len(pixels)) < max(1, round(_HELDOUT_SHARE * len(pixels)))
     return SearchInput(

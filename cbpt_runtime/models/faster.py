@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,14 +28,16 @@ class _InFloat32(nn.Module):
         return result
 
 
-def folded(encoder: ImageEncoder) -> ImageEncoder:
-    """Fold batch norms into convolutions and put channels last, where features stay equal.
+def faster(encoder: ImageEncoder) -> ImageEncoder:
+    """Return an encoder with the same features whose frozen tower is faster to run backwards.
 
-    On CPUs, grouped convolutions with a stride then stay in float32 under autocast: backwards they are many
-    times slower in bfloat16. Towers that have no convolution followed by its batch norm are returned as they
-    are.
+    Batch norms are folded into convolutions and channels put last. On CPUs, grouped convolutions with a
+    stride stay in float32 under autocast: backwards they are many times slower in bfloat16. Attention gets
+    its input in the order that it works in: torch otherwise copies the frozen weights for every image. A
+    tower without any of this, or whose features would change, is returned as it is.
     """
-    if not any(name.endswith("running_var") for name in encoder.module.state_dict()):
+    parts = list(encoder.module.modules())
+    if not any(isinstance(part, nn.BatchNorm2d | nn.MultiheadAttention) for part in parts):
         return encoder
     module = copy.deepcopy(encoder.module)
     _fold(module)
@@ -50,8 +53,19 @@ def folded(encoder: ImageEncoder) -> ImageEncoder:
         return encoder
     if encoder.device.type == "cpu":
         _keep_in_float32(module)
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention) and part.batch_first:
+            part.register_forward_pre_hook(_length_first, with_kwargs=True)
     module.to(memory_format=torch.channels_last)
     return found
+
+
+def _length_first(
+    _: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Lay the input of an attention out as it is read; one tensor given several times stays one."""
+    laid = {id(value): value.transpose(0, 1).contiguous().transpose(0, 1) for value in args}
+    return tuple(laid[id(value)] for value in args), options
 
 
 def _fold(module: nn.Module) -> None:

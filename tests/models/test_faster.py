@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import ImageEncoder, load_dual_encoder
-from cbpt_runtime.models.folding import folded
+from cbpt_runtime.models.faster import faster
 
 
 def pixels() -> Tensor:
@@ -60,7 +60,7 @@ def mobile(resnet: ImageEncoder) -> ImageEncoder:
 def test_features_and_gradients_stay(name: str, request: pytest.FixtureRequest) -> None:
     encoder: ImageEncoder = request.getfixturevalue(name)
     before = copy.deepcopy(encoder.module.state_dict())
-    other = folded(encoder)
+    other = faster(encoder)
     assert norms(encoder.module) > 0 == norms(other.module)
     assert torch.allclose(other.encode_images(pixels()), encoder.encode_images(pixels()), atol=1e-4)
     expected = gradient(encoder)
@@ -70,7 +70,7 @@ def test_features_and_gradients_stay(name: str, request: pytest.FixtureRequest) 
 
 def test_a_convolution_with_groups_and_a_stride_is_not_run_in_bfloat16(mobile: ImageEncoder) -> None:
     seen: list[tuple[int, torch.dtype]] = []
-    encoder = folded(mobile)
+    encoder = faster(mobile)
     for part in encoder.module.modules():
         if isinstance(part, nn.Conv2d) and part.groups > 1:
             part.register_forward_hook(lambda conv, _, result: seen.append((conv.stride[0], result.dtype)))
@@ -78,9 +78,23 @@ def test_a_convolution_with_groups_and_a_stride_is_not_run_in_bfloat16(mobile: I
     assert set(seen) == {(1, torch.bfloat16), (2, torch.float32)}
 
 
-def test_a_tower_without_batch_norms_is_returned_as_it_is(tiny_folder: Callable[..., Path]) -> None:
+def test_attention_gives_the_same_and_copies_no_weights(tiny_folder: Callable[..., Path]) -> None:
     encoder = load_dual_encoder(read_checkpoint(tiny_folder("vit"))).image_encoder
-    assert folded(encoder) is encoder
+    other = faster(encoder)
+    assert torch.allclose(other.encode_images(pixels()), encoder.encode_images(pixels()), atol=1e-6)
+    expected = gradient(encoder)
+    assert float((gradient(other) - expected).norm() / expected.norm()) < 1e-4
+    batched = []
+    for one in (encoder, other):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            gradient(one, mixed=True)
+        batched.append(any(event.key == "aten::bmm" for event in profile.key_averages()))
+    assert batched == [True, False]  # a product for every image, with the weights of each
+
+
+def test_a_tower_with_nothing_to_gain_is_returned_as_it_is(tiny_folder: Callable[..., Path]) -> None:
+    encoder = load_dual_encoder(read_checkpoint(tiny_folder("timm"))).image_encoder
+    assert faster(encoder) is encoder
 
 
 class OutOfOrder(nn.Module):
@@ -106,4 +120,4 @@ def test_a_tower_whose_features_would_change_is_returned_as_it_is(
 ) -> None:
     torch.manual_seed(0)
     encoder = ImageEncoder(with_statistics(kind()), {"embed_dim": 3}, resnet.preprocess)
-    assert folded(encoder) is encoder
+    assert faster(encoder) is encoder
