@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbpt_runtime.config import is_mixed
-from cbpt_runtime.models.clip import ImageEncoder
+from cbpt_runtime.models.checkpoint import read_checkpoint
+from cbpt_runtime.models.clip import ImageEncoder, load_dual_encoder
 from cbpt_runtime.models.faster import faster
 from cbpt_runtime.purification.augmentation import N_AUGMENTATIONS
 from cbpt_runtime.purification.clean_features import CleanFeatures
@@ -53,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--towers", nargs="+", default=["ViT-B-32", "RN50"], help="open_clip's names")
+    parser.add_argument(
+        "--towers", nargs="+", default=["ViT-B-32", "RN50"], help="open_clip's names, or checkpoints"
+    )
     parser.add_argument("--classes", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -69,7 +72,8 @@ def main() -> None:
 def measured(tower: str, classes: int) -> dict[str, Any]:
     """Return the units, how often they are needed, and what that makes."""
     config = PurifyConfig()
-    encoder = faster(random_encoder(tower))
+    given = tower_of(tower)
+    encoder = faster(given)
     tune_images, heldout = random_images(encoder, SHOTS * classes), random_images(encoder, HELDOUT * classes)
     texts = normalize(torch.randn(classes + WORDS, encoder.embed_dim), dim=1)
     counts = image_counts(classes, config)
@@ -77,6 +81,7 @@ def measured(tower: str, classes: int) -> dict[str, Any]:
     unit_seconds = {
         "forward": forward / TRIED_IMAGES,
         "forward_and_backward": inversion_seconds(encoder, tune_images, texts, config),
+        "forward_and_backward_as_given": inversion_seconds(given, tune_images, texts, config),
         "tuning_step": tuning_seconds(encoder.embed_dim, classes, config),
     }
     seconds = {
@@ -84,7 +89,7 @@ def measured(tower: str, classes: int) -> dict[str, Any]:
         for stage, needed in counts.items()
     }
     return {
-        "tower": tower,
+        "tower": Path(tower).name,
         "image_size": encoder.preprocess.image_size,
         "classes": classes,
         "mixed": is_mixed(config.precision, torch.device("cpu")),
@@ -117,14 +122,16 @@ def image_counts(classes: int, config: PurifyConfig) -> dict[str, dict[str, int]
     }
 
 
-def random_encoder(tower: str) -> ImageEncoder:
-    """Return an image tower of open_clip's with random weights."""
+def tower_of(name: str) -> ImageEncoder:
+    """Return the image tower of a checkpoint, or one of open_clip's with random weights."""
     import open_clip
 
+    if Path(name).exists():
+        return load_dual_encoder(read_checkpoint(name)).image_encoder
     torch.manual_seed(0)
-    settings: dict[str, Any] = open_clip.get_model_config(tower)
+    settings: dict[str, Any] = open_clip.get_model_config(name)
     side: int = settings["vision_cfg"]["image_size"]
-    module: Any = open_clip.create_model(tower, pretrained=None)
+    module: Any = open_clip.create_model(name, pretrained=None)
     return ImageEncoder(module.visual.float(), settings, Preprocess(image_size=(side, side)))
 
 
@@ -190,6 +197,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Minutes of every stage, as Markdown."""
     stages = list(runs[0]["seconds"])
     names = ["tower", "classes", "images: forwards", "forwards and backwards", *stages, "all", "peak memory"]
+    names += ["forwards and backwards a second: as given, faster"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for run in runs:
         images = [
@@ -200,6 +208,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [run["tower"], str(run["classes"]), *(f"{count:,}" for count in images)]
         cells += [f"{value:.1f} min" for value in (*minutes, sum(minutes))]
         cells.append(f"{run['peak_memory_bytes'] / 2**30:.1f} GiB")
+        units = run["unit_seconds"]
+        rates = [1 / units[f"forward_and_backward{kind}"] for kind in ("_as_given", "")]
+        cells.append(", ".join(f"{rate:.1f}" for rate in rates))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

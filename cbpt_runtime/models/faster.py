@@ -41,6 +41,12 @@ def faster(encoder: ImageEncoder) -> ImageEncoder:
         return encoder
     module = copy.deepcopy(encoder.module)
     _fold(module)
+    if encoder.device.type == "cpu":
+        _keep_in_float32(module)
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention) and part.batch_first:
+            part.register_forward_pre_hook(_length_first)
+    module.to(memory_format=torch.channels_last)
     found = ImageEncoder(module, encoder.model_config, encoder.preprocess)
     height, width = encoder.preprocess.image_size
     probe = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(encoder.device)
@@ -49,23 +55,13 @@ def faster(encoder: ImageEncoder) -> ImageEncoder:
             difference = (encoder.encode_images(probe) - found.encode_images(probe)).abs().max()
     except AttributeError:  # a tower that looks into its norms
         return encoder
-    if not difference < _TOLERANCE:
-        return encoder
-    if encoder.device.type == "cpu":
-        _keep_in_float32(module)
-    for part in module.modules():
-        if isinstance(part, nn.MultiheadAttention) and part.batch_first:
-            part.register_forward_pre_hook(_length_first, with_kwargs=True)
-    module.to(memory_format=torch.channels_last)
-    return found
+    return found if difference < _TOLERANCE else encoder
 
 
-def _length_first(
-    _: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]
-) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Lay the input of an attention out as it is read; one tensor given several times stays one."""
-    laid = {id(value): value.transpose(0, 1).contiguous().transpose(0, 1) for value in args}
-    return tuple(laid[id(value)] for value in args), options
+def _length_first(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay queries, keys and values out as they are read; one tensor given several times stays one."""
+    laid = {id(value): value.transpose(0, 1).contiguous().transpose(0, 1) for value in given[:3]}
+    return tuple(laid.get(id(value), value) for value in given)
 
 
 def _fold(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ its `Sec-Fetch-Site`, or by a `Host` that is somebody else's name for this machi
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Refusal:
 
     status: HTTPStatus
     text: str
+
+    @property
+    def content(self) -> bytes:
+        """The answer's body over HTTP, in Triton's own form."""
+        return json.dumps({"error": self.text}).encode()
 
 
 BAD_NUMBER = Refusal(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import logging
-import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -32,6 +30,7 @@ from cbpt_runtime.serving.guard.admission import (
 )
 from cbpt_runtime.serving.guard.admission import refuse_request as refuse_head
 from cbpt_runtime.serving.guard.grpc_guard import GrpcGuard
+from cbpt_runtime.serving.loop_thread import LoopThread, UntilStopped
 
 if TYPE_CHECKING:
     import aiohttp
@@ -66,11 +65,8 @@ class Guard:
         self._endpoint: Endpoint | None = None
         self._room = Room(MAX_HELD_BODIES * config.max_request_bytes)
         self._grpc = GrpcGuard(config, inner_models=inner_models, room=self._room)
-        self._error: BaseException | None = None
-        self._started = threading.Event()
-        self._stop: Callable[[], object] = _do_nothing
         self._readers = ThreadPoolExecutor(1, "guard-reader")  # the memory of one body's check at a time
-        self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
+        self._thread = LoopThread(self._serve, "guard")
 
     def __enter__(self) -> Self:
         """Listen.
@@ -78,43 +74,29 @@ class Guard:
         Raises:
             ConfigError: A port is taken.
         """
-        self._thread.start()
-        self._started.wait()
-        if self._error is None:
-            return self
-        self._thread.join()
-        if not isinstance(self._error, OSError):
-            raise self._error
-        raise ConfigError(
-            expected=f"free ports for --http-port, --grpc-port and --metrics-port on {self._config.address}",
-            got=str(self._error),
-            fix="Stop what listens there, or choose other ports (0 takes a free one).",
-        ) from self._error
+        try:
+            self._thread.start()
+        except OSError as error:
+            raise ConfigError(
+                expected="free ports for --http-port, --grpc-port and --metrics-port on "
+                f"{self._config.address}",
+                got=str(error),
+                fix="Stop what listens there, or choose other ports (0 takes a free one).",
+            ) from error
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop listening; what has no answer yet is dropped."""
-        self._stop()
-        self._thread.join()
+        self._thread.stop()
 
     def lead_to(self, endpoint: Endpoint | None) -> None:
         """From now on let requests through to this Triton; to none, and answer 503, when None."""
         self._endpoint = self._grpc.endpoint = endpoint
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:  # handed to whoever waits for the start
-            self._error = error
-        finally:
-            self._started.set()
-            self._readers.shutdown(wait=False)
-
-    async def _serve(self) -> None:
+    async def _serve(self, until_stopped: UntilStopped) -> None:
         import aiohttp
         from aiohttp import web
 
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
         quiet = logging.Logger("guard")
         quiet.addHandler(logging.NullHandler())
         timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
@@ -138,12 +120,12 @@ class Guard:
                     site = web.TCPSite(runners[-1], str(self._config.address), port, backlog=_BACKLOG)
                     await site.start()
                 await self._grpc.start()
-                self._started.set()
-                await stopped.wait()
+                await until_stopped()
             finally:
                 await self._grpc.stop()
                 for runner in runners:
                     await runner.cleanup()
+                self._readers.shutdown(wait=False)
 
     def _handler(
         self,
@@ -250,11 +232,6 @@ class Guard:
         return response.status, content, kept
 
 
-def _do_nothing() -> None:
-    """There is nothing to stop before it was started."""
-
-
 def _refused(refusal: Refusal) -> Answer:
     """Return a refusal in Triton's own form."""
-    content = json.dumps({"error": refusal.text}).encode()
-    return refusal.status, content, {"Content-Type": "application/json"}
+    return refusal.status, refusal.content, {"Content-Type": "application/json"}

@@ -7,10 +7,8 @@ Every connection carries one request, and there is a limited number of them, for
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from importlib.resources import files
@@ -30,7 +28,9 @@ from cbpt_runtime.serving.guard.admission import (
     is_loopback_name,
     refuse_caller,
 )
+from cbpt_runtime.serving.loop_thread import LoopThread, UntilStopped
 
+MAX_ANSWER_BYTES = 16_000_000
 MAX_CONNECTIONS = 32
 REQUEST_TIMEOUT_S = 15.0  # for the whole of it, however it trickles in
 MAX_IMAGE_BYTES = 20_000_000
@@ -101,8 +101,7 @@ class UiServer:
         self._max_body_bytes = max_image_bytes + MAX_ENVELOPE_BYTES
         self._timeout_s = timeout_s
         self._host, self._port = host, port
-        self._thread: threading.Thread | None = None
-        self._stop: Callable[[], object] = lambda: None
+        self._thread: LoopThread | None = None
 
     @property
     def url(self) -> str:
@@ -116,35 +115,22 @@ class UiServer:
         Raises:
             WorkError: The port is taken or cannot be used.
         """
-        started = threading.Event()
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                asyncio.run(self._serve(started))
-            except BaseException as error:  # handed to whoever waits for the start
-                errors.append(error)
-            finally:
-                started.set()
-
-        self._thread = threading.Thread(target=run, name="ui", daemon=True)
-        self._thread.start()
-        started.wait()
-        if not errors:
-            return self
-        if not isinstance(errors[0], OSError | OverflowError):
-            raise errors[0]
-        raise WorkError(
-            expected=f"a free port for the page on {self._host}",
-            got=f"{self._port} ({errors[0]})",
-            fix="Choose another --ui-port.",
-        ) from errors[0]
+        thread = LoopThread(self._serve, "ui")
+        try:
+            thread.start()
+        except (OSError, OverflowError) as error:
+            raise WorkError(
+                expected=f"a free port for the page on {self._host}",
+                got=f"{self._port} ({error})",
+                fix="Choose another --ui-port.",
+            ) from error
+        self._thread = thread
+        return self
 
     def stop(self) -> None:
         """Stop listening; answers under way are dropped."""
         if self._thread is not None:
-            self._stop()
-            self._thread.join()
+            self._thread.stop()
             self._thread = None
 
     def __enter__(self) -> Self:
@@ -153,9 +139,7 @@ class UiServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    async def _serve(self, started: threading.Event) -> None:
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._stop = lambda: loop.call_soon_threadsafe(stopped.set)
+    async def _serve(self, until_stopped: UntilStopped) -> None:
         async with aiohttp.ClientSession(
             f"http://{self._triton}",
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -171,8 +155,7 @@ class UiServer:
                 site = web.TCPSite(runner, self._host, self._port, backlog=MAX_CONNECTIONS)
                 await site.start()
                 self._port = runner.addresses[0][1]
-                started.set()
-                await stopped.wait()
+                await until_stopped()
             finally:
                 await runner.cleanup()
 
@@ -182,8 +165,7 @@ class UiServer:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             answer = await self._answer(session, request)
             if isinstance(answer, Refusal):
-                content = json.dumps({"error": answer.text}).encode()
-                answer = web.Response(status=answer.status, body=content, content_type=_JSON)
+                answer = web.Response(status=answer.status, body=answer.content, content_type=_JSON)
             answer.headers.update(_HEADERS)
             answer.force_close()
             return answer
@@ -204,28 +186,30 @@ class UiServer:
             case "GET" if path in self._readable:
                 return await self._forward(session, "GET", path)
             case "GET" if path == self._infer:
-                return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "expected a POST request; got GET.")
+                return Refusal(status=HTTPStatus.METHOD_NOT_ALLOWED, text="expected a POST request; got GET.")
             case "GET":
                 text = f"expected the page or its model; got {path[:200]}."
-                return _refusal(HTTPStatus.NOT_FOUND, text)
+                return Refusal(status=HTTPStatus.NOT_FOUND, text=text)
             case "POST" if path == self._infer:
                 return await self._ask(session, request)
             case "POST":
                 text = f"expected the model of this page; got {path[:200]}."
-                return _refusal(HTTPStatus.NOT_FOUND, text)
+                return Refusal(status=HTTPStatus.NOT_FOUND, text=text)
             case method:
-                return _refusal(HTTPStatus.NOT_IMPLEMENTED, f"expected GET or POST; got {method[:20]}.")
+                return Refusal(
+                    status=HTTPStatus.NOT_IMPLEMENTED, text=f"expected GET or POST; got {method[:20]}."
+                )
 
     async def _ask(self, session: aiohttp.ClientSession, request: web.BaseRequest) -> web.Response | Refusal:
         """Pass a question to the model on, once it has come whole."""
         length = request.content_length
         if length is None:
-            return _refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length; got none.")
+            return Refusal(status=HTTPStatus.LENGTH_REQUIRED, text="expected a Content-Length; got none.")
         if length > self._max_body_bytes:
             text = f"expected at most {self._max_body_bytes:,} bytes; got {length:,}. Send a smaller file."
-            return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+            return Refusal(status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text=text)
         body = await request.content.read()
-        self._places.stop_clock(request.protocol)
+        self._places.give(request.protocol, self._timeout_s + REQUEST_TIMEOUT_S)
         header_length = request.headers.get(HEADER_LENGTH, "")
         is_binary = re.fullmatch(r"[0-9]{1,9}", header_length)
         headers = {"Content-Type": _BYTES if is_binary else _JSON}
@@ -244,22 +228,27 @@ class UiServer:
             async with session.request(
                 method, path, data=body, headers=headers, allow_redirects=False
             ) as response:
-                content = await response.read()
+                content = bytearray()
+                async for piece in response.content.iter_chunked(MAX_ANSWER_BYTES):
+                    content += piece
+                    if len(content) > MAX_ANSWER_BYTES:
+                        text = f"expected an answer of at most {MAX_ANSWER_BYTES:,} bytes."
+                        return Refusal(status=HTTPStatus.BAD_GATEWAY, text=text)
         except TimeoutError:
             text = f"expected Triton's answer within {self._timeout_s:g} s; got none. Try again later."
-            return _refusal(HTTPStatus.GATEWAY_TIMEOUT, text)
+            return Refusal(status=HTTPStatus.GATEWAY_TIMEOUT, text=text)
         except (aiohttp.ClientError, OSError) as error:
             text = f"expected Triton at {self._triton}; got {error}. Is it running?"
-            return _refusal(HTTPStatus.BAD_GATEWAY, text)
+            return Refusal(status=HTTPStatus.BAD_GATEWAY, text=text)
         # Only these two types, so that nothing Triton repeats from a request is ever read as a page.
         kept = {"Content-Type": _JSON if response.content_type == _JSON else _BYTES}
         if (length := response.headers.get(HEADER_LENGTH)) is not None:
             kept[HEADER_LENGTH] = length
-        return web.Response(status=response.status, body=content, headers=kept)
+        return web.Response(status=response.status, body=bytes(content), headers=kept)
 
 
 class _Places(web.Server):
-    """A limited number of connections, each for a limited time until its request is there.
+    """A limited number of connections, each for a limited time until its request is there, and its answer gone.
 
     A browser that finds no place tries again by itself.
     """
@@ -275,21 +264,26 @@ class _Places(web.Server):
         if len(self._clocks) >= MAX_CONNECTIONS:
             transport.abort()
         else:
-            loop = asyncio.get_running_loop()
-            self._clocks[handler] = loop.call_later(REQUEST_TIMEOUT_S, transport.abort)
+            self._clocks[handler] = _cut_off_after(REQUEST_TIMEOUT_S, handler)
+
+    def give(self, protocol: Any, seconds: float) -> None:
+        """Let a connection that is still there go on for so long from now."""
+        if protocol in self._clocks:
+            self._clocks[protocol].cancel()
+            self._clocks[protocol] = _cut_off_after(seconds, protocol)
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         if handler in self._clocks:
             self._clocks.pop(handler).cancel()
         super().connection_lost(handler, exc)
 
-    def stop_clock(self, protocol: Any) -> None:
-        """Give the answer all the time it takes."""
-        self._clocks[protocol].cancel()
 
+def _cut_off_after(seconds: float, protocol: Any) -> asyncio.TimerHandle:
+    def cut_off() -> None:
+        if protocol.transport is not None:
+            protocol.transport.abort()
 
-def _refusal(status: HTTPStatus, text: str) -> Refusal:
-    return Refusal(status=status, text=text)
+    return asyncio.get_running_loop().call_later(seconds, cut_off)
 
 
 def _render(values: Mapping[str, str]) -> dict[str, tuple[str, bytes]]:

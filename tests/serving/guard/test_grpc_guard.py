@@ -166,7 +166,7 @@ def test_a_deadline_and_a_cancellation_reach_triton(
 ) -> None:
     ask(INFER, request(), timeout=7)
     ask(INFER, request(), timeout=None)
-    assert 1 < triton.deadlines_s[0] < 7 + 2
+    assert 1 < triton.deadlines_s[0] <= 7.1  # each of the two hops rounds it up to hundredths
     assert 500 < triton.deadlines_s[1] < module.ANSWER_TIMEOUT_S + 2  # gRPC rounds it up
     triton.cancelled.clear()
     triton.wait = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import http.client
 import io
@@ -293,6 +294,38 @@ def test_an_answer_is_never_passed_on_as_a_page(ask: Callable[..., Reply], trito
     reply = ask("POST", "/v2/models/clip/infer", b"{}")
     assert reply.headers["Content-Type"] == "application/octet-stream"
     assert "Set-Cookie" not in reply.headers
+
+
+def test_an_answer_beyond_all_measure_is_refused(
+    ask: Callable[..., Reply], triton: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbpt_runtime.serving.page.server.MAX_ANSWER_BYTES", 1000)
+    triton.answer = bytes(1000)
+    assert ask("POST", "/v2/models/clip/infer", b"{}").body == bytes(1000)
+    triton.answer = bytes(1001)
+    reply = ask("POST", "/v2/models/clip/infer", b"{}")
+    assert (reply.status, reply.error) == (502, "expected an answer of at most 1,000 bytes.")
+
+
+def test_a_client_that_takes_no_answer_loses_its_place(
+    triton: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbpt_runtime.serving.page.server.REQUEST_TIMEOUT_S", 0.5)
+    triton.answer = bytes(15_000_000)  # more than the buffers on the way hold
+    with UiServer(triton.url, "clip", timeout_s=2) as server:
+        host, port = server.url.removeprefix("http://").rstrip("/").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            head = f"POST /v2/models/clip/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2"
+            deaf.sendall(f"{head}\r\n\r\n{{}}".encode())
+            while not triton.seen:
+                time.sleep(0.01)
+            time.sleep(4)
+            taken = 0
+            with contextlib.suppress(ConnectionError):
+                while piece := deaf.recv(65_536):
+                    taken += len(piece)
+            assert taken < 15_000_000
 
 
 def test_without_triton_the_answer_says_so(ui: UiServer) -> None:
