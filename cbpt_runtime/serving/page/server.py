@@ -248,7 +248,7 @@ class UiServer:
 
 
 class _Places(web.Server):
-    """A limited number of connections, each for a limited time until its request is there, and its answer gone.
+    """A limited number of connections, each for a limited time.
 
     A browser that finds no place tries again by itself.
     """
