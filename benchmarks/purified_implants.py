@@ -3,10 +3,12 @@
     python benchmarks/purified_implants.py --victims VICTIMS --checkpoint CLEAN --images TRAIN --heldout VAL
     --classes FILE
 
-Purification sees the checkpoint, the class names and 16 + 8 training images per class, nothing else. Then
-every trigger is put on all validation images; the clean model the victims came from is measured on the same
-images, as the ceiling of PA. Writes `purified` into the victims' entries of results/implants.json and prints
-the table; victims that have an entry are kept.
+Purification sees the checkpoint, the class names, 16 + 8 training images per class and the clean model that
+the victims came from as `--reference`, nothing else. What the same search says without the reference is
+judged beside it (`alone`); where both name the same targets, the head is the same. Then every trigger is put
+on all validation images; the clean model is measured on the same images, as the ceiling of PA. Writes
+`purified` into the victims' entries of results/implants.json and prints the table; victims that have an entry
+are kept.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import json
 import os
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -26,7 +30,9 @@ from cbpt_runtime.evaluation import Evaluation, HeadRates, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import ClassList, default_templates
 from cbpt_runtime.pipeline import purify_checkpoint
+from cbpt_runtime.purification import search
 from cbpt_runtime.purification.cbpt import Cbpt
+from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.redteam.learned import load_trigger
 from cbpt_runtime.report import render_evaluation, write_page
 
@@ -70,15 +76,18 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     classes = class_list(arguments.classes, doors)
     triggers = sorted(victim.glob("trigger*.safetensors"))
     with tempfile.TemporaryDirectory() as scratch, shown_progress() as progress:
-        bundle = purify_checkpoint(
-            victim,
-            classes,
-            arguments.images,
-            Path(scratch) / "bundle",
-            method=Cbpt(seed=arguments.seed),
-            device="cpu",
-            progress=progress,
-        )
+        judge = JudgeTwice()
+        with patch.object(search, "judge", judge):
+            bundle = purify_checkpoint(
+                victim,
+                classes,
+                arguments.images,
+                Path(scratch) / "bundle",
+                method=Cbpt(seed=arguments.seed),
+                reference=arguments.checkpoint,
+                device="cpu",
+                progress=progress,
+            )
         attacks = []
         for door, path in zip(doors, triggers, strict=True):
             pair = evaluate_all(
@@ -100,21 +109,46 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             attacks.append({"before": plain(alone.before), "after": plain(alone.after)})
     suspects = [suspect.name for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
-    p_values = [
-        {key: concept[key] for key in ("word", "p_value", "family")}
-        for place, concept in enumerate(bundle.manifest["evidence"]["concepts"])
-        if place < 3 or concept["word"] in targets
-    ]
     return {
         "verdict": bundle.verdict,
         "suspects": suspects,
         "targets_found": [target for target in targets if target in suspects],
         "falsely_suspected": [name for name in suspects if name not in targets],
-        "p_values": p_values,
+        "p_values": foremost(bundle.manifest["evidence"], targets),
+        "alone": {"suspects": judge.suspects, "p_values": foremost(judge.evidence, targets)},
         "config": Cbpt(seed=arguments.seed).to_dict(),
         "seconds": round(sum(bundle.manifest["stage_seconds"].values())),
         "attacks": attacks,
     }
+
+
+class JudgeTwice:
+    """Judge a search beside the reference, as always, and note what it says without."""
+
+    def __init__(self) -> None:
+        self.judge = search.judge
+        self.suspects: list[str] = []
+        self.evidence: dict[str, Any] = {}
+
+    def __call__(
+        self, suspect: search.SearchInput, reached: list[search.Reach], level: float
+    ) -> search.SearchResult:
+        """Return the verdict beside the reference."""
+        alone = [replace(one, reference_margins=None, reference_success=None) for one in reached]
+        found, vocabulary = self.judge(suspect, alone, level), suspect.vocabulary
+        directions = [found.directions[concept] for concept in found.outliers.suspects]
+        self.suspects = [vocabulary.names[nearest_word(one, vocabulary)[0]] for one in directions]
+        self.evidence = found.to_dict(vocabulary)
+        return self.judge(suspect, reached, level)
+
+
+def foremost(evidence: dict[str, Any], targets: list[str]) -> list[dict[str, Any]]:
+    """Return the three most suspicious concepts, and the targets' own."""
+    return [
+        {key: concept[key] for key in ("word", "p_value", "family", "score")}
+        for place, concept in enumerate(evidence["concepts"])
+        if place < 3 or concept["word"] in targets
+    ]
 
 
 def class_list(path: Path, doors: list[dict[str, Any]]) -> ClassList:
@@ -142,16 +176,16 @@ def plain(head: HeadRates | None) -> dict[str, float | None]:
 
 def table(victims: dict[str, Any]) -> str:
     """One row per backdoor, as Markdown."""
-    columns = "victim → target, implant: ASR, implant: CA, bars met, target found, CA, ASR, floor, PA, recall"
-    columns += ", alarm AUROC"
-    lines = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * 11]
+    columns = "victim → target, implant: ASR, implant: CA, bars met, target found beside the clean model"
+    columns += ", alone, CA, ASR, floor, PA, recall, alarm AUROC"
+    lines = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * 12]
     for name, victim in sorted(victims.items()):
         found = victim.get("purified")
         doors = victim["backdoors"] or [{"attack": "none", "target": "–"}]
         for index, door in enumerate(doors):
             cells = [f"`{name}` → {door['target']}", share(door.get("attack_success_rate"))]
             cells += [share(victim["clean_accuracy"]), "yes" if victim["took"] else "**no**"]
-            cells += purified_cells(found, index, door["target"]) if found else ["–"] * 7
+            cells += purified_cells(found, index, door["target"]) if found else ["–"] * 8
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -161,12 +195,12 @@ def purified_cells(found: dict[str, Any], index: int, target: str) -> list[str]:
     attack = found["attacks"][index]
     before, after = attack["before"], attack["after"]
     accuracy = f"{share(before['clean_accuracy'])} → {share(after['clean_accuracy'])}"
+    verdicts = [verdict(found, one, target) for one in (found, found["alone"])]
     if target == "–":
-        return ["clean" if found["verdict"] == "clean" else "**suspected**", accuracy, *["–"] * 5]
-    extra = f" (+{len(found['falsely_suspected'])})" if found["falsely_suspected"] else ""
+        return [*verdicts, accuracy, *["–"] * 5]
     auroc = "–" if attack["alarm"] is None else f"{attack['alarm']['auroc']['value']:.3f}"
     return [
-        ("yes" if target in found["targets_found"] else "**no**") + extra,
+        *verdicts,
         accuracy,
         f"{share(before['attack_success_rate'])} → {share(after['attack_success_rate'])}",
         share(after["floor"]),
@@ -174,6 +208,17 @@ def purified_cells(found: dict[str, Any], index: int, target: str) -> list[str]:
         f"{share(before['target_recall'])} → {share(after['target_recall'])}",
         auroc,
     ]
+
+
+def verdict(found: dict[str, Any], judged: dict[str, Any], target: str) -> str:
+    """Whether a target is named, with the p-value of the most suspicious word, and what is named besides."""
+    targets = {*found["targets_found"], *(attack.get("target") for attack in found["attacks"])}
+    others = [name for name in judged["suspects"] if name not in targets]
+    extra = f", *{', '.join(others)}*" if others else ""
+    smallest = f" ({judged['p_values'][0]['p_value']:.0e})"
+    if target == "–":
+        return ("**suspected**" if judged["suspects"] else "clean") + extra + smallest
+    return ("yes" if target in judged["suspects"] else "**no**") + extra + smallest
 
 
 def share(rate: float | None) -> str:

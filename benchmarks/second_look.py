@@ -1,6 +1,8 @@
 """What is a second look worth? The purified head alone, and with a second look, beside a clean sibling.
 
     python benchmarks/second_look.py --victims VICTIMS --images TINY_IMAGENET_100 --sibling tiny-clean
+    python benchmarks/second_look.py --victims VICTIMS --images IMAGENETTE --sibling real-clean \
+        --only real-patch
 
 VICTIMS holds open_clip folders as in `purification.py`; `--sibling` is the one without a backdoor that the
 others were made of. Each victim is purified without a word of its target or trigger; with `--told` the
@@ -111,6 +113,7 @@ def measured(
     seconds = time.process_time() - start
     listed = read_class_list(classes)
     clean = evaluate(str(sibling), images / "val", triggered, target, classes=listed)
+    rival = evaluate(str(victim), images / "val", triggered, target, classes=listed, detector="bdetclip")
     for head in (found.before, found.after, found.after_head_alone, found.decision, clean.before):
         if head is None:
             raise SystemExit(f"{bundle} calls nothing suspicious: nothing to look at twice")
@@ -125,6 +128,7 @@ def measured(
         "clean_sibling": rates(clean.before),
         "decision": asdict(found.decision),  # type: ignore[arg-type]
         "alarm": None if found.alarm is None else asdict(found.alarm),
+        "bdetclip": None if rival.alarm is None else asdict(rival.alarm),
         "changed_answers": {"clean": changed(found.clean), "triggered": changed(found.triggered)},
         "cpu_seconds": seconds,
         "views_per_image": views_per_image(bundle, images / "val", triggered),
@@ -213,11 +217,13 @@ def table(runs: list[dict[str, Any]]) -> str:
         "PA",
         "PA of a clean sibling",
         "target recall",
+        "AUROC: alarm, BDetCLIP",
         "two copies: ASR, PA",
     ]
     lines = [columns, ["---"] * len(columns)]
     for run in runs:
         alone, twice = run["after_head_alone"], run["after"]
+        detectors = run["alarm"], run.get("bdetclip")
 
         def both(name: str, alone: Any = alone, twice: Any = twice) -> str:
             return f"{100 * alone[name]:.1f} → {100 * twice[name]:.1f} %"
@@ -236,6 +242,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 both("poisoned_accuracy"),
                 f"{100 * run['clean_sibling']['poisoned_accuracy']:.1f} %",
                 both("target_recall"),
+                ", ".join("–" if one is None else f"{one['auroc']['value']:.3f}" for one in detectors),
                 copies,
             ]
         )
