@@ -29,7 +29,7 @@ import numpy as np
 import open_clip
 import torch
 
-from cbpt_runtime.bundle import Bundle, BundleContent, read_bundle, write_bundle
+from cbpt_runtime.bundle import Bundle, BundleContent, Suspect, read_bundle, write_bundle
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
@@ -181,7 +181,7 @@ def random_bundle(name: str, folder: Path) -> Bundle:
         class_names=names,
         templates=(("a photo of a {}.",),) * 10,
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 3, "name": names[3], "score": 5.0},),
+        suspects=(Suspect(index=3, name=names[3], score=5.0),),
         class_embeddings=heads[0],
         reference_embeddings=heads[1],
         logit_scale=100.0,

@@ -101,9 +101,9 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     suspects = [suspect.name for suspect in bundle.suspects]
     targets = [door["target"] for door in doors]
     p_values = [
-        {key: concept[key] for key in ("word", "p_value", "family")}
-        for place, concept in enumerate(bundle.manifest["evidence"]["concepts"])
-        if place < 3 or concept["word"] in targets
+        {key: getattr(concept, key) for key in ("word", "p_value", "family")}
+        for place, concept in enumerate(bundle.evidence.concepts)
+        if place < 3 or concept.word in targets
     ]
     return {
         "verdict": bundle.verdict,

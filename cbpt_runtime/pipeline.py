@@ -35,6 +35,7 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.labelling import images_to_draw, label_images
+from cbpt_runtime.models.prompt_findings import PromptCheck
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.purification.cbpt import Cbpt
@@ -164,10 +165,9 @@ def purify_checkpoint(
         stages = StageStore(kept, _fingerprint(suspect, trusted, split, method))
         with writing(kept):  # nothing but the stages is written
             result = method.run(suspect, split, progress=progress, stages=stages)
-        result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
         known = reference_notes(trusted, result.evidence)
         notes = [*checkpoint_read.notes, *split.notes, *words, *prompts.notes(), *known]
-        content = _content(suspect, split, method, result, shots=shots, notes=notes)
+        content = _content(suspect, split, method, result, prompts, shots=shots, notes=notes)
         if keep_images:
             content = replace(content, images=choose_clean_images(split))
         return write_bundle(
@@ -273,6 +273,7 @@ def _content(
     split: CleanSplit,
     method: Method,
     result: Purified,
+    prompts: PromptCheck,
     *,
     shots: int,
     notes: Sequence[str],
@@ -296,10 +297,11 @@ def _content(
         templates=classes.templates,
         class_folders=classes.folders,
         method=about,
-        suspects=tuple(asdict(found) for found in result.suspects),
+        suspects=result.suspects,
         metrics=result.metrics,
         stage_seconds=result.stage_seconds,
         evidence=result.evidence,
+        prompts=prompts,
         alarm=None if result.alarm is None else result.alarm.to_dict(),
         versions={package: version(package) for package in _PACKAGES},
         class_embeddings=_array(result.class_embeddings),

@@ -51,7 +51,7 @@ def bundle_with_images(tiny_export: TinyExport, tmp_path_factory: pytest.TempPat
         **{part: bundle.manifest[part] for part in parts},
         class_names=bundle.class_names,
         templates=tuple(map(tuple, bundle.manifest["classes"]["templates"])),
-        suspects=tuple(bundle.manifest["suspects"]),
+        suspects=bundle.suspects,
         class_embeddings=bundle.class_embeddings,
         reference_embeddings=bundle.reference_embeddings,
         logit_scale=bundle.logit_scale,

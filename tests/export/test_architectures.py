@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 
-from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.bundle import Bundle, BundleContent, Suspect, write_bundle
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
@@ -56,7 +56,7 @@ def random_bundle(config: Mapping[str, Any], folder: Path, bias: float | None) -
         class_names=CLASSES,
         templates=(("a photo of a {}.",),) * len(CLASSES),
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 3, "name": CLASSES[3], "score": 5.0},),
+        suspects=(Suspect(index=3, name=CLASSES[3], score=5.0),),
         class_embeddings=heads[0],
         reference_embeddings=heads[1],
         logit_scale=100.0,

@@ -136,7 +136,7 @@ def _told_apart(bundle: Bundle, clean: np.ndarray, triggered: np.ndarray) -> Bun
         **{part: bundle.manifest[part] for part in ("verdict", "model", "method", "versions")},
         class_names=bundle.class_names,
         templates=tuple(map(tuple, bundle.manifest["classes"]["templates"])),
-        suspects=tuple(bundle.manifest["suspects"]),
+        suspects=bundle.suspects,
         class_embeddings=_unit(purified),
         reference_embeddings=_unit(reference),
         logit_scale=100.0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.bundle import BundleContent, Suspect, write_bundle
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.repository import load_served
@@ -51,7 +51,7 @@ def test_accuracy_and_attack_success_are_those_of_pytorch(
         class_names=names,
         templates=classes.templates,
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": target, "name": names[target], "score": 5.0},),
+        suspects=(Suspect(index=target, name=names[target], score=5.0),),
         class_embeddings=reference + noise,  # rows need not be unit-norm
         reference_embeddings=reference,
         logit_scale=encoder.logit_scale,

@@ -98,8 +98,8 @@ def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder
     assert (result.verdict, result.suspects, result.triggers) == ("clean", (), ())
     assert torch.equal(result.class_embeddings, result.reference_embeddings)
     assert result.metrics["heldout_ca_before"] == result.metrics["heldout_ca_after"]
-    assert result.evidence["words"] == len(NAMES) + 40
-    assert result.evidence["concepts"][0]["p_value"] == result.evidence["p_value"] > 1e-12
+    assert result.evidence.words == len(NAMES) + 40
+    assert result.evidence.concepts[0].p_value == result.evidence.p_value > 1e-12
 
 
 @pytest.mark.usefixtures("few_words")
