@@ -38,6 +38,7 @@ from cbpt_runtime.models.labelling import images_to_draw, label_images
 from cbpt_runtime.models.prompt_findings import PromptCheck
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
+from cbpt_runtime.progress import Progress, silent
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.dummy_triggers import to_tensors
@@ -48,8 +49,6 @@ from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cbpt_runtime.progress import Progress
 
 METHODS: dict[str, type[Cbpt] | type[Defense]] = {
     method.name: method for method in (Cbpt, Finetune, CleanClip, Abd, Rvpt)
@@ -132,7 +131,7 @@ def purify_checkpoint(
     if cluster is not None:
         reach_cluster(cluster)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
-    tell = progress or _silent
+    tell = progress or silent
     with reserved(output, BUNDLE, force=force, resume=resume) as kept:
         tell("read checkpoint", 0, 1, {})
         checkpoint_read = read_checkpoint(checkpoint, model=model, image_size=image_size)
@@ -233,10 +232,6 @@ def read_method(name: str, path: str | Path | None = None, **overrides: Any) -> 
             expected="a method out of " + ", ".join(METHODS), got=name, fix="Choose one of them."
         )
     return METHODS[name].from_dict(read_settings(path, **overrides))
-
-
-def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
-    """Progress nobody wants to see."""
 
 
 def _fingerprint(suspect: SuspectModel, trusted: Checkpoint | None, split: CleanSplit, method: Method) -> str:
