@@ -31,7 +31,7 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
-from cbpt_runtime.purification.cbpt import Found, purify
+from cbpt_runtime.purification.cbpt import Findings, purify
 from cbpt_runtime.purification.clean_features import AugmentedFeatures, DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger
@@ -105,7 +105,7 @@ def measured(
     searched = stages.load("search")
     if not result.suspects or searched is None:
         return []
-    targets = Found.from_stage(*searched).targets
+    targets = Findings.from_stage(*searched).targets
     defender = compute_features(encoder, classes, split, seed=seed)
     triggered = unpacked(victim / "test-triggered.zip", scratch / f"triggered-{victim.name}")
     dirty, dirty_labels = features(defender, classes, triggered)

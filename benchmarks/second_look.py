@@ -92,11 +92,11 @@ def purified(victim: Path, images: Path, classes: Path, options: argparse.Namesp
         )
 
 
-def told(target: str, _: Any, classes: Any, defender: Any, *__: Any) -> cbpt.Found:
+def told(target: str, _: Any, classes: Any, defender: Any, *__: Any) -> cbpt.Findings:
     """Return what the search would say of a target that somebody names."""
     index = classes.names.index(target)
     named = Suspect(index=index, name=target, score=0.0, p_value=0.0, family="told")
-    return cbpt.Found(
+    return cbpt.Findings(
         targets=[Target(suspect=named, text=defender.texts[index])],
         evidence=Evidence(p_value=0.0, words=0),
     )

@@ -43,7 +43,7 @@ from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut
 from cbpt_runtime.export.session import look_twice, open_session, predict
-from cbpt_runtime.export.triton import WARMUP, Served
+from cbpt_runtime.export.triton import WARMUP
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
 from cbpt_runtime.progress import Progress, silent
@@ -110,10 +110,8 @@ def export_bundle(
             bundle = read_bundle(bundle)
         images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
         graph = _gated_graph(bundle, profile, images, progress or silent)
-        served = Served(
-            name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, graph.model)
-        )
-        digest = _write_whole(served, graph, output, force)
+        manifest = _manifest(bundle, name, profile, graph.model)
+        digest = _write_whole(manifest, bundle, graph, output, force)
     return Exported(
         path=output,
         name=name,
@@ -197,62 +195,58 @@ def _check_request(name: str, profile: Profile) -> None:
         )
 
 
-def _provenance(bundle: Bundle, model: onnx.ModelProto) -> dict[str, str]:
-    return {
-        "bundle_digest": bundle.digest,
-        "checkpoint_sha256": bundle.origin.sha256,
-        "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
-        "verdict": bundle.verdict,
-        "cbpt_runtime_version": version("cbpt-runtime"),
-    }
+def _manifest(bundle: Bundle, name: str, profile: Profile, model: onnx.ModelProto) -> Manifest:
+    return Manifest(
+        name=name,
+        classes=len(bundle.class_names),
+        preprocess=bundle.preprocess,
+        profile=profile,
+        suspects=bundle.suspect_indices,
+        alarm_threshold=bundle.alarm_threshold,
+        sigmoid=bundle.logit_bias is not None,
+        processor=kind_of_processor() if profile.precision == "int8" else None,
+        provenance={
+            "bundle_digest": bundle.digest,
+            "checkpoint_sha256": bundle.origin.sha256,
+            "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
+            "verdict": bundle.verdict,
+            "cbpt_runtime_version": version("cbpt-runtime"),
+        },
+        versions={package: version(package) for package in _PACKAGES},
+    )
 
 
-def _write_whole(served: Served, graph: _GatedGraph, output: Path, force: bool) -> str:
+def _write_whole(manifest: Manifest, bundle: Bundle, graph: _GatedGraph, output: Path, force: bool) -> str:
     picture = graph.golden.files[0]
     files = {
-        **written_files(served),
-        **_papers(served, graph),
-        f"{served.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
+        **written_files(manifest, bundle.class_names),
+        **_papers(manifest, bundle, graph),
+        f"{manifest.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
         PARITY: _json(graph.parity),
     }
     with new_folder(output, MODEL_REPOSITORY, force=force) as staging:
         for name, data in files.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(data)
-        write_graph(graph.model, staging / served.classifier_name / "1")
-        write_golden(graph.golden, staging / served.name / "1" / GOLDEN_FOLDER)
-        return write_manifest(staging, _manifest(served).to_dict())
+        write_graph(graph.model, staging / manifest.classifier_name / "1")
+        write_golden(graph.golden, staging / manifest.name / "1" / GOLDEN_FOLDER)
+        return write_manifest(staging, manifest.to_dict())
 
 
-def _papers(served: Served, graph: _GatedGraph) -> dict[str, bytes]:
-    place = f"{served.classifier_name}/1"
-    products = {f"{place}/{GRAPH}": served.provenance["graph_sha256"]}
+def _papers(manifest: Manifest, bundle: Bundle, graph: _GatedGraph) -> dict[str, bytes]:
+    place = f"{manifest.classifier_name}/1"
+    products = {f"{place}/{GRAPH}": manifest.provenance["graph_sha256"]}
     if weights := read_metadata(graph.model).get(WEIGHTS_SHA256):
         products[f"{place}/{WEIGHTS}"] = weights
     papers = repository_papers(
-        served.bundle,
-        name=served.name,
+        bundle,
+        name=manifest.name,
         products=products,
-        versions={package: version(package) for package in _PACKAGES},
-        export={"profile": served.profile.to_dict(), "parity": graph.parity},
+        versions=manifest.versions,
+        export={"profile": manifest.profile.to_dict(), "parity": graph.parity},
     )
     return {name: text.encode() for name, text in papers.items()}
 
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _manifest(served: Served) -> Manifest:
-    return Manifest(
-        name=served.name,
-        classes=len(served.bundle.class_names),
-        preprocess=served.bundle.preprocess,
-        profile=served.profile,
-        suspects=served.bundle.suspect_indices,
-        alarm_threshold=served.bundle.alarm_threshold,
-        sigmoid=served.bundle.logit_bias is not None,
-        processor=kind_of_processor() if served.profile.precision == "int8" else None,
-        provenance=served.provenance,
-        versions={package: version(package) for package in _PACKAGES},
-    )

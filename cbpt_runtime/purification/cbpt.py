@@ -110,7 +110,7 @@ def purify(
         seconds,
         lambda: _search(encoder, classes, defender, reference, config, progress, stages, cluster).to_stage(),
     )
-    found = Found.from_stage({name: tensor.to(defender.texts) for name, tensor in tensors.items()}, values)
+    found = Findings.from_stage({name: tensor.to(defender.texts) for name, tensor in tensors.items()}, values)
     targets = found.targets
     suspected = [target.index for target in targets]
     triggers: list[DummyTrigger] = []
@@ -144,7 +144,7 @@ def purify(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Findings:
     """What the search leaves to the stages after it.
 
     Attributes:
@@ -186,7 +186,7 @@ def _search(
     progress: Progress | None,
     stages: StageStore | None,
     cluster: str | None,
-) -> Found:
+) -> Findings:
     """Search, and find the targets it points to."""
     vocabulary = build_vocabulary(
         encoder, classes, defender.texts, config.search_concepts, background=config.background_words
@@ -206,7 +206,7 @@ def _search(
         if target.index not in [known.index for known in targets]:
             targets.append(target)
     most = max(1, len(classes.names) // 2)
-    return Found(targets=targets[:most], evidence=result.evidence(vocabulary))
+    return Findings(targets=targets[:most], evidence=result.evidence(vocabulary))
 
 
 def _target(result: SearchResult, vocabulary: Vocabulary, concept: int) -> Target:
