@@ -24,13 +24,14 @@ import torch
 from purification import unpacked
 from torch import Tensor
 
+from cbpt_runtime.bundle import Suspect
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, draw_clean_split, find_class_folders, read_images
 from cbpt_runtime.models.prompts import PromptEncoder
 from cbpt_runtime.purification import tuning
-from cbpt_runtime.purification.cbpt import purify
+from cbpt_runtime.purification.cbpt import Findings, purify
 from cbpt_runtime.purification.clean_features import AugmentedFeatures, DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger
@@ -104,10 +105,7 @@ def measured(
     searched = stages.load("search")
     if not result.suspects or searched is None:
         return []
-    texts, values = searched
-    targets = [
-        Target(text=text, **known) for text, known in zip(texts["texts"], values["targets"], strict=True)
-    ]
+    targets = Findings.from_stage(*searched).targets
     defender = compute_features(encoder, classes, split, seed=seed)
     triggered = unpacked(victim / "test-triggered.zip", scratch / f"triggered-{victim.name}")
     dirty, dirty_labels = features(defender, classes, triggered)
@@ -240,13 +238,8 @@ def class_agnostic(setting: Setting) -> Tensor:
     suspect = int((dirty @ defender.texts.T).argmax(dim=1).mode().values)
     trigger = DummyTrigger(family="blend", target=suspect, parameters={"pattern": pattern.detach()[0]})
     target = Target(
-        index=suspect,
-        name=setting.classes.names[suspect],
+        suspect=Suspect(index=suspect, name=setting.classes.names[suspect], family="blend"),
         text=defender.texts[suspect],
-        on_list=True,
-        score=0.0,
-        p_value=1.0,
-        family="blend",
     )
     triggered_sets = compute_triggered_features(defender, [target], [trigger], setting.config.seed)
     return tuned(setting, triggered_sets=triggered_sets, targets=[target])

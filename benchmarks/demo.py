@@ -16,13 +16,14 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cbpt_runtime.bundle import read_bundle
+from cbpt_runtime.bundle import Evidence, read_bundle
 from cbpt_runtime.cli.output import shown_progress
 from cbpt_runtime.config import Precision
 from cbpt_runtime.demo.story import check_purification, make_suspect, purify_suspect
@@ -88,7 +89,7 @@ def run(made: Path, seed: int, precision: Precision) -> dict[str, Any]:
     heads = (found.heads["before"], list(found.heads.values())[-1])
     return {
         **outcome,
-        "concepts": _first(bundle.manifest["evidence"]),
+        "concepts": _first(bundle.evidence),
         "suspects": [suspect.name for suspect in bundle.suspects],
         **{name: [round(getattr(rates, name).rate, 4) for rates in heads] for name in RATES},
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
@@ -158,8 +159,8 @@ def _victim(made: Path, seed: int) -> dict[str, float]:
     return seconds
 
 
-def _first(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(evidence["concepts"][:2])
+def _first(evidence: Evidence) -> list[dict[str, Any]]:
+    return [asdict(concept) for concept in evidence.concepts[:2]]
 
 
 if __name__ == "__main__":

@@ -189,11 +189,11 @@ def searched(
 
 def _told(result: SearchResult, vocabulary: Vocabulary) -> dict[str, Any]:
     words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
-    evidence = result.to_dict(vocabulary)
+    evidence = result.evidence(vocabulary)
     return {
-        "p_value": evidence["p_value"],
+        "p_value": evidence.p_value,
         "suspects": [{"name": vocabulary.names[word], "on_list": listed} for word, listed in words],
-        "first": evidence["concepts"][:3],
+        "first": [asdict(concept) for concept in evidence.concepts[:3]],
         "margins": [
             [[None if math.isinf(value) else round(float(value), 4) for value in row] for row in one]
             for one in result.margins.tolist()

@@ -29,7 +29,8 @@ import numpy as np
 import open_clip
 import torch
 
-from cbpt_runtime.bundle import Bundle, BundleContent, read_bundle, write_bundle
+from cbpt_runtime.bundle import Bundle, BundleContent, Suspect, read_bundle, write_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
@@ -38,7 +39,7 @@ from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.onnx import FEATURES, with_features
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
-from cbpt_runtime.export.repository import export_bundle, load_served
+from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.architecture import build_model
@@ -87,7 +88,7 @@ def measure_bundle(path: Path, options: argparse.Namespace, scratch: Path) -> di
         target = bundle.class_names.index(attack["target"].replace("_", " "))
         packed = options.victims / path.name / "test-triggered.zip"
         sets.append(labelled(unpacked(packed, scratch / path.name), bundle))
-    _, classifier = load_served(bundle)
+    classifier = BundleClassifier.from_bundle(bundle)
     expected = [classifier.predict(images) for images, _ in sets]
     result: dict[str, Any] = {
         "images": [len(labels) for _, labels in sets],
@@ -133,8 +134,7 @@ def rates(
 def measure_tower(name: str, scratch: Path) -> dict[str, Any]:
     """Speed of a full-size image tower in fp32 and int8, in turns, and how far its features move."""
     bundle = random_bundle(name, scratch / name)
-    module, _ = load_served(bundle)
-    model = export_onnx(module, bundle)
+    model = export_onnx(BundleClassifier.from_bundle(bundle))
     pixels = draw_gate_images(bundle).pixels
     quantised = make_quantiser(model, pixels[8:])(find_layers(model))
     sessions = {"fp32": open_session(to_bytes(model)), "int8": open_session(to_bytes(quantised))}
@@ -181,7 +181,7 @@ def random_bundle(name: str, folder: Path) -> Bundle:
         class_names=names,
         templates=(("a photo of a {}.",),) * 10,
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 3, "name": names[3], "score": 5.0},),
+        suspects=(Suspect(index=3, name=names[3], score=5.0),),
         class_embeddings=heads[0],
         reference_embeddings=heads[1],
         logit_scale=100.0,

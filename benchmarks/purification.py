@@ -156,7 +156,7 @@ def measured(victim: Path, images: Path, setting: dict[str, Any], scratch: Path)
         "suspects": [suspect.name for suspect in bundle.suspects],
         "scores": [suspect.score for suspect in bundle.suspects],
         "p_values": [suspect.p_value for suspect in bundle.suspects],
-        "smallest_p_value": bundle.manifest["evidence"]["p_value"],
+        "smallest_p_value": bundle.evidence.p_value,
         "target_right": [suspect.name for suspect in bundle.suspects] == ([] if target is None else [target]),
         "before": rates(result.before),
         "after": rates(result.after),

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 
+from cbpt_runtime.bundle import Evidence
 from cbpt_runtime.cli.output import shown_progress
 from cbpt_runtime.evaluation import Evaluation, HeadRates, evaluate_all
 from cbpt_runtime.models.class_lists import read_class_list
@@ -114,7 +115,7 @@ def purified(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "suspects": suspects,
         "targets_found": [target for target in targets if target in suspects],
         "falsely_suspected": [name for name in suspects if name not in targets],
-        "p_values": foremost(bundle.manifest["evidence"], targets),
+        "p_values": foremost(bundle.evidence, targets),
         "alone": {"suspects": judge.suspects, "p_values": foremost(judge.evidence, targets)},
         "config": Cbpt(seed=arguments.seed).to_dict(),
         "seconds": round(sum(bundle.manifest["stage_seconds"].values())),
@@ -128,7 +129,7 @@ class JudgeTwice:
     def __init__(self) -> None:
         self.judge = search.judge
         self.suspects: list[str] = []
-        self.evidence: dict[str, Any] = {}
+        self.evidence = Evidence()
 
     def __call__(
         self, suspect: search.SearchInput, reached: list[search.Reach], level: float
@@ -138,16 +139,16 @@ class JudgeTwice:
         found, vocabulary = self.judge(suspect, alone, level), suspect.vocabulary
         directions = [found.directions[concept] for concept in found.outliers.suspects]
         self.suspects = [vocabulary.names[nearest_word(one, vocabulary)[0]] for one in directions]
-        self.evidence = found.to_dict(vocabulary)
+        self.evidence = found.evidence(vocabulary)
         return self.judge(suspect, reached, level)
 
 
-def foremost(evidence: dict[str, Any], targets: list[str]) -> list[dict[str, Any]]:
+def foremost(evidence: Evidence, targets: list[str]) -> list[dict[str, Any]]:
     """Return the three most suspicious concepts, and the targets' own."""
     return [
-        {key: concept[key] for key in ("word", "p_value", "family", "score")}
-        for place, concept in enumerate(evidence["concepts"])
-        if place < 3 or concept["word"] in targets
+        {key: getattr(concept, key) for key in ("word", "p_value", "family", "score")}
+        for place, concept in enumerate(evidence.concepts)
+        if place < 3 or concept.word in targets
     ]
 
 

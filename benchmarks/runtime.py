@@ -41,11 +41,11 @@ from tables import write_tables
 
 from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.bench.scenarios import plain_head, with_classes
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.cpus import usable_cpus
-from cbpt_runtime.export.graph import export_onnx
+from cbpt_runtime.export.graph import ServedClassifier, export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.quantisation import find_layers, make_quantiser
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
@@ -173,7 +173,7 @@ def agree(contestants: Contestants, given: np.ndarray, tolerance: float = 2e-3) 
 def measure_head(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
     """Return the graph with both heads and the alarm against the same graph with the plain zero-shot head."""
     bundle = random_bundle(name, scratch / "bundle")
-    model = with_classes(export_onnx(load_served(bundle)[0], bundle), CLASSES)
+    model = with_classes(export_onnx(BundleClassifier.from_bundle(bundle)), CLASSES)
     contestants = {
         "purified, with alarm": onnx_run(to_bytes(model), timing, ("logits", "alarm")),
         "plain head": onnx_run(to_bytes(plain_head(model)), timing, ("logits",)),
@@ -198,9 +198,9 @@ def onnx_run(
 def measure_tower(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
     """Our graph against eager PyTorch, torch.compile, a plain export in onnxruntime, and OpenVINO."""
     bundle = random_bundle(name, scratch / "bundle")
-    module, _ = load_served(bundle)
-    content = to_bytes(export_onnx(module, bundle))
-    plain = PlainZeroShot(module).eval()
+    classifier = BundleClassifier.from_bundle(bundle)
+    content = to_bytes(export_onnx(classifier))
+    plain = PlainZeroShot(ServedClassifier(bundle, classifier.image_encoder)).eval()
     contestants: Contestants = {
         "open_clip eager": lambda given: plain_run(plain, given),
         "cbpt-runtime": onnx_run(content, timing, ("logits", "alarm")),
@@ -367,7 +367,7 @@ def product(right: np.ndarray, rows: int) -> bytes:
 def measure_int8(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
     """int8 against float32 in onnxruntime; what it costs in accuracy is measured by benchmarks/export.py."""
     bundle = random_bundle(name, scratch / "bundle")
-    model = export_onnx(load_served(bundle)[0], bundle)
+    model = export_onnx(BundleClassifier.from_bundle(bundle))
     quantised = make_quantiser(model, draw_gate_images(bundle).pixels)(find_layers(model))
     contestants = {"fp32": onnx_run(to_bytes(model), timing), "int8": onnx_run(to_bytes(quantised), timing)}
     found: dict[str, Any] = {"size_ratio": round(quantised.ByteSize() / model.ByteSize(), 3)}
@@ -426,7 +426,7 @@ def measure_preprocessing(folder: Path, timing: Timing) -> dict[str, Any]:
 def measure_classes(name: str, scratch: Path, timing: Timing) -> dict[str, Any]:
     """Latency at batch 1 and memory of the graph with heads of many sizes."""
     bundle = random_bundle(name, scratch / "bundle")
-    model = export_onnx(load_served(bundle)[0], bundle)
+    model = export_onnx(BundleClassifier.from_bundle(bundle))
     contents = {count: to_bytes(with_classes(model, count)) for count in CLASS_COUNTS}
     contestants = {str(count): onnx_run(content, timing, ("logits", "probabilities", "alarm"))
                    for count, content in contents.items()}  # fmt: skip

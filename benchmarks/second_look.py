@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from purification import kept_runs, machine, rates, unpacked, write_class_list
 
-from cbpt_runtime.bundle import Bundle, read_bundle
+from cbpt_runtime.bundle import Bundle, Evidence, Suspect, read_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.results import Measured
@@ -37,6 +37,7 @@ from cbpt_runtime.models.data import read_images
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import cbpt
 from cbpt_runtime.purification.cbpt import Cbpt
+from cbpt_runtime.purification.targets import Target
 from cbpt_runtime.runtime.second_look import KEPT, PLACES, RING, SIZES
 
 RESULTS = Path(__file__).parent / "results" / "second-look.json"
@@ -93,14 +94,14 @@ def purified(victim: Path, images: Path, classes: Path, options: argparse.Namesp
         )
 
 
-def told(target: str, _: Any, classes: Any, defender: Any, *__: Any) -> cbpt.Stage:
+def told(target: str, _: Any, classes: Any, defender: Any, *__: Any) -> cbpt.Findings:
     """Return what the search would say of a target that somebody names."""
     index = classes.names.index(target)
-    named = {"index": index, "name": target, "on_list": True, "score": 0.0, "p_value": 0.0, "family": "told"}
-    return {"texts": defender.texts[index : index + 1]}, {
-        "targets": [named],
-        "evidence": {"p_value": 0.0, "words": 0, "concepts": []},
-    }
+    named = Suspect(index=index, name=target, score=0.0, p_value=0.0, family="told")
+    return cbpt.Findings(
+        targets=[Target(suspect=named, text=defender.texts[index])],
+        evidence=Evidence(p_value=0.0, words=0),
+    )
 
 
 def measured(

@@ -227,7 +227,7 @@ def inspect_bundle(path: Path, trust: Trust = ANYONE) -> dict[str, Any]:
         "seed": making.seed,
         "size_bytes": sum(file.size_bytes or 0 for file in bundle.files.values()),
         "verified": sorted(bundle.files),
-        "prompts": bundle.prompts,
+        "prompts": None if bundle.prompts is None else bundle.prompts.to_dict(),
         "anomalies": [f"a file the manifest does not know: {name}" for name in bundle.unlisted()],
     }
 

@@ -35,8 +35,10 @@ from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_dev
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
 from cbpt_runtime.models.image_folder import draw_images, is_flat
 from cbpt_runtime.models.labelling import images_to_draw, label_images
+from cbpt_runtime.models.prompt_findings import PromptCheck
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
+from cbpt_runtime.progress import Progress, silent
 from cbpt_runtime.purification.cbpt import Cbpt
 from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.dummy_triggers import to_tensors
@@ -47,8 +49,6 @@ from cbpt_runtime.report import bundle_report
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cbpt_runtime.progress import Progress
 
 METHODS: dict[str, type[Cbpt] | type[Defense]] = {
     method.name: method for method in (Cbpt, Finetune, CleanClip, Abd, Rvpt)
@@ -131,7 +131,7 @@ def purify_checkpoint(
     if cluster is not None:
         reach_cluster(cluster)
     class_list = classes if isinstance(classes, ClassList) else read_class_list(classes, templates=templates)
-    tell = progress or _silent
+    tell = progress or silent
     with reserved(output, BUNDLE, force=force, resume=resume) as kept:
         tell("read checkpoint", 0, 1, {})
         checkpoint_read = read_checkpoint(checkpoint, model=model, image_size=image_size)
@@ -164,10 +164,9 @@ def purify_checkpoint(
         stages = StageStore(kept, _fingerprint(suspect, trusted, split, method))
         with writing(kept):  # nothing but the stages is written
             result = method.run(suspect, split, progress=progress, stages=stages)
-        result = replace(result, evidence={**result.evidence, "prompts": prompts.to_dict()})
         known = reference_notes(trusted, result.evidence)
         notes = [*checkpoint_read.notes, *split.notes, *words, *prompts.notes(), *known]
-        content = _content(suspect, split, method, result, shots=shots, notes=notes)
+        content = _content(suspect, split, method, result, prompts, shots=shots, notes=notes)
         if keep_images:
             content = replace(content, images=choose_clean_images(split))
         return write_bundle(
@@ -235,10 +234,6 @@ def read_method(name: str, path: str | Path | None = None, **overrides: Any) -> 
     return METHODS[name].from_dict(read_settings(path, **overrides))
 
 
-def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
-    """Progress nobody wants to see."""
-
-
 def _fingerprint(suspect: SuspectModel, trusted: Checkpoint | None, split: CleanSplit, method: Method) -> str:
     """SHA-256 over everything the stages depend on."""
     checkpoint = suspect.checkpoint
@@ -273,6 +268,7 @@ def _content(
     split: CleanSplit,
     method: Method,
     result: Purified,
+    prompts: PromptCheck,
     *,
     shots: int,
     notes: Sequence[str],
@@ -296,10 +292,11 @@ def _content(
         templates=classes.templates,
         class_folders=classes.folders,
         method=about,
-        suspects=tuple(asdict(found) for found in result.suspects),
+        suspects=result.suspects,
         metrics=result.metrics,
         stage_seconds=result.stage_seconds,
         evidence=result.evidence,
+        prompts=prompts,
         alarm=None if result.alarm is None else result.alarm.to_dict(),
         versions={package: version(package) for package in _PACKAGES},
         class_embeddings=_array(result.class_embeddings),

@@ -19,3 +19,7 @@ class Progress(Protocol):
             total: Steps of this stage.
             values: What is worth seeing right now, for example losses.
         """
+
+
+def silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+    """Ignore all progress: for those who want to see none."""

@@ -25,7 +25,7 @@ from safetensors import numpy as safetensors_numpy
 from safetensors.torch import load_file, save_file
 
 from cbpt_runtime.__main__ import main
-from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, write_bundle
+from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, Concept, Evidence, Suspect, write_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.checkpoint import read_checkpoint
@@ -358,27 +358,27 @@ def make_content() -> Callable[..., BundleContent]:
             "encoder": {"conv1.weight": generator.standard_normal((4, 3, 2, 2)).astype(np.float32)},
             "triggers": {"blend.2.pattern": np.ones((3, 32, 32), np.float32)},
             "suspects": (
-                {
-                    "index": len(names) - 1,
-                    "name": names[-1],
-                    "score": 9.1,
-                    "p_value": 0.001,
-                    "family": "patch",
-                    "success_before": 0.97,
-                    "success_after": 0.0,
-                },
+                Suspect(
+                    index=len(names) - 1,
+                    name=names[-1],
+                    score=9.1,
+                    p_value=0.001,
+                    family="patch",
+                    success_before=0.97,
+                    success_after=0.0,
+                ),
             ),
             "metrics": {"heldout_ca_before": 0.75, "heldout_ca_after": 0.74},
             "stage_seconds": {"inversion": 12.5, "tuning": 3.25},
-            "evidence": {
-                "p_value": 0.001,
-                "words": 1000,
-                "concepts": [
-                    {"word": names[-1], "score": 9.1, "p_value": 0.001, "family": "patch", "success": 1.0},
-                    {"word": "tench", "score": 1.5, "p_value": 0.9, "family": "warp", "success": 0.1},
-                    {"word": names[0], "score": 0.7, "p_value": 1.0, "family": "additive", "success": 0.0},
-                ],
-            },
+            "evidence": Evidence(
+                p_value=0.001,
+                words=1000,
+                concepts=(
+                    Concept(word=names[-1], score=9.1, p_value=0.001, family="patch", success=1.0),
+                    Concept(word="tench", score=1.5, p_value=0.9, family="warp", success=0.1),
+                    Concept(word=names[0], score=0.7, p_value=1.0, family="additive", success=0.0),
+                ),
+            ),
             "versions": {"cbpt-runtime": "0.1.0"},
         }
         return BundleContent(**(parts | changes))
@@ -403,15 +403,15 @@ def tiny_bundle(tiny_encoder: DualEncoder, tmp_path_factory: pytest.TempPathFact
         class_names=CLASS_NAMES,
         templates=(("a photo of a {}.",),) * len(CLASS_NAMES),
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 2, "name": CLASS_NAMES[2], "score": 5.0, "p_value": 0.01, "family": "patch"},),
-        evidence={
-            "p_value": 0.01,
-            "words": 1000,
-            "concepts": [
-                {"word": CLASS_NAMES[2], "score": 5.0, "p_value": 0.01, "family": "patch", "success": 1.0},
-                {"word": "tench", "score": 1.0, "p_value": 1.0, "family": "warp", "success": 0.0},
-            ],
-        },
+        suspects=(Suspect(index=2, name=CLASS_NAMES[2], score=5.0, p_value=0.01, family="patch"),),
+        evidence=Evidence(
+            p_value=0.01,
+            words=1000,
+            concepts=(
+                Concept(word=CLASS_NAMES[2], score=5.0, p_value=0.01, family="patch", success=1.0),
+                Concept(word="tench", score=1.0, p_value=1.0, family="warp", success=0.0),
+            ),
+        ),
         versions={"cbpt-runtime": "0.1.0"},
         class_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),
         reference_embeddings=_unit_rows(generator, len(CLASS_NAMES), tiny_encoder.embed_dim),
@@ -465,7 +465,7 @@ def levelled_bundle(
         **{part: tiny_bundle.manifest[part] for part in parts},
         class_names=tiny_bundle.class_names,
         templates=tuple(map(tuple, tiny_bundle.manifest["classes"]["templates"])),
-        suspects=tuple(tiny_bundle.manifest["suspects"]),
+        suspects=tiny_bundle.suspects,
         reference_embeddings=heads[0],
         class_embeddings=heads[1],
         logit_scale=300.0,

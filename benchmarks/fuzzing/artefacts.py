@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cbpt_runtime.bundle import BundleContent, read_bundle, write_bundle
+from cbpt_runtime.bundle import BundleContent, Concept, Evidence, Suspect, read_bundle, write_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
@@ -263,7 +264,7 @@ def write_tiny_bundle(folder: Path) -> Any:
     rng = np.random.default_rng(0)
     heads = rng.standard_normal((2, 3, 8)).astype(np.float32)
     heads /= np.linalg.norm(heads, axis=2, keepdims=True)
-    concept = {"word": "dog", "score": 5.0, "p_value": 0.01, "family": "patch", "success": 1.0}
+    concept = Concept(word="dog", score=5.0, p_value=0.01, family="patch", success=1.0)
     return write_bundle(
         folder,
         content=BundleContent(
@@ -279,9 +280,9 @@ def write_tiny_bundle(folder: Path) -> Any:
             class_names=("cat", "fire truck", "dog"),
             templates=(("a photo of a {}.",),) * 3,
             method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-            suspects=({"index": 2, "name": "dog", "score": 5.0, "p_value": 0.01, "family": "patch"},),
+            suspects=(Suspect(index=2, name="dog", score=5.0, p_value=0.01, family="patch"),),
             metrics={"heldout_ca_before": 0.75},
-            evidence={"p_value": 0.01, "words": 1000, "concepts": [concept, {**concept, "word": "tench"}]},
+            evidence=Evidence(p_value=0.01, words=1000, concepts=(concept, replace(concept, word="tench"))),
             versions={"open_clip": open_clip.__version__},
             class_embeddings=heads[0],
             reference_embeddings=heads[1],

@@ -14,10 +14,12 @@ from cbpt_runtime.artifacts.file_table import (
     NUMBER,
     ListedFile,
     check_files,
+    finite_number,
     hash_files,
     list_files,
     read_json_file,
     read_regular_file,
+    records_of,
     shape_problems,
 )
 from cbpt_runtime.artifacts.folders import (
@@ -44,6 +46,7 @@ __all__ = [
     "check_files",
     "check_output",
     "claimed",
+    "finite_number",
     "hash_files",
     "list_files",
     "listed_in",
@@ -52,6 +55,7 @@ __all__ = [
     "new_folder",
     "read_json_file",
     "read_regular_file",
+    "records_of",
     "reserved",
     "shape_problems",
     "writing",

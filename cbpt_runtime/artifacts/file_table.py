@@ -8,10 +8,11 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 NOT_LISTED = " is not in the manifest"
 """How `check_files` ends what it says of a file that nobody lists."""
@@ -19,6 +20,7 @@ NOT_LISTED = " is not in the manifest"
 _CHUNK_BYTES = 1 << 20
 NUMBER: Final = (int, float)
 _MOST_SHOWN = 5
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,33 @@ def shape_problems(value: Any, shape: Any, name: str = "") -> list[str]:
             f"{name or 'the whole'!r} is not of type {' or '.join(_WORDS[kind] for kind in kinds)}"
         )
     return problems
+
+
+def records_of(kind: type[_Record], rows: object) -> tuple[_Record, ...]:
+    """Make records of rows that a stranger may have written; a row that does not fit is left out.
+
+    Args:
+        kind: A dataclass whose fields are texts and numbers, or None.
+        rows: A list of JSON objects; anything else has no rows.
+    """
+    hints = get_type_hints(kind)
+    objects = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list | tuple) else []
+    found = [{name: row.get(name) for name in hints} for row in objects]
+    return tuple(kind(**row) for row in found if all(_fits(row[name], hint) for name, hint in hints.items()))
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, int | float):
+        return float in kinds and finite_number(value) is not None
+    return type(value) in kinds
+
+
+def finite_number(value: object) -> float | None:
+    """Return a number that is one for floats, too; None where there is anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if abs(value) <= sys.float_info.max else None
 
 
 _WORDS: Final = {

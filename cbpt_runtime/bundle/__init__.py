@@ -29,7 +29,7 @@ from cbpt_runtime.bundle.reading import (
     Bundle,
     read_bundle,
 )
-from cbpt_runtime.bundle.records import Making, Origin, Suspect
+from cbpt_runtime.bundle.records import Concept, Evidence, Making, Origin, Suspect
 from cbpt_runtime.bundle.writing import BUNDLE, BundleContent, write_bundle
 
 __all__ = [
@@ -44,6 +44,8 @@ __all__ = [
     "Bundle",
     "BundleContent",
     "CleanImages",
+    "Concept",
+    "Evidence",
     "Making",
     "Origin",
     "Suspect",

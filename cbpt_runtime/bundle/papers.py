@@ -51,14 +51,13 @@ def verdict_statement(
         The statement, JSON-able; its subject is the checkpoint.
     """
     manifest = bundle.manifest
-    evidence = manifest.get("evidence", {})
     predicate: dict[str, Any] = {
         "verdict": bundle.verdict,
         "date": date,
         "tool": {"name": "cbpt-runtime", "version": version("cbpt-runtime")},
         "method": manifest["method"],
         "classes": len(bundle.class_names),
-        "p_value": evidence.get("p_value"),
+        "p_value": bundle.evidence.p_value,
         "suspects": manifest["suspects"],
         "metrics": bundle.metrics,
         "products": [_resource(name, sha256) for name, sha256 in sorted(products.items())],
@@ -198,7 +197,7 @@ def _properties(bundle: Bundle) -> Iterator[dict[str, str]]:
         "parameterization": making.parameterization,
         "encoder": making.encoder,
         "seed": making.seed,
-        "p_value": bundle.manifest.get("evidence", {}).get("p_value"),
+        "p_value": bundle.evidence.p_value,
     }
     yield from _pairs({key: value for key, value in facts.items() if value is not None})
     for suspect in bundle.suspects:

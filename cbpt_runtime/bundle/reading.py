@@ -24,8 +24,9 @@ from cbpt_runtime.artifacts import (
 )
 from cbpt_runtime.artifacts.signing import SIGNATURE
 from cbpt_runtime.bundle.images import CleanImages, check_clean_images
-from cbpt_runtime.bundle.records import Making, Origin, Suspect
+from cbpt_runtime.bundle.records import Evidence, Making, Origin, Suspect
 from cbpt_runtime.errors import BundleError, ConfigError
+from cbpt_runtime.models.prompt_findings import PromptCheck
 from cbpt_runtime.runtime.preprocess import Preprocess
 
 SCHEMA_VERSION = 1
@@ -161,9 +162,14 @@ class Bundle:
         return None if decision is None else float(decision["threshold"])
 
     @property
-    def prompts(self) -> object:
-        """What was found of the words in the prompts, for `prompt_rows`; None where nobody looked."""
-        return self.manifest["evidence"].get("prompts")
+    def evidence(self) -> Evidence:
+        """What the search says of every concept; empty of a method that searches for nothing."""
+        return Evidence.from_dict(self.manifest["evidence"])
+
+    @property
+    def prompts(self) -> PromptCheck | None:
+        """What was found of the words in the prompts; None where nobody looked."""
+        return PromptCheck.from_dict(self.manifest["evidence"].get("prompts"))
 
     @property
     def metrics(self) -> dict[str, Any]:

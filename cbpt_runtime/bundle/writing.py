@@ -28,6 +28,8 @@ from cbpt_runtime.bundle.reading import (
     Bundle,
     read_bundle,
 )
+from cbpt_runtime.bundle.records import Evidence, Suspect
+from cbpt_runtime.models.prompt_findings import PromptCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,11 @@ class BundleContent:
         templates: Prompt templates of each class, ``{}`` standing for the name.
         class_folders: Names of the classes' image folders, where they may be others than the classes'.
         method: ``name``, ``config``, ``seed`` and ``parameterization``.
-        suspects: One dict per suspected target, at least ``index``, ``name`` and ``score``.
+        suspects: The suspected targets, the most suspicious first.
         metrics: Numbers measured on held-out clean images, in [0, 1] where they are rates.
         stage_seconds: Wall time of each stage.
-        evidence: What the verdict rests on, JSON-able.
+        evidence: What the search says of every concept.
+        prompts: What was found of the words in the prompts; None where nobody looked.
         alarm: From which alarm on an image is suspicious: ``threshold``, ``false_alarm_rate`` and what it was
             chosen on; None where nothing is suspected.
         versions: Versions of the packages that made it.
@@ -73,10 +76,11 @@ class BundleContent:
     triggers: Mapping[str, np.ndarray] = field(default_factory=dict)
     images: CleanImages | None = None
     class_folders: tuple[str, ...] = ()
-    suspects: tuple[Mapping[str, Any], ...] = ()
+    suspects: tuple[Suspect, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
+    prompts: PromptCheck | None = None
     alarm: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,16 +174,17 @@ def _write(path: Path, data: bytes) -> ListedFile:
 
 def _write_manifest(folder: Path, content: BundleContent, files: Mapping[str, ListedFile]) -> None:
     folders = {"folders": content.class_folders} if content.class_folders else {}
+    prompts = {} if content.prompts is None else {"prompts": content.prompts.to_dict()}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "verdict": content.verdict,
         "model": content.model,
         "classes": {"names": content.class_names, "templates": content.templates, **folders},
         "method": content.method,
-        "suspects": content.suspects,
+        "suspects": [asdict(suspect) for suspect in content.suspects],
         "metrics": content.metrics,
         "stage_seconds": content.stage_seconds,
-        "evidence": content.evidence,
+        "evidence": content.evidence.to_dict() | prompts,
         **({} if content.alarm is None else {"alarm": content.alarm}),
         "versions": content.versions,
         "files": {name: asdict(file) for name, file in files.items()},

@@ -24,6 +24,7 @@ class BundleClassifier(Classifier):
 
     Attributes:
         bundle: Where they come from.
+        image_encoder: The bundle's image tower.
         device: Where the encoder runs.
     """
 
@@ -36,7 +37,7 @@ class BundleClassifier(Classifier):
         self.class_names, self.class_folders = bundle.class_names, bundle.class_folders
         self.verdict, self.encoder = bundle.verdict, bundle.encoder
         self.sigmoid = bundle.logit_bias is not None
-        self._encoder = encoder
+        self.image_encoder = encoder
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, device: str = "cpu") -> BundleClassifier:
@@ -53,7 +54,7 @@ class BundleClassifier(Classifier):
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle, verify=False)  # the files used are checked as they are read
         place = resolve_device(device)
-        state = encoder_tensors(bundle)
+        state = _encoder_tensors(bundle)
         encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, str(place))
         return cls(bundle, encoder, place)
 
@@ -93,7 +94,7 @@ class BundleClassifier(Classifier):
             for start in range(0, len(images), batch_size):
                 batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
                 pixels = batch.to(self.device).permute(0, 3, 1, 2).float().div(255)
-                parts.append(self._encoder.encode_images(pixels).cpu().numpy())
+                parts.append(self.image_encoder.encode_images(pixels).cpu().numpy())
         return np.concatenate(parts)
 
     def predict(self, images: Pixels) -> Prediction:
@@ -120,12 +121,7 @@ class BundleClassifier(Classifier):
         )
 
 
-def encoder_tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
-    """Read the weights of a bundle's image encoder.
-
-    Raises:
-        BundleError: The file is not the manifest's, or no safetensors.
-    """
+def _encoder_tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
     content = bundle.read_file(ENCODER)
     try:
         return load_tensors(content)

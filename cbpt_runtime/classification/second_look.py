@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cbpt_runtime.classification.classifier import Classifier
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.runtime.prediction import Prediction
@@ -24,9 +22,13 @@ class SecondLook(Classifier):
     """
 
     def __init__(self, first: Classifier) -> None:
-        what = f"{first.source} ({first.kind})"
-        self.first = first
-        self._threshold = require_level(first.alarm_threshold, first.suspect_indices, what)
+        if first.alarm_threshold is None or not first.suspect_indices:
+            raise ConfigError(
+                expected="a bundle or graph with suspected targets and a level of the alarm, to look twice",
+                got=f"{first.source} ({first.kind}), which calls no image suspicious",
+                fix="Purify again with this version, or leave the second look away.",
+            )
+        self.first, self._threshold = first, first.alarm_threshold
         self.kind, self.source, self.digest, self.place = first.kind, first.source, first.digest, first.place
         self.class_names, self.class_folders = first.class_names, first.class_folders
         self.verdict, self.encoder, self.looks_twice = first.verdict, first.encoder, True
@@ -68,18 +70,3 @@ class SecondLook(Classifier):
     def close(self) -> None:
         """Close what the first look needs."""
         self.first.close()
-
-
-def require_level(threshold: float | None, suspects: Sequence[int], what: str) -> float:
-    """Return the level of the alarm, where something calls images suspicious at all.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    if threshold is None or not suspects:
-        raise ConfigError(
-            expected="a bundle or graph with suspected targets and a level of the alarm, to look twice",
-            got=f"{what}, which calls no image suspicious",
-            fix="Purify again with this version, or leave the second look away.",
-        )
-    return threshold

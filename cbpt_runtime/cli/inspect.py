@@ -34,7 +34,7 @@ def command(
 ) -> None:
     """Show architecture, size, hashes and oddities of a checkpoint; for a bundle also verify its hashes."""
     from cbpt_runtime.loading import inspect_path
-    from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, prompt_rows, prompt_verdict
+    from cbpt_runtime.models.prompt_findings import PromptCheck
 
     found = inspect_path(
         path,
@@ -47,8 +47,9 @@ def command(
     if as_json:
         print_json(found)
         return
-    verdict = prompt_verdict(found.get("prompts"))
-    pairs = {name: value for name, value in found.items() if name != "prompts"}
-    print_pairs(pairs if verdict is None else {**pairs, "prompts": verdict})
-    if verdict is not None:
-        print_table(PROMPT_COLUMNS, prompt_rows(found["prompts"]))
+    prompts = PromptCheck.from_dict(found.pop("prompts", None))
+    if prompts is None or prompts.verdict is None:
+        print_pairs(found)
+    else:
+        print_pairs({**found, "prompts": prompts.verdict})
+        print_table(prompts.columns, prompts.rows())

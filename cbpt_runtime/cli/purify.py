@@ -131,8 +131,6 @@ def _refuse_options_of_cbpt(method: str, *, parameterization: str | None, resume
 
 def print_result(bundle: Bundle) -> None:
     """Print what purification found and did."""
-    from cbpt_runtime.models.prompt_words import prompt_verdict
-
     metrics = bundle.metrics
     if bundle.suspects:
         print_table(
@@ -153,7 +151,7 @@ def print_result(bundle: Bundle) -> None:
     meaning = ": this method looks for no target and has no alarm" if bundle.verdict == "unknown" else ""
     is_labelled = bundle.making.labelled_by != "suspect"
     accuracy = "held-out clean accuracy" if is_labelled else "agreement with the suspect's labels"
-    words = prompt_verdict(bundle.prompts)
+    words = None if bundle.prompts is None else bundle.prompts.verdict
     print_pairs(
         {
             "verdict": bundle.verdict + meaning,
@@ -167,9 +165,7 @@ def print_result(bundle: Bundle) -> None:
 
 
 def _summary(bundle: Bundle) -> dict[str, object]:
-    from cbpt_runtime.models.prompt_words import odd_words
-
     keys = ("verdict", "suspects", "metrics", "stage_seconds")
     head = {"bundle": str(bundle.path), "digest": bundle.digest}
-    odd = list(odd_words(bundle.prompts))
+    odd = [] if bundle.prompts is None else list(bundle.prompts.suspects)
     return head | {key: bundle.manifest[key] for key in keys} | {"odd_words": odd}

@@ -114,6 +114,6 @@ def print_scan(found: Scan) -> None:
     facts = {"verdict": found.verdict, "p-value": number(found.p_value), "images": found.images}
     if not found.suspects:
         facts["most suspicious words"] = ", ".join(
-            f"{row['word']} ({number(row['p_value'])})" for row in found.evidence["concepts"][:_WORDS]
+            f"{concept.word} ({number(concept.p_value)})" for concept in found.evidence.concepts[:_WORDS]
         )
     print_pairs(facts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels
 
 if TYPE_CHECKING:
-    from cbpt_runtime.bundle import Bundle
     from cbpt_runtime.runtime.prediction import Prediction
     from cbpt_runtime.serving.client.asynchronous import ServedPrediction
 
@@ -75,7 +74,7 @@ class GoldenSet:
 
     def pixels(self, preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
         """Return the images as the model takes them."""
-        return np.stack([to_pixels(decode_image(file), preprocess) for file in self.files])
+        return decoded(self.files, preprocess)
 
     def check(
         self, said: Prediction | ServedPrediction, *, where: str, made_on: str | None = None
@@ -131,23 +130,38 @@ class GoldenSet:
         )
 
 
+def decoded(files: Iterable[bytes], preprocess: Preprocess) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Return image files as the model takes them."""
+    return np.stack([to_pixels(decode_image(file), preprocess) for file in files])
+
+
 def make_golden(
-    files: tuple[bytes, ...], bundle: Bundle, said: Prediction, again: Prediction | None = None
+    files: tuple[bytes, ...],
+    pixels: UInt8[np.ndarray, "batch height width 3"],
+    class_names: Sequence[str],
+    said: Prediction,
+    again: Prediction | None = None,
 ) -> GoldenSet:
-    """Return a golden set from image files, what the graph answered, and what comes of a second look."""
+    """Return a golden set.
+
+    Args:
+        files: Encoded images.
+        pixels: The same, decoded.
+        class_names: In the order of the logits.
+        said: What the graph answered.
+        again: What comes of a second look, where a server is to take one.
+    """
     names = tuple(f"{number}.{_suffix(file)}" for number, file in enumerate(files))
     rows: list[dict[str, Any]] = [
         {
             "file": name,
-            "label": bundle.class_names[int(probabilities.argmax())],
-            "pixels_sha256": hashlib.sha256(
-                to_pixels(decode_image(file), bundle.preprocess).tobytes()
-            ).hexdigest(),
+            "label": class_names[int(probabilities.argmax())],
+            "pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest(),
             "alarm": float(alarm),
             "probabilities": [float(value) for value in probabilities],
         }
-        for name, file, probabilities, alarm in zip(
-            names, files, said.probabilities, said.alarm if said.alarm is not None else (), strict=True
+        for name, image, probabilities, alarm in zip(
+            names, pixels, said.probabilities, said.alarm if said.alarm is not None else (), strict=True
         )
     ]
     if again is not None and again.looked_twice is not None and again.boxes is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.onnx import FEATURES, INPUT, check_portable, describe, write_metadata
 from cbpt_runtime.export.weights import MAX_WEIGHT_BYTES, fills_two_files, seal_weights
@@ -112,12 +113,12 @@ def check_exportable(module: nn.Module, *, precision: str = "fp32") -> None:
         )
 
 
-def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
-    """Export in float32.
+def export_onnx(classifier: BundleClassifier, precision: str = "fp32") -> onnx.ModelProto:
+    """Export the classifier of a bundle in float32.
 
     Args:
-        module: On the CPU, in evaluation mode.
-        bundle: What it was made from; named in the file's metadata.
+        classifier: On the CPU.
+        precision: What is to be made of the graph.
 
     Returns:
         A checked model with one input and four outputs.
@@ -125,7 +126,9 @@ def export_onnx(module: ServedClassifier, bundle: Bundle) -> onnx.ModelProto:
     Raises:
         ExportError: The exporter cannot express this architecture, or the result is not portable.
     """
-    check_exportable(module)
+    bundle = classifier.bundle
+    module = ServedClassifier(bundle, classifier.image_encoder)
+    check_exportable(module, precision=precision)
     example = torch.zeros((2, *bundle.preprocess.image_size, 3), dtype=torch.uint8)
     try:
         with _exporting(), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, zip_longest
@@ -15,9 +15,9 @@ from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
+from cbpt_runtime.export.golden import decoded
 from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
-from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
 
 if TYPE_CHECKING:
     from cbpt_runtime.classification.second_look import SecondLook
@@ -102,36 +102,34 @@ def _unpack(bundle: Bundle) -> GateImages | None:
         return None
     has_heldout = len(kept.heldout) > 0
     pixels = kept.heldout if has_heldout else kept.calibration
-    drawn = draw_gate_images(bundle).encoded[:1]
     return GateImages(
         pixels=pixels,
         labels=kept.heldout_labels if has_heldout else None,
         calibration=kept.calibration,
-        encoded=(*drawn, *(_png(image) for image in pixels[: GOLDEN - 1])),
+        encoded=(next(_drawn()), *(_png(image) for image in pixels[: GOLDEN - 1])),
         source="bundle",
     )
 
 
 def draw_gate_images(bundle: Bundle) -> GateImages:
     """Draw coloured pictures, always the same ones; not the classes' own, so without labels."""
+    files = tuple(_drawn())
+    pixels = decoded(files, bundle.preprocess)
+    return GateImages(
+        pixels=pixels, labels=None, calibration=pixels[:0], encoded=files[:GOLDEN], source="drawn"
+    )
+
+
+def _drawn() -> Iterator[bytes]:
     from cbpt_runtime.demo.motifs import MOTIFS
     from cbpt_runtime.demo.pictures import draw_picture
 
     rng = np.random.default_rng(0)
-    encoded, pixels = [], []
     for number in range(DRAWN):
         file = BytesIO()
         name = sorted(MOTIFS)[number % len(MOTIFS)]
         draw_picture(name, 96 + 8 * number, rng).save(file, format="PNG")
-        encoded.append(file.getvalue())
-        pixels.append(to_pixels(decode_image(encoded[-1]), bundle.preprocess))
-    return GateImages(
-        pixels=np.stack(pixels),
-        labels=None,
-        calibration=np.stack(pixels)[:0],
-        encoded=tuple(encoded[:GOLDEN]),
-        source="drawn",
-    )
+        yield file.getvalue()
 
 
 def example_of_second_look(bundle: Bundle, images: GateImages, classifier: SecondLook) -> tuple[bytes, ...]:

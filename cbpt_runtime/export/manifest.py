@@ -89,6 +89,21 @@ class Manifest:
         """The one that takes image files, and those it asks."""
         return self.name, *(self.name + end for end in _PARTS)
 
+    @property
+    def preprocess_name(self) -> str:
+        """Name of the model that decodes."""
+        return f"{self.name}_preprocess"
+
+    @property
+    def classifier_name(self) -> str:
+        """Name of the model that takes pixels."""
+        return f"{self.name}_classifier"
+
+    @property
+    def alarm_name(self) -> str:
+        """Name of the model that counts alarms."""
+        return f"{self.name}_alarm"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without those that are None."""
         values = {
@@ -187,7 +202,7 @@ class Repository:
     @property
     def graph(self) -> Path:
         """The ONNX file."""
-        return self.path / f"{self.name}_classifier" / "1" / "model.onnx"
+        return self.path / self.manifest.classifier_name / "1" / "model.onnx"
 
     @property
     def weights(self) -> ListedFile | None:
@@ -202,7 +217,7 @@ class Repository:
     @property
     def inner_models(self) -> tuple[str, ...]:
         """Models that only the one that takes image files asks."""
-        return f"{self.name}_preprocess", f"{self.name}_alarm"
+        return self.manifest.preprocess_name, self.manifest.alarm_name
 
 
 def write_manifest(folder: Path, summary: Mapping[str, Any]) -> str:

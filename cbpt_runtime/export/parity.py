@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,12 @@ from jaxtyping import Int, UInt8
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export.images import GateImages
 from cbpt_runtime.export.onnx import FEATURES, with_features
-from cbpt_runtime.export.session import Provider, open_session, predict, run_session
+from cbpt_runtime.export.session import Provider, open_session, run_session
 from cbpt_runtime.runtime import zero_shot
 from cbpt_runtime.runtime.prediction import Prediction
-from cbpt_runtime.runtime.second_look import look_again
 
 COSINE_TOLERANCE = 1e-5
 PROBABILITY_TOLERANCE = 1e-4
@@ -78,6 +75,25 @@ class Parity:
         """Whether every comparison passed."""
         return all(comparison.passed for comparison in self.comparisons)
 
+    def with_second_look(self, got: Prediction, expected: Prediction, *, max_batch: int) -> Parity:
+        """Return the report with one more comparison, for a server that looks twice.
+
+        Args:
+            got: What comes of a second look in onnxruntime, at images other than those of the gate.
+            expected: The same in PyTorch; where other places are covered, they are infinitely far apart.
+            max_batch: Largest batch that will be served.
+        """
+        places = [(said.looked_twice, said.boxes) for said in (got, expected)]
+        is_same = all(np.array_equal(a, b) for a, b in zip(*places, strict=True) if a is not None)
+        compared = Comparison(
+            quantity="second look",
+            batch_size=max_batch,
+            images=len(expected.probabilities),
+            largest_difference=_largest(got.probabilities, expected.probabilities) if is_same else math.inf,
+            tolerance=PROBABILITY_TOLERANCE,
+        )
+        return replace(self, comparisons=(*self.comparisons, compared))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-able dict; a difference that is not a number becomes None."""
         values = asdict(self) | {"passed": self.passed}
@@ -109,7 +125,6 @@ def measure_parity(
     *,
     max_batch: int,
     provider: Provider = "cpu",
-    twice: UInt8[np.ndarray, "batch height width 3"] | None = None,
 ) -> Parity:
     """Compare a float32 graph with PyTorch at batch 1, 3 and `max_batch`.
 
@@ -119,7 +134,6 @@ def measure_parity(
         images: What both look at.
         max_batch: Largest batch that will be served.
         provider: Where the graph will be served.
-        twice: Images that both also look at twice where they are suspicious, for a server that will.
 
     Raises:
         ConfigError: The provider is not there.
@@ -146,55 +160,12 @@ def measure_parity(
             )
             for quantity, (difference, tolerance) in largest.items()
         ]
-    if twice is not None:
-        comparisons.append(_second_look(session, classifier, twice, max_batch))
     return Parity(
         provider=session.get_providers()[0],
         onnxruntime=onnxruntime.__version__,
         images=images.source,
         comparisons=tuple(comparisons),
     )
-
-
-def _second_look(
-    session: onnxruntime.InferenceSession,
-    classifier: BundleClassifier,
-    pixels: UInt8[np.ndarray, "batch height width 3"],
-    max_batch: int,
-) -> Comparison:
-    """Probabilities after a second look; infinitely far apart where not the same places are covered."""
-    expected = SecondLook(classifier).predict(pixels)
-    got = look_twice(
-        session,
-        pixels,
-        threshold=classifier.alarm_threshold or 0.0,
-        suspects=classifier.suspect_indices,
-        sigmoid=classifier.sigmoid,
-        max_batch=max_batch,
-    )
-    places = [(said.looked_twice, said.boxes) for said in (got, expected)]
-    is_same = all(np.array_equal(a, b) for a, b in zip(*places, strict=True) if a is not None)
-    return Comparison(
-        quantity="second look",
-        batch_size=max_batch,
-        images=len(pixels),
-        largest_difference=_largest(got.probabilities, expected.probabilities) if is_same else math.inf,
-        tolerance=PROBABILITY_TOLERANCE,
-    )
-
-
-def look_twice(
-    session: onnxruntime.InferenceSession,
-    pixels: UInt8[np.ndarray, "batch height width 3"],
-    *,
-    threshold: float,
-    suspects: Sequence[int],
-    sigmoid: bool,
-    max_batch: int,
-) -> Prediction:
-    """Return what a graph says of images after a second look at the suspicious ones, as a server answers."""
-    look = partial(predict, session, batch_size=max_batch, threshold=threshold)
-    return look_again(pixels, look(pixels), look, suspects, threshold=threshold, sigmoid=sigmoid)
 
 
 def _batches(max_batch: int, available: int) -> list[tuple[int, int]]:

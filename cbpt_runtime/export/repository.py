@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,30 +25,29 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
+from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.bundle.papers import repository_papers
-from cbpt_runtime.classification.bundled import BundleClassifier, encoder_tensors
-from cbpt_runtime.classification.second_look import SecondLook, require_level
+from cbpt_runtime.classification.bundled import BundleClassifier
+from cbpt_runtime.classification.second_look import SecondLook
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
-from cbpt_runtime.export.golden import GoldenSet, make_golden, write_golden
-from cbpt_runtime.export.graph import ServedClassifier, check_exportable, export_onnx
+from cbpt_runtime.export.golden import GoldenSet, decoded, make_golden, write_golden
+from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import GateImages, example_of_second_look, find_gate_images
 from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, Manifest, write_manifest
 from cbpt_runtime.export.onnx import read_metadata
-from cbpt_runtime.export.parity import look_twice, measure_parity
+from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.quality import HeldOut
-from cbpt_runtime.export.session import Provider, open_session, predict
-from cbpt_runtime.export.triton import WARMUP, Served
+from cbpt_runtime.export.session import look_twice, open_session, predict
+from cbpt_runtime.export.triton import WARMUP
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph
 from cbpt_runtime.export.written import GOLDEN_FOLDER, written_files
-from cbpt_runtime.models.clip import load_image_encoder
-from cbpt_runtime.progress import Progress
-from cbpt_runtime.runtime.preprocess import decode_image, to_pixels
+from cbpt_runtime.progress import Progress, silent
+from cbpt_runtime.runtime.prediction import Prediction
 
 _PACKAGES = ("cbpt-runtime", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient")
 
@@ -110,83 +108,75 @@ def export_bundle(
     with reserved(output, MODEL_REPOSITORY, force=force):
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle)
-        if profile.second_look:
-            require_level(bundle.alarm_threshold, bundle.suspect_indices, str(bundle.path))
         images = find_gate_images(bundle, calibration, skip_unreadable=skip_unreadable)
-        content = _gated(bundle, name, profile, images, progress)
-        digest = _write_whole(content, output, force)
+        graph = _gated_graph(bundle, profile, images, progress or silent)
+        manifest = _manifest(bundle, name, profile, graph.model)
+        digest = _write_whole(manifest, bundle, graph, output, force)
     return Exported(
         path=output,
         name=name,
         digest=digest,
-        parity=dict(content.parity),
-        golden_twice=content.golden.looked_twice if profile.second_look else None,
+        parity=graph.parity,
+        golden_twice=graph.golden.looked_twice if profile.second_look else None,
         notes=images.notes,
     )
 
 
-def load_served(bundle: Bundle) -> tuple[ServedClassifier, BundleClassifier]:
-    """Return the module to export and the classifier to compare it with; they share one encoder."""
-    state = encoder_tensors(bundle)
-    encoder = load_image_encoder(bundle.model_config, bundle.preprocess, state, "cpu")
-    return ServedClassifier(bundle, encoder), BundleClassifier(bundle, encoder, torch.device("cpu"))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Content:
-    served: Served
+class _GatedGraph:
     model: onnx.ModelProto
     golden: GoldenSet
-    parity: Mapping[str, Any]
+    parity: dict[str, Any]
 
 
-def _gated(
-    bundle: Bundle, name: str, profile: Profile, images: GateImages, progress: Progress | None
-) -> _Content:
-    """Return what goes into a repository, after its graph has passed the gate."""
-    tell = progress or _silent
+def _gated_graph(bundle: Bundle, profile: Profile, images: GateImages, tell: Progress) -> _GatedGraph:
+    """Return the graph of a bundle that has passed the gate, with what it answers and what the gate saw."""
     heldout = None if profile.precision == "fp32" else HeldOut(bundle, images)
     tell("export graph", 0, 1, {})
-    module, classifier = load_served(bundle)
-    check_exportable(module, precision=profile.precision)
-    model = export_onnx(module, bundle)
+    classifier = BundleClassifier.from_bundle(bundle)
+    looker = SecondLook(classifier) if profile.second_look else None
+    model = export_onnx(classifier, profile.precision)
     tell("export graph", 1, 1, {})
-    provider: Provider = profile.provider
-    encoded = images.encoded
-    if profile.second_look:
-        encoded += example_of_second_look(bundle, images, SecondLook(classifier))
-    pixels = np.stack([to_pixels(decode_image(file), bundle.preprocess) for file in encoded])
-    twice = pixels if profile.second_look else None
-    parity = measure_parity(
-        model, classifier, images, max_batch=profile.max_batch, provider=provider, twice=twice
-    )
+    parity = measure_parity(model, classifier, images, max_batch=profile.max_batch, provider=profile.provider)
+    files = images.encoded
+    if looker is not None:
+        files += example_of_second_look(bundle, images, looker)
+    pixels = decoded(files, bundle.preprocess)
+    said, again = _answers(model, bundle, profile, pixels)
+    if looker is not None and again is not None:
+        parity = parity.with_second_look(again, looker.predict(pixels), max_batch=profile.max_batch)
     parity.require()
     tell("parity gate", 1, 1, {})
     report = parity.to_dict()
     if heldout is not None:
         from cbpt_runtime.export.precision import reduce_precision
 
-        model, report["precision"] = reduce_precision(
-            model, bundle, images, heldout, profile, progress=progress
-        )
+        model, report["precision"] = reduce_precision(model, bundle, images, heldout, profile, progress=tell)
         seal_weights(model)
-    session = open_session(model, provider)
-    said = predict(session, pixels, batch_size=len(pixels), threshold=bundle.alarm_threshold)
-    again = None
-    if profile.second_look:
-        again = look_twice(
-            session,
-            pixels,
-            threshold=bundle.alarm_threshold or 0.0,
-            suspects=bundle.suspect_indices,
-            sigmoid=bundle.logit_bias is not None,
-            max_batch=profile.max_batch,
-        )
-    return _Content(
-        served=Served(name=name, bundle=bundle, profile=profile, provenance=_provenance(bundle, model)),
-        model=model,
-        golden=make_golden(encoded, bundle, said, again),
-        parity=report,
+        said, again = _answers(model, bundle, profile, pixels)
+    golden = make_golden(files, pixels, bundle.class_names, said, again)
+    return _GatedGraph(model=model, golden=golden, parity=report)
+
+
+def _answers(
+    model: onnx.ModelProto,
+    bundle: Bundle,
+    profile: Profile,
+    pixels: UInt8[np.ndarray, "batch height width 3"],
+) -> tuple[Prediction, Prediction | None]:
+    """Ask a graph about images, and again about suspicious ones where a server is to look twice."""
+    session, level = open_session(model, profile.provider), bundle.alarm_threshold
+    said = predict(session, pixels, batch_size=len(pixels), threshold=level)
+    if level is None or not profile.second_look:
+        return said, None
+    return said, look_twice(
+        session,
+        pixels,
+        said,
+        threshold=level,
+        suspects=bundle.suspect_indices,
+        sigmoid=bundle.logit_bias is not None,
+        max_batch=profile.max_batch,
     )
 
 
@@ -205,72 +195,58 @@ def _check_request(name: str, profile: Profile) -> None:
         )
 
 
-def _provenance(bundle: Bundle, model: onnx.ModelProto) -> dict[str, str]:
-    return {
-        "bundle_digest": bundle.digest,
-        "checkpoint_sha256": bundle.origin.sha256,
-        "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
-        "verdict": bundle.verdict,
-        "cbpt_runtime_version": version("cbpt-runtime"),
+def _manifest(bundle: Bundle, name: str, profile: Profile, model: onnx.ModelProto) -> Manifest:
+    return Manifest(
+        name=name,
+        classes=len(bundle.class_names),
+        preprocess=bundle.preprocess,
+        profile=profile,
+        suspects=bundle.suspect_indices,
+        alarm_threshold=bundle.alarm_threshold,
+        sigmoid=bundle.logit_bias is not None,
+        processor=kind_of_processor() if profile.precision == "int8" else None,
+        provenance={
+            "bundle_digest": bundle.digest,
+            "checkpoint_sha256": bundle.origin.sha256,
+            "graph_sha256": hashlib.sha256(to_bytes(model)).hexdigest(),
+            "verdict": bundle.verdict,
+            "cbpt_runtime_version": version("cbpt-runtime"),
+        },
+        versions={package: version(package) for package in _PACKAGES},
+    )
+
+
+def _write_whole(manifest: Manifest, bundle: Bundle, graph: _GatedGraph, output: Path, force: bool) -> str:
+    picture = graph.golden.files[0]
+    files = {
+        **written_files(manifest, bundle.class_names),
+        **_papers(manifest, bundle, graph),
+        f"{manifest.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
+        PARITY: _json(graph.parity),
     }
-
-
-def _write_whole(content: _Content, output: Path, force: bool) -> str:
     with new_folder(output, MODEL_REPOSITORY, force=force) as staging:
-        for name, data in _files(content).items():
+        for name, data in files.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(data)
-        write_graph(content.model, staging / content.served.classifier_name / "1")
-        write_golden(content.golden, staging / content.served.name / "1" / GOLDEN_FOLDER)
-        _write_papers(content, staging)
-        return write_manifest(staging, _manifest(content.served).to_dict())
+        write_graph(graph.model, staging / manifest.classifier_name / "1")
+        write_golden(graph.golden, staging / manifest.name / "1" / GOLDEN_FOLDER)
+        return write_manifest(staging, manifest.to_dict())
 
 
-def _write_papers(content: _Content, folder: Path) -> None:
-    served = content.served
-    place = f"{served.classifier_name}/1"
-    products = {f"{place}/{GRAPH}": served.provenance["graph_sha256"]}
-    if weights := read_metadata(content.model).get(WEIGHTS_SHA256):
+def _papers(manifest: Manifest, bundle: Bundle, graph: _GatedGraph) -> dict[str, bytes]:
+    place = f"{manifest.classifier_name}/1"
+    products = {f"{place}/{GRAPH}": manifest.provenance["graph_sha256"]}
+    if weights := read_metadata(graph.model).get(WEIGHTS_SHA256):
         products[f"{place}/{WEIGHTS}"] = weights
     papers = repository_papers(
-        served.bundle,
-        name=served.name,
+        bundle,
+        name=manifest.name,
         products=products,
-        versions={package: version(package) for package in _PACKAGES},
-        export={"profile": served.profile.to_dict(), "parity": content.parity},
+        versions=manifest.versions,
+        export={"profile": manifest.profile.to_dict(), "parity": graph.parity},
     )
-    for name, text in papers.items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def _files(content: _Content) -> dict[str, bytes]:
-    """Every file of a repository but its graph, its golden set and its manifest, by its path."""
-    served, picture = content.served, content.golden.files[0]
-    return {
-        **written_files(served),
-        f"{served.preprocess_name}/warmup/{WARMUP}": len(picture).to_bytes(4, "little") + picture,
-        PARITY: _json(content.parity),
-    }
+    return {name: text.encode() for name, text in papers.items()}
 
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _manifest(served: Served) -> Manifest:
-    return Manifest(
-        name=served.name,
-        classes=len(served.bundle.class_names),
-        preprocess=served.bundle.preprocess,
-        profile=served.profile,
-        suspects=served.bundle.suspect_indices,
-        alarm_threshold=served.bundle.alarm_threshold,
-        sigmoid=served.bundle.logit_bias is not None,
-        processor=kind_of_processor() if served.profile.precision == "int8" else None,
-        provenance=served.provenance,
-        versions={package: version(package) for package in _PACKAGES},
-    )
-
-
-def _silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
-    """Progress nobody wants to see."""

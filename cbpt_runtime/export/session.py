@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.profiles import Provider as Provider
 from cbpt_runtime.export.weights import written
 from cbpt_runtime.runtime.prediction import OUTPUTS, Prediction, prediction_of
+from cbpt_runtime.runtime.second_look import look_again
 
 PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -107,6 +109,31 @@ def predict(
 ) -> Prediction:
     """Ask a graph of `export`; suspicious are images whose alarm lies above a level."""
     return prediction_of(run_session(session, images, batch_size=batch_size, outputs=OUTPUTS), threshold)
+
+
+def look_twice(
+    session: onnxruntime.InferenceSession,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    said: Prediction,
+    *,
+    threshold: float,
+    suspects: Sequence[int],
+    sigmoid: bool,
+    max_batch: int,
+) -> Prediction:
+    """Return what comes of a second look at those images that a graph called suspicious, as of a server.
+
+    Args:
+        session: The graph.
+        images: RGB at the model's own size.
+        said: What it said of them at the first look.
+        threshold: Level of the alarm above which an image is suspicious, in [0, 1].
+        suspects: Class indices of the suspected targets.
+        sigmoid: Whether each class has a probability of its own.
+        max_batch: Most views looked at at once.
+    """
+    look = partial(predict, session, batch_size=max_batch, threshold=threshold)
+    return look_again(images, said, look, suspects, threshold=threshold, sigmoid=sigmoid)
 
 
 def _provider_missing(provider: Provider, there: Sequence[str]) -> ConfigError:

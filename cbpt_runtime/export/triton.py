@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.export.cpus import usable_cpus
+from cbpt_runtime.export.manifest import Manifest
 from cbpt_runtime.export.onnx import INPUT
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.runtime.prediction import OUTPUTS
@@ -26,78 +25,41 @@ LOOKERS = 4  # images looked at again at once; what is not suspicious passes by 
 COUNTED = ("alarm", "alarm_target")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What the configurations of one repository have in common.
-
-    Attributes:
-        name: Of the model that takes image files.
-        bundle: What is served.
-        profile: How it is served.
-        provenance: Digests for ``parameters``, so that a running server says what it serves.
-    """
-
-    name: str
-    bundle: Bundle
-    profile: Profile
-    provenance: Mapping[str, str]
-
-    @property
-    def preprocess_name(self) -> str:
-        """Name of the model that decodes."""
-        return f"{self.name}_preprocess"
-
-    @property
-    def classifier_name(self) -> str:
-        """Name of the model that takes pixels."""
-        return f"{self.name}_classifier"
-
-    @property
-    def alarm_name(self) -> str:
-        """Name of the model that counts alarms."""
-        return f"{self.name}_alarm"
-
-    @property
-    def threads(self) -> int:
-        """Threads of one classifier instance."""
-        return self.profile.threads or max(1, usable_cpus() // self.profile.instances)
-
-
-def ensemble_config(served: Served) -> str:
+def ensemble_config(manifest: Manifest, class_names: Sequence[str]) -> str:
     """Return the configuration of ``<name>``: image files in, answers out; whether it was looked at twice."""
     pb = _protobuf()
-    config = _model(served, served.name)
+    config = _model(manifest, manifest.name)
     config.platform = "ensemble"
     config.input.add(name="image", data_type=pb.TYPE_STRING, dims=[1])
-    _add_outputs(config, served)
-    decode = config.ensemble_scheduling.step.add(model_name=served.preprocess_name, model_version=-1)
+    _add_outputs(config, manifest)
+    decode = config.ensemble_scheduling.step.add(model_name=manifest.preprocess_name, model_version=-1)
     decode.input_map["image"] = "image"
     decode.output_map[INPUT] = "pixels"
-    classify = config.ensemble_scheduling.step.add(model_name=served.classifier_name, model_version=-1)
+    classify = config.ensemble_scheduling.step.add(model_name=manifest.classifier_name, model_version=-1)
     classify.input_map[INPUT] = "pixels"
     for output in OUTPUTS:
         # Every output comes out of the step that counts: whatever a client asks for is counted. And no tensor
         # is both an output of the ensemble and the input of a step: Triton would miscount which steps a
         # client needs that asks for a few of the outputs, and answer with an error.
         classify.output_map[output] = f"uncounted_{output}"
-    count = config.ensemble_scheduling.step.add(model_name=served.alarm_name, model_version=-1)
+    count = config.ensemble_scheduling.step.add(model_name=manifest.alarm_name, model_version=-1)
     for output in OUTPUTS:
         count.input_map[output] = f"uncounted_{output}"
         count.output_map[output] = output
-    if served.profile.second_look:
+    if manifest.profile.second_look:
         count.input_map[INPUT] = "pixels"
         for name in _add_second_look(config):
             count.output_map[name] = name
-    _set(config, "class_names", json.dumps(served.bundle.class_names, ensure_ascii=False))
-    _set_threshold(config, served)
+    _set(config, "class_names", json.dumps(class_names, ensure_ascii=False))
+    _set_threshold(config, manifest)
     return _text(config)
 
 
-def preprocess_config(served: Served) -> str:
+def preprocess_config(manifest: Manifest) -> str:
     """Return the configuration of ``<name>_preprocess``: image files in, pixels out."""
     pb = _protobuf()
-    profile, preprocess = served.profile, served.bundle.preprocess
-    config = _model(served, served.preprocess_name)
+    profile, preprocess = manifest.profile, manifest.preprocess
+    config = _model(manifest, manifest.preprocess_name)
     config.backend = "python"
     config.default_model_filename = "model.py"
     config.input.add(name="image", data_type=pb.TYPE_STRING, dims=[1])
@@ -115,30 +77,30 @@ def preprocess_config(served: Served) -> str:
     return _text(config)
 
 
-def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
+def classifier_config(manifest: Manifest, *, backend: str = "onnxruntime") -> str:
     """Return the configuration of ``<name>_classifier``: pixels in, answers out.
 
     Args:
-        served: What is served, and how.
+        manifest: What is served, and how.
         backend: 'onnxruntime', or 'python' for servers that do not have it.
     """
     pb = _protobuf()
-    profile = served.profile
-    config = _model(served, served.classifier_name)
+    profile = manifest.profile
+    config = _model(manifest, manifest.classifier_name)
     config.backend = backend
     config.default_model_filename = "model.onnx" if backend == "onnxruntime" else "model.py"
-    shape = [*served.bundle.preprocess.image_size, 3]
+    shape = [*manifest.preprocess.image_size, 3]
     config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=shape)
-    _add_outputs(config, served, has_batch_shape=True)
+    _add_outputs(config, manifest, has_batch_shape=True)
     kind = pb.ModelInstanceGroup.KIND_CPU if profile.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config.instance_group.add(count=profile.instances, kind=kind)
     _add_batching(config, profile)
     _set(config, "provider", profile.provider)
-    _set(config, "intra_op_thread_count", served.threads)
+    _set(config, "intra_op_thread_count", profile.threads or max(1, usable_cpus() // profile.instances))
     _set(config, "inter_op_thread_count", 1)
     if backend == "onnxruntime":
         _set(config, "execution_mode", 0)
-        _add_accelerator(config, served)
+        _add_accelerator(config, manifest)
     for batch_size in sorted({1, profile.max_batch}):
         warmup = config.model_warmup.add(name=f"batch_{batch_size}", batch_size=batch_size)
         warmup.inputs[INPUT].data_type = pb.TYPE_UINT8
@@ -147,33 +109,32 @@ def classifier_config(served: Served, *, backend: str = "onnxruntime") -> str:
     return _text(config)
 
 
-def alarm_config(served: Served) -> str:
+def alarm_config(manifest: Manifest, class_names: Sequence[str]) -> str:
     """Return the configuration of ``<name>_alarm``: answers pass, alarms are counted in Triton's metrics.
 
     A model of its own because the classifier's backend may be one that runs no code of ours; a single
     instance because it does next to nothing, unless it also asks the classifier for a second look.
     """
     pb = _protobuf()
-    config = _model(served, served.alarm_name)
+    config = _model(manifest, manifest.alarm_name)
     config.backend = "python"
     config.default_model_filename = "model.py"
-    _add_outputs(config, served)
+    _add_outputs(config, manifest)
     for output in config.output:
         config.input.add(name=output.name, data_type=output.data_type, dims=output.dims)
         output.label_filename = ""
-    if served.profile.second_look:
-        config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=[*served.bundle.preprocess.image_size, 3])
+    if manifest.profile.second_look:
+        config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=[*manifest.preprocess.image_size, 3])
         _add_second_look(config)
-        _set(config, "classifier", served.classifier_name)
-        _set(config, "probabilities", "softmax" if served.bundle.logit_bias is None else "sigmoid")
-    count = LOOKERS if served.profile.second_look else 1
+        _set(config, "classifier", manifest.classifier_name)
+        _set(config, "probabilities", "sigmoid" if manifest.sigmoid else "softmax")
+    count = LOOKERS if manifest.profile.second_look else 1
     config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
-    _add_batching(config, served.profile)
-    names = served.bundle.class_names
-    _set(config, "counted_model", served.name)
-    _set(config, "suspects", json.dumps({index: names[index] for index in served.bundle.suspect_indices},
+    _add_batching(config, manifest.profile)
+    _set(config, "counted_model", manifest.name)
+    _set(config, "suspects", json.dumps({index: class_names[index] for index in manifest.suspects},
                                         ensure_ascii=False))  # fmt: skip
-    _set_threshold(config, served)
+    _set_threshold(config, manifest)
     return _text(config)
 
 
@@ -184,18 +145,18 @@ def parse_config(text: str) -> Any:
     return text_format.Parse(text, _protobuf().ModelConfig())
 
 
-def _model(served: Served, name: str) -> Any:
-    config = _protobuf().ModelConfig(name=name, max_batch_size=served.profile.max_batch)
+def _model(manifest: Manifest, name: str) -> Any:
+    config = _protobuf().ModelConfig(name=name, max_batch_size=manifest.profile.max_batch)
     config.version_policy.latest.num_versions = 1
-    for key, value in served.provenance.items():
+    for key, value in manifest.provenance.items():
         _set(config, key, value)
     return config
 
 
-def _add_outputs(config: Any, served: Served, *, has_batch_shape: bool = False) -> None:
+def _add_outputs(config: Any, manifest: Manifest, *, has_batch_shape: bool = False) -> None:
     """Add the outputs; the graph's alarm is one number per image, which Triton calls dims [1]."""
     pb = _protobuf()
-    classes = len(served.bundle.class_names)
+    classes = manifest.classes
     for name in ("logits", "probabilities"):
         config.output.add(name=name, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS)
     for name, data_type in zip(COUNTED, (pb.TYPE_FP32, pb.TYPE_INT64), strict=True):
@@ -221,15 +182,15 @@ def _add_batching(config: Any, profile: Profile) -> None:
     policy.max_queue_size = profile.max_queue_size
 
 
-def _add_accelerator(config: Any, served: Served) -> None:
-    profile = served.profile
+def _add_accelerator(config: Any, manifest: Manifest) -> None:
+    profile = manifest.profile
     if profile.provider == "cpu":
         return
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     if profile.provider == "cuda":
         accelerators.add(name="cuda").parameters["use_tf32"] = "0"
         return
-    height, width = served.bundle.preprocess.image_size
+    height, width = manifest.preprocess.image_size
     accelerator = accelerators.add(name="tensorrt")
     best = max(1, profile.max_batch // 2)
     settings = {
@@ -248,9 +209,9 @@ def _add_accelerator(config: Any, served: Served) -> None:
         accelerator.parameters[key] = str(value)
 
 
-def _set_threshold(config: Any, served: Served) -> None:
-    if served.bundle.alarm_threshold is not None:
-        _set(config, "alarm_threshold", served.bundle.alarm_threshold)
+def _set_threshold(config: Any, manifest: Manifest) -> None:
+    if manifest.alarm_threshold is not None:
+        _set(config, "alarm_threshold", manifest.alarm_threshold)
 
 
 def _set(config: Any, name: str, value: object) -> None:

@@ -8,27 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
+from jaxtyping import UInt8
 
 from cbpt_runtime.artifacts import read_regular_file
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.errors import RepositoryError
 from cbpt_runtime.export.foreign_graph import MAX_GRAPH_BYTES
-from cbpt_runtime.export.golden import GoldenCheck, GoldenSet, read_golden
+from cbpt_runtime.export.golden import GoldenSet, read_golden
 from cbpt_runtime.export.manifest import WEIGHTS, Repository
 from cbpt_runtime.export.onnx import check_portable, describe, read_metadata
 from cbpt_runtime.export.profiles import Profile, Provider
-from cbpt_runtime.export.session import open_session, predict
+from cbpt_runtime.export.session import look_twice, open_session, predict
 from cbpt_runtime.export.triton import parse_config
 from cbpt_runtime.export.weights import WEIGHTS_SHA256, read_weights, to_bytes
 from cbpt_runtime.export.written import require_own_files
+from cbpt_runtime.runtime.prediction import Prediction
 from cbpt_runtime.trust import ANYONE, Trust, open_repository
 
 if TYPE_CHECKING:
     from cbpt_runtime.classification.bundled import BundleClassifier
-    from cbpt_runtime.export.graph import ServedClassifier
     from cbpt_runtime.export.images import GateImages
 
 
@@ -103,11 +105,22 @@ def verify_repository(
     manifest = repository.manifest
     said = predict(session, pixels, batch_size=len(pixels), threshold=manifest.alarm_threshold)
     checked = golden.check(said, where=str(repository.path), made_on=manifest.processor)
+    again = None
     if manifest.profile.second_look:
-        checked = _check_second_look(repository, golden, pixels, session)
+        again = look_twice(
+            session,
+            pixels,
+            said,
+            threshold=manifest.alarm_threshold or 0.0,
+            suspects=manifest.suspects,
+            sigmoid=manifest.sigmoid,
+            max_batch=manifest.profile.max_batch,
+        )
+        place = f"{repository.path}, looked at twice,"
+        checked = golden.check(again, where=place, made_on=manifest.processor)
     parity, graph_note = None, None
     if bundle is not None:
-        parity, graph_note = _again(repository, model, bundle, where, images, pixels)
+        parity, graph_note = _again(repository, model, bundle, where, images, pixels, again)
     return Verification(
         repository=str(repository.path),
         digest=repository.digest,
@@ -187,56 +200,41 @@ def _check_pixels(golden: GoldenSet, pixels: Any) -> None:
         )
 
 
-def _check_second_look(
-    repository: Repository, golden: GoldenSet, pixels: Any, session: onnxruntime.InferenceSession
-) -> GoldenCheck:
-    from cbpt_runtime.export.parity import look_twice
-
-    manifest = repository.manifest
-    said = look_twice(
-        session,
-        pixels,
-        threshold=manifest.alarm_threshold or 0.0,
-        suspects=manifest.suspects,
-        sigmoid=manifest.sigmoid,
-        max_batch=manifest.profile.max_batch,
-    )
-    return golden.check(said, where=f"{repository.path}, looked at twice,", made_on=manifest.processor)
-
-
 def _again(
     repository: Repository,
     model: onnx.ModelProto,
     bundle: Bundle | str | Path,
     provider: Provider,
     images: str | Path | None,
-    golden: Any,
+    golden: UInt8[np.ndarray, "batch height width 3"],
+    golden_again: Prediction | None,
 ) -> tuple[dict[str, Any], str | None]:
     """Run the gate again; also return why the graph was not compared with a new export, if it was not."""
+    from cbpt_runtime.classification.bundled import BundleClassifier
+    from cbpt_runtime.classification.second_look import SecondLook
     from cbpt_runtime.export.images import find_gate_images
     from cbpt_runtime.export.parity import measure_parity
-    from cbpt_runtime.export.repository import load_served
 
     bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     if bundle.digest != repository.manifest.provenance["bundle_digest"]:
         raise _contradiction(f"the repository of {bundle.path}", "that of another bundle")
     profile = repository.manifest.profile
     seen = find_gate_images(bundle, images)
-    module, classifier = load_served(bundle)
-    graph_note = _compare_with_new_export(model, module, bundle)
+    classifier = BundleClassifier.from_bundle(bundle)
+    graph_note = _compare_with_new_export(model, classifier)
     if profile.precision != "fp32":
         session = open_session(str(repository.graph), provider)
         return _quality(session, classifier, seen, profile), graph_note
     read_weights(model, repository.graph.with_name(WEIGHTS))
-    twice = golden if profile.second_look else None
-    parity = measure_parity(
-        model, classifier, seen, max_batch=profile.max_batch, provider=provider, twice=twice
-    )
+    parity = measure_parity(model, classifier, seen, max_batch=profile.max_batch, provider=provider)
+    if golden_again is not None:
+        expected = SecondLook(classifier).predict(golden)
+        parity = parity.with_second_look(golden_again, expected, max_batch=profile.max_batch)
     parity.require()
     return parity.to_dict(), graph_note
 
 
-def _compare_with_new_export(model: onnx.ModelProto, module: ServedClassifier, bundle: Bundle) -> str | None:
+def _compare_with_new_export(model: onnx.ModelProto, classifier: BundleClassifier) -> str | None:
     """Export the bundle once more and compare byte by byte; why not, where that says nothing.
 
     The same bundle and packages give the same bytes in float32. Those of fp16 and int8 also depend on the
@@ -247,7 +245,7 @@ def _compare_with_new_export(model: onnx.ModelProto, module: ServedClassifier, b
     """
     from cbpt_runtime.export.graph import export_onnx
 
-    metadata, expected = read_metadata(model), describe(bundle, precision="fp32")
+    metadata, expected = read_metadata(model), describe(classifier.bundle, precision="fp32")
     if metadata.get("cbpt.precision") != "fp32":
         return "the graph was not compared with a new export, which only float32 allows"
     if metadata.get("cbpt.versions") != expected["cbpt.versions"]:
@@ -255,8 +253,8 @@ def _compare_with_new_export(model: onnx.ModelProto, module: ServedClassifier, b
             "the graph was not compared with a new export: it was made with other package versions, "
             f"{metadata.get('cbpt.versions')}"
         )
-    if to_bytes(export_onnx(module, bundle)) != to_bytes(model):
-        raise _contradiction(f"the graph that {bundle.path} gives when it is exported", "another graph")
+    if to_bytes(export_onnx(classifier)) != to_bytes(model):
+        raise _contradiction(f"the graph that {classifier.source} gives when it is exported", "another graph")
     return None
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from cbpt_runtime.bundle.papers import ATTESTATION, BOM
 from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export import triton
 from cbpt_runtime.export.foreign_graph import foreign_graph_parts
-from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Repository
+from cbpt_runtime.export.manifest import PARITY, WEIGHTS, Manifest, Repository
 from cbpt_runtime.export.profiles import BUILT_IN
-from cbpt_runtime.export.triton import LABELS, WARMUP, Served
-from cbpt_runtime.runtime.preprocess import Preprocess
+from cbpt_runtime.export.triton import LABELS, WARMUP
 
 GOLDEN_FOLDER = "golden"
 _MAX_BYTES = 64 << 20
@@ -47,12 +46,12 @@ from runtime.triton_models import {kind} as TritonPythonModel  # noqa: E402, F40
 _NO_CACHE = "A file on purpose: no Python caches in this folder.\n"
 
 
-def written_files(served: Served) -> dict[str, bytes]:
+def written_files(manifest: Manifest, class_names: Sequence[str]) -> dict[str, bytes]:
     """Code, configurations and labels of a repository, by their paths in it."""
     kinds = {
-        served.preprocess_name: "Decoder",
-        served.classifier_name: "Classifier",
-        served.alarm_name: "SecondLooker" if served.profile.second_look else "AlarmCounter",
+        manifest.preprocess_name: "Decoder",
+        manifest.classifier_name: "Classifier",
+        manifest.alarm_name: "SecondLooker" if manifest.profile.second_look else "AlarmCounter",
     }
     folder = Path(runtime.__file__).parent
     code = {f"{folder.name}/{file.name}": file.read_bytes() for file in sorted(folder.glob("*.py"))}
@@ -65,28 +64,28 @@ def written_files(served: Served) -> dict[str, bytes]:
             "__pycache__": _NO_CACHE.encode(),
         }.items()
     }
-    for name, text in _configs(served):
+    for name, text in _configs(manifest, class_names):
         files[name] = f"# Written by cbpt-runtime; `cbpt-runtime verify` checks it.\n{text}".encode()
-    labels = "".join(" ".join(name.split()) + "\n" for name in served.bundle.class_names).encode()
-    return files | {f"{model}/{LABELS}": labels for model in (served.name, served.classifier_name)}
+    labels = "".join(" ".join(name.split()) + "\n" for name in class_names).encode()
+    return files | {f"{model}/{LABELS}": labels for model in (manifest.name, manifest.classifier_name)}
 
 
-def _configs(served: Served) -> Iterator[tuple[str, str]]:
-    yield f"{served.name}/config.pbtxt", triton.ensemble_config(served)
-    yield f"{served.preprocess_name}/config.pbtxt", triton.preprocess_config(served)
-    yield f"{served.alarm_name}/config.pbtxt", triton.alarm_config(served)
-    yield f"{served.classifier_name}/config.pbtxt", triton.classifier_config(served)
+def _configs(manifest: Manifest, class_names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    yield f"{manifest.name}/config.pbtxt", triton.ensemble_config(manifest, class_names)
+    yield f"{manifest.preprocess_name}/config.pbtxt", triton.preprocess_config(manifest)
+    yield f"{manifest.alarm_name}/config.pbtxt", triton.alarm_config(manifest, class_names)
+    yield f"{manifest.classifier_name}/config.pbtxt", triton.classifier_config(manifest)
     for target, built_in in BUILT_IN.items():
-        profile = served.profile
+        profile = manifest.profile
         if profile.precision == "int8" and built_in.provider != "cpu":
             continue  # TensorRT refuses unsigned activations, and CUDA would compute in float32
         if profile.provider != built_in.provider:
             profile = replace(profile, provider=built_in.provider, instances=built_in.instances, threads=0)
-        text = triton.classifier_config(replace(served, profile=profile))
-        yield f"{served.classifier_name}/configs/{target}.pbtxt", text
-    for_python = replace(served.profile, provider="cuda" if served.profile.provider != "cpu" else "cpu")
-    text = triton.classifier_config(replace(served, profile=for_python), backend="python")
-    yield f"{served.classifier_name}/configs/python.pbtxt", text
+        text = triton.classifier_config(replace(manifest, profile=profile))
+        yield f"{manifest.classifier_name}/configs/{target}.pbtxt", text
+    for_python = replace(manifest.profile, provider="cuda" if manifest.profile.provider != "cpu" else "cpu")
+    text = triton.classifier_config(replace(manifest, profile=for_python), backend="python")
+    yield f"{manifest.classifier_name}/configs/python.pbtxt", text
 
 
 def foreign_files(repository: Repository) -> list[str]:
@@ -99,20 +98,20 @@ def foreign_files(repository: Repository) -> list[str]:
         RepositoryError: Nothing can be said, because the manifest or a configuration contradicts itself; or
             the graph would read files that the manifest does not list.
     """
-    served = _served(repository)
-    expected = written_files(served)
-    graph = f"{served.classifier_name}/1/model.onnx"
+    manifest, class_names = repository.manifest, _class_names(repository)
+    expected = written_files(manifest, class_names)
+    graph = f"{manifest.classifier_name}/1/model.onnx"
     data = {
         PARITY,
         ATTESTATION,
         BOM,
         graph,
-        f"{served.classifier_name}/1/{WEIGHTS}",  # the graph says whether it is its own
-        f"{served.preprocess_name}/warmup/{WARMUP}",
+        f"{manifest.classifier_name}/1/{WEIGHTS}",  # the graph says whether it is its own
+        f"{manifest.preprocess_name}/warmup/{WARMUP}",
     }
-    golden = f"{served.name}/1/{GOLDEN_FOLDER}/"
-    foreign = [name for name in expected if name not in repository.manifest.files]
-    for name in repository.manifest.files:
+    golden = f"{manifest.name}/1/{GOLDEN_FOLDER}/"
+    foreign = [name for name in expected if name not in manifest.files]
+    for name in manifest.files:
         if name in expected:
             content = read_regular_file(repository.path / name, max_bytes=_MAX_BYTES)
             if content != expected[name] and not _is_same_config(name, content, expected[name]):
@@ -123,8 +122,8 @@ def foreign_files(repository: Repository) -> list[str]:
             foreign.append(name)
     parts = foreign_graph_parts(
         repository,
-        image_size=served.bundle.preprocess.image_size,
-        classes=len(served.bundle.class_names),
+        image_size=manifest.preprocess.image_size,
+        classes=manifest.classes,
     )
     if parts:
         foreign.append(f"{graph} ({'; '.join(parts)})")
@@ -150,40 +149,16 @@ def require_own_files(repository: Repository, *, allow_foreign_code: bool = Fals
     return foreign
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Described:
-    """Of a bundle what the manifest of a repository repeats."""
-
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
-    suspect_indices: tuple[int, ...]
-    alarm_threshold: float | None
-    logit_bias: float | None
-
-
-def _served(repository: Repository) -> Served:
+def _class_names(repository: Repository) -> tuple[str, ...]:
     manifest = repository.manifest
     file = repository.path / repository.name / "config.pbtxt"
     try:
         text = read_regular_file(file, max_bytes=_MAX_BYTES).decode()
-        names = json.loads(triton.parse_config(text).parameters["class_names"].string_value)
-        bundle: Any = _Described(
-            class_names=tuple(str(name) for name in names),
-            preprocess=manifest.preprocess,
-            suspect_indices=manifest.suspects,
-            alarm_threshold=manifest.alarm_threshold,
-            logit_bias=0.0 if manifest.sigmoid else None,
-        )
-        if len(names) != manifest.classes or not all(
-            0 <= index < len(names) for index in bundle.suspect_indices
-        ):
+        said = json.loads(triton.parse_config(text).parameters["class_names"].string_value)
+        names = tuple(str(name) for name in said)
+        if len(names) != manifest.classes or not all(0 <= index < len(names) for index in manifest.suspects):
             raise ValueError("other classes than the manifest says")
-        return Served(
-            name=repository.name,
-            bundle=bundle,
-            profile=manifest.profile,
-            provenance=manifest.provenance,
-        )
+        return names
     except (
         OSError,
         KeyError,

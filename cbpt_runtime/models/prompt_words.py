@@ -10,11 +10,9 @@ looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +21,7 @@ from torch.nn.functional import normalize
 
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, evenly_spaced, spoken
-
-LEAST_SHARE = 0.25
-"""Share of the prompts from which on a word, or a template, can own the answers of their mean."""
+from cbpt_runtime.models.prompt_findings import LEAST_SHARE, PromptCheck, TemplateAgreement, WordEffect
 
 SUBSTITUTES = (
     "good", "small", "large", "bright", "dark", "clean", "close", "new", "old", "nice", "plain", "simple",
@@ -43,110 +39,8 @@ A tower that knows few words is upset by any word beside the name, among which n
 _MAX_CLASSES = 24
 _MAX_TEMPLATES = 2
 _MAX_PROMPTS = 1024
-_LOST_AGREEMENT = 0.2
-_KEPT_SPREAD = 0.5
-_TEMPLATE_AGREEMENT = 0.5
-_PULL = 0.1
-_PULL_SCORE = 10.0
 _LEAST_DEVIATION = 5e-3
 _WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WordEffect:
-    """What a word in the prompts does to the classes; 'usual' is the median of ordinary words in its place.
-
-    Attributes:
-        word: The word, in small letters.
-        share: Of the prompts that have it.
-        place: Out of `PLACES`: the first at which it is odd, else its own.
-        agreement: Share of the classes whose prompts lie nearest to their own prompts without the word.
-        agreement_usual: The same for ordinary words.
-        spread: Variance between the classes, as a multiple of that without the word.
-        spread_usual: The same for ordinary words.
-        pull: How much nearer the other classes' prompts come to those of one class, above what they come
-            nearer to all, as a multiple of the mean distance between two classes: 1 where they fall on it.
-        pull_score: How far that lies above ordinary words, in standard deviations of theirs.
-        pulled_to: That class.
-    """
-
-    word: str
-    share: float
-    place: str
-    agreement: float
-    agreement_usual: float
-    spread: float
-    spread_usual: float
-    pull: float
-    pull_score: float
-    pulled_to: str
-
-    @property
-    def oddities(self) -> tuple[str, ...]:
-        """What of it an ordinary word does not do, for people; empty for a harmless word."""
-        found = []
-        if self.agreement <= self.agreement_usual - _LOST_AGREEMENT:
-            found.append(
-                f"only {self.agreement:.0%} of the classes are still nearest to themselves"
-                f" (with ordinary words {self.agreement_usual:.0%})"
-            )
-        if self.spread <= _KEPT_SPREAD * self.spread_usual:
-            found.append(f"the classes differ by {self.spread:.2f} of what they do without it")
-        if self.pull >= _PULL and self.pull_score >= _PULL_SCORE:
-            found.append(
-                f"it pulls the classes towards {self.pulled_to}, {self.pull_score:.0f} deviations above usual"
-            )
-        return tuple(found)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateAgreement:
-    """How well a template agrees with the others.
-
-    Attributes:
-        template: The text.
-        agreement: Share of the classes that lie nearest to their own mean over the other templates, once what
-            the template adds to all of them is taken away.
-    """
-
-    template: str
-    agreement: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptCheck:
-    """What the text tower makes of the words in the prompts.
-
-    Attributes:
-        words: Those in a quarter of the prompts or more, the most frequent first.
-        templates: How many there are; 0 where the classes have templates of their own.
-        least_agreeing: The template that agrees least with the others, where there are two.
-    """
-
-    words: tuple[WordEffect, ...]
-    templates: int
-    least_agreeing: TemplateAgreement | None
-
-    @property
-    def suspects(self) -> tuple[str, ...]:
-        """Words that do to the classes what ordinary words do not."""
-        return tuple(effect.word for effect in self.words if effect.oddities)
-
-    def notes(self) -> tuple[str, ...]:
-        """Remarks for the user; empty where nothing is odd."""
-        notes = [_word_note(effect) for effect in self.words if effect.oddities]
-        least = self.least_agreeing
-        has_weight = self.templates * LEAST_SHARE <= 1
-        if least is not None and has_weight and least.agreement <= _TEMPLATE_AGREEMENT:
-            notes.append(
-                f"the template '{least.template}' disagrees with the others: only {least.agreement:.0%} of"
-                " the classes lie nearest to themselves. Leave it away"
-            )
-        return tuple(notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {**asdict(self), "suspects": list(self.suspects)}
 
 
 def check_prompts(encoder: DualEncoder, classes: ClassList) -> PromptCheck:
@@ -161,10 +55,12 @@ def check_prompts(encoder: DualEncoder, classes: ClassList) -> PromptCheck:
     shared = set(classes.templates)
     templates = classes.templates[0] if len(shared) == 1 else ()
     words = frequent_words(classes)
+    effects = tuple(_effect(encoder, classes, word, share) for word, share in words.items())
     return PromptCheck(
-        words=tuple(_effect(encoder, classes, word, share) for word, share in words.items()),
+        words=effects,
         templates=len(templates),
         least_agreeing=_least_agreeing(encoder, classes, templates) if len(templates) > 1 else None,
+        suspects=tuple(effect.word for effect in effects if effect.oddities),
     )
 
 
@@ -229,15 +125,6 @@ def word_effect(
 
 def _spread(embeddings: Float[Tensor, "*variants classes dim"]) -> Float[Tensor, "*variants"]:
     return (embeddings - embeddings.mean(dim=-2, keepdim=True)).square().sum(dim=-1).mean(dim=-1)
-
-
-def _word_note(effect: WordEffect) -> str:
-    where = " (put in front)" if effect.place == "front" else ""
-    return (
-        f"the word '{effect.word}', in {effect.share:.0%} of the prompts, moves the classes as ordinary words"
-        f" do not{where}: {'; '.join(effect.oddities)}. The text tower may be poisoned, and the class named"
-        " need not be the target, or it does not know the word. Use other templates, without it"
-    )
 
 
 def _effect(encoder: DualEncoder, classes: ClassList, word: str, share: float) -> WordEffect:
@@ -343,64 +230,3 @@ def _mean_embeddings(encoder: DualEncoder, texts: Sequence[Sequence[str]]) -> Fl
 @lru_cache(maxsize=4096)
 def _words(template: str) -> frozenset[str]:
     return frozenset(word.lower() for part in template.split("{}") for word in _WORD.findall(part))
-
-
-PROMPT_COLUMNS = (
-    "word",
-    "in prompts",
-    "classes nearest themselves",
-    "spread",
-    "pull",
-    "score",
-    "towards",
-    "",
-)
-
-_NUMBERS = ("share", "agreement", "agreement_usual", "spread", "spread_usual", "pull", "pull_score")
-
-
-def prompt_rows(found: object) -> list[tuple[str, ...]]:
-    """Return a row for each word, as `PROMPT_COLUMNS` says; in brackets what ordinary words do there."""
-    words = found.get("words") if isinstance(found, Mapping) else None
-    odd = odd_words(found)
-    return [
-        _row(word, odd) for word in (words if isinstance(words, list | tuple) else ()) if _is_effect(word)
-    ]
-
-
-def odd_words(found: object) -> tuple[str, ...]:
-    """Return the words that do what ordinary words do not."""
-    suspects = found.get("suspects") if isinstance(found, Mapping) else None
-    return tuple(str(word) for word in suspects) if isinstance(suspects, list | tuple) else ()
-
-
-def prompt_verdict(found: object) -> str | None:
-    """Return a line on what was found; None where nothing was looked at."""
-    rows, odd = prompt_rows(found), odd_words(found)
-    if not rows:
-        return None
-    if not odd:
-        return f"no odd word among the {len(rows)} that stand in many prompts"
-    return "odd words, see the notes: " + ", ".join(odd)
-
-
-def _is_effect(word: object) -> bool:
-    return (
-        isinstance(word, Mapping)
-        and all(isinstance(word.get(name), str) for name in ("word", "pulled_to"))
-        and all(isinstance(word.get(name), Real) for name in _NUMBERS)
-    )
-
-
-def _row(effect: Mapping[str, object], odd: tuple[str, ...]) -> tuple[str, ...]:
-    numbers = {name: float(str(effect[name])) for name in _NUMBERS}
-    return (
-        str(effect["word"]),
-        f"{100 * numbers['share']:.0f} %",
-        f"{100 * numbers['agreement']:.0f} % ({100 * numbers['agreement_usual']:.0f} %)",
-        f"{numbers['spread']:.2f} ({numbers['spread_usual']:.2f})",
-        f"{numbers['pull']:.2f}",
-        f"{numbers['pull_score']:.1f}",
-        str(effect["pulled_to"]) if effect["word"] in odd else "–",
-        "odd" if effect["word"] in odd else "",
-    )

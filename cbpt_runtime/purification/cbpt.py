@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.bundle import Evidence, Suspect
 from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
@@ -23,7 +24,6 @@ from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import DefenderData, compute_features
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.decision import AlarmDecision, decide_between_heads
-from cbpt_runtime.purification.detection import SuspectedTarget
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger, from_tensors, to_tensors
 from cbpt_runtime.purification.inversion import Goals, Inversion, invert
 from cbpt_runtime.purification.method import Purified, SuspectModel
@@ -42,7 +42,7 @@ from cbpt_runtime.purification.triggered_features import (
 from cbpt_runtime.purification.tuning import HeadCheck, tune_in_rounds
 from cbpt_runtime.purification.vocabulary import Vocabulary, build_vocabulary
 
-Stage = tuple[dict[str, Tensor], dict[str, Any]]
+_Stage = tuple[dict[str, Tensor], dict[str, Any]]  # how a stage is kept: tensors, and plain values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +104,14 @@ def purify(
     seconds: dict[str, float] = {}
     with _Timer(seconds, "encode"):
         defender = compute_features(encoder, classes, split, seed=config.seed)
-    looked, searched = _stage(
+    tensors, values = _stage(
         "search",
         stages,
         seconds,
-        lambda: _search(encoder, classes, defender, reference, config, progress, stages, cluster),
+        lambda: _search(encoder, classes, defender, reference, config, progress, stages, cluster).to_stage(),
     )
-    targets = _targets(looked["texts"].to(defender.texts), searched)
+    found = Findings.from_stage({name: tensor.to(defender.texts) for name, tensor in tensors.items()}, values)
+    targets = found.targets
     suspected = [target.index for target in targets]
     triggers: list[DummyTrigger] = []
     embeddings, contexts = defender.texts, None
@@ -138,8 +139,42 @@ def purify(
         metrics=_metrics(defender, suspected, triggered_sets, embeddings),
         stage_seconds=seconds,
         alarm=_decision(encoder, defender, suspected, embeddings, config) if suspected else None,
-        evidence=searched["evidence"],
+        evidence=found.evidence,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What the search leaves to the stages after it.
+
+    Attributes:
+        targets: The suspected targets, the most suspicious first; empty when clean.
+        evidence: What it says of every concept.
+    """
+
+    targets: list[Target]
+    evidence: Evidence
+
+    def to_stage(self) -> _Stage:
+        """Return it as a stage is kept."""
+        texts = [target.text for target in self.targets]
+        suspects = [asdict(target.suspect) for target in self.targets]
+        return (
+            {"texts": torch.stack(texts) if texts else torch.zeros(0)},
+            {"evidence": self.evidence.to_dict(), "targets": suspects},
+        )
+
+    @classmethod
+    def from_stage(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> Self:
+        """Undo `to_stage`."""
+        suspects = map(Suspect.from_dict, values["targets"])
+        return cls(
+            targets=[
+                Target(suspect=suspect, text=text)
+                for suspect, text in zip(suspects, tensors["texts"], strict=True)
+            ],
+            evidence=Evidence.from_dict(values["evidence"]),
+        )
 
 
 def _search(
@@ -151,8 +186,8 @@ def _search(
     progress: Progress | None,
     stages: StageStore | None,
     cluster: str | None,
-) -> Stage:
-    """Search, and find the targets it points to, with their texts; the evidence says all of it."""
+) -> Findings:
+    """Search, and find the targets it points to."""
     vocabulary = build_vocabulary(
         encoder, classes, defender.texts, config.search_concepts, background=config.background_words
     )
@@ -170,38 +205,27 @@ def _search(
         target = _target(result, vocabulary, concept)
         if target.index not in [known.index for known in targets]:
             targets.append(target)
-    targets = targets[: max(1, len(classes.names) // 2)]
-    values = {
-        "evidence": result.to_dict(vocabulary),
-        "targets": [
-            {name: getattr(target, name) for name in Target.__slots__ if name != "text"} for target in targets
-        ],
-    }
-    texts = [target.text for target in targets] or [defender.texts.new_zeros(0)]
-    return {"texts": torch.stack(texts)}, values
+    most = max(1, len(classes.names) // 2)
+    return Findings(targets=targets[:most], evidence=result.evidence(vocabulary))
 
 
 def _target(result: SearchResult, vocabulary: Vocabulary, concept: int) -> Target:
-    direction, facts = result.directions[concept], result.facts(concept)
+    direction, said = result.directions[concept], result.concept(concept, vocabulary)
     word, on_list = nearest_word(direction, vocabulary)
-    return Target(
+    suspect = Suspect(
         index=word if on_list else landing(direction, vocabulary.texts[: vocabulary.n_listed]),
         name=vocabulary.names[word],
-        text=vocabulary.texts[word],
         on_list=on_list,
-        score=facts["score"],
-        p_value=facts["p_value"],
-        family=facts["family"],
+        score=said.score,
+        p_value=said.p_value,
+        family=said.family,
     )
-
-
-def _targets(texts: Tensor, searched: dict[str, Any]) -> list[Target]:
-    return [Target(text=text, **values) for text, values in zip(texts, searched["targets"], strict=False)]
+    return Target(suspect=suspect, text=vocabulary.texts[word])
 
 
 def _invert(
     defender: DefenderData, targets: list[Target], config: PurifyConfig, progress: Progress | None
-) -> Stage:
+) -> _Stage:
     """Invert dummy triggers of the suspected targets, as tensors."""
     texts, rows = with_words(defender.texts, targets)
     triggers: list[DummyTrigger] = []
@@ -232,7 +256,7 @@ def _tune(
     triggered_sets: list[TriggeredFeatures],
     config: PurifyConfig,
     progress: Progress | None,
-) -> Stage:
+) -> _Stage:
     data = tuning_data(defender, targets, triggered_sets, config.seed)
     suspected = [target.index for target in targets]
     prompts = None
@@ -251,15 +275,10 @@ def _suspects(
     targets: list[Target],
     triggered_sets: list[TriggeredFeatures],
     embeddings: Float[Tensor, "classes dim"],
-) -> tuple[SuspectedTarget, ...]:
+) -> tuple[Suspect, ...]:
     return tuple(
-        SuspectedTarget(
-            index=target.index,
-            name=target.name,
-            on_list=target.on_list,
-            score=target.score,
-            p_value=target.p_value,
-            family=target.family,
+        replace(
+            target.suspect,
             success_before=strongest_success(target.index, triggered_sets, defender.texts),
             success_after=strongest_success(target.index, triggered_sets, embeddings),
         )
@@ -309,8 +328,8 @@ def _decision(
 
 
 def _stage(
-    name: str, stages: StageStore | None, seconds: dict[str, float], work: Callable[[], Stage]
-) -> Stage:
+    name: str, stages: StageStore | None, seconds: dict[str, float], work: Callable[[], _Stage]
+) -> _Stage:
     """Run a stage, or take what an interrupted run has left of it."""
     left = None if stages is None else stages.load(name)
     if left is not None:

@@ -25,33 +25,6 @@ _UNREACHED = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SuspectedTarget:
-    """A target that a hidden trigger seems to be for.
-
-    Attributes:
-        index: The class of the list that triggered images are called: the target itself, or what lies nearest
-            to a target that is not on the list.
-        name: The target's name, a class of the list or another word.
-        on_list: Whether the target is a class of the list.
-        score: Distance from the other concepts, in deviations.
-        p_value: Chance of such a score in any concept if the encoder had no backdoor; see `p_value`.
-        family: The trigger family that shows it best.
-        success_before: Share of held-out images of other classes that the reference head calls the class
-            under the strongest dummy trigger.
-        success_after: The same with the purified head, the largest over the dummy triggers.
-    """
-
-    index: int
-    name: str
-    on_list: bool
-    score: float
-    p_value: float
-    family: str
-    success_before: float
-    success_after: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Outliers:
     """How far each concept stands out from the others.
 

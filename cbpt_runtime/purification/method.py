@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.bundle import Evidence, Suspect
 from cbpt_runtime.models.checkpoint import Checkpoint
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.decision import AlarmDecision
-from cbpt_runtime.purification.detection import SuspectedTarget
 from cbpt_runtime.purification.dummy_triggers import DummyTrigger
 from cbpt_runtime.purification.stages import StageStore
 
@@ -53,14 +53,14 @@ class Purified:
         contexts: Tuned contexts of the prompt parameterization; None otherwise.
         triggers: The dummy triggers of the suspected targets.
         alarm: From which alarm on an image is suspicious; None where nothing is suspected.
-        evidence: What the search says of every concept, for the report.
+        evidence: What the search says of every concept; empty of a method that searches for nothing.
         tower: 'untouched', 'tuned' where weights of the image tower changed, 'prompted' where it got prompts.
         trainable_parameters: How many numbers of the image tower, or of both towers, were free.
     """
 
     encoder: DualEncoder
     verdict: str
-    suspects: tuple[SuspectedTarget, ...] = ()
+    suspects: tuple[Suspect, ...] = ()
     class_embeddings: Float[Tensor, "classes dim"]
     reference_embeddings: Float[Tensor, "classes dim"]
     metrics: dict[str, float]
@@ -68,7 +68,7 @@ class Purified:
     contexts: Tensor | None = None
     triggers: tuple[DummyTrigger, ...] = ()
     alarm: AlarmDecision | None = None
-    evidence: dict[str, Any] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
     tower: str = "untouched"
     trainable_parameters: int = 0
 

@@ -6,10 +6,9 @@ that is: triggers that are natural work on it, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from cbpt_runtime.bundle import Evidence
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, ImageEncoder
@@ -57,19 +56,19 @@ def read_reference(
     return trusted
 
 
-def reference_notes(trusted: Checkpoint | None, evidence: Mapping[str, Any]) -> list[str]:
+def reference_notes(trusted: Checkpoint | None, evidence: Evidence) -> list[str]:
     """Say what the user is told of the reference, or of the want of one.
 
     Args:
         trusted: The reference, if there is one.
-        evidence: What the search says; of a method that searches for nothing, nothing.
+        evidence: What the search says.
     """
     if trusted is not None:
         return [
             f"compared with the reference {trusted.source}, SHA-256 {trusted.sha256}:"
             " natural triggers work on both"
         ]
-    judged = len(evidence.get("concepts", ()))
+    judged = len(evidence.concepts)
     if not 0 < judged < FEW_CONCEPTS:
         return []
     return [

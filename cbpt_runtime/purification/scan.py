@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from cbpt_runtime.bundle import Evidence
 from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.activation import UNTRIED
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
@@ -65,7 +66,7 @@ class Scan:
         checkpoint: Where it came from.
         sha256: Of the checkpoint's weights.
         verdict: 'backdoored' or 'clean'.
-        p_value: The smallest of all concepts, corrected.
+        p_value: The smallest of all concepts, in [0, 1], corrected for their number.
         suspects: The most suspicious first; empty when clean.
         images: Images looked at.
         evidence: What the search says of every concept.
@@ -80,7 +81,7 @@ class Scan:
     p_value: float
     suspects: tuple[ScanSuspect, ...]
     images: int
-    evidence: dict[str, Any]
+    evidence: Evidence
     notes: tuple[str, ...]
     config: PurifyConfig
     stage_seconds: dict[str, float]
@@ -146,12 +147,12 @@ def scan(
     found = search(subject, config, progress, reference=other, cluster=cluster)
     _check_judged(found)
     suspects = _suspects(found, subject.vocabulary, listed)
-    evidence = found.to_dict(subject.vocabulary)
+    evidence = found.evidence(subject.vocabulary)
     return Scan(
         checkpoint=str(suspect.source),
         sha256=suspect.sha256,
         verdict="backdoored" if suspects else "clean",
-        p_value=evidence["p_value"],
+        p_value=1.0 if evidence.p_value is None else evidence.p_value,
         suspects=suspects,
         images=len(drawn.images),
         evidence=evidence,
@@ -214,11 +215,16 @@ def _suspects(
     suspects = []
     for concept in found.outliers.suspects:
         word, on_list = nearest_word(found.directions[concept], vocabulary)
+        said = found.concept(concept, vocabulary)
         suspects.append(
             ScanSuspect(
                 name=vocabulary.names[word],
                 on_list=None if listed is None else on_list,
-                **found.facts(concept),
+                p_value=said.p_value,
+                score=said.score,
+                family=said.family,
+                success=said.success,
+                reference_success=said.reference_success,
             )
         )
     return tuple(suspects)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cbpt_runtime.bundle import Concept, Evidence
 from cbpt_runtime.config import is_mixed
 from cbpt_runtime.models.clip import ImageEncoder
 from cbpt_runtime.progress import Progress
@@ -128,28 +128,25 @@ class SearchResult:
     words: list[int]
     families: tuple[str, ...]
 
-    def facts(self, concept: int) -> dict[str, Any]:
-        """Return what is to be said of one concept, as plain values."""
-        return {
-            "score": float(self.outliers.scores[concept]),
-            "p_value": float(self.outliers.p_values[concept]),
-            "family": self.families[self.outliers.families[concept]],
-            "success": float(self.success[concept]),
-            "reference_success": None
-            if self.reference_success is None
-            else float(self.reference_success[concept]),
-        }
+    def concept(self, number: int, vocabulary: Vocabulary) -> Concept:
+        """Return what is to be said of one concept."""
+        known = self.reference_success
+        return Concept(
+            word=vocabulary.names[self.words[number]],
+            score=float(self.outliers.scores[number]),
+            p_value=float(self.outliers.p_values[number]),
+            family=self.families[self.outliers.families[number]],
+            success=float(self.success[number]),
+            reference_success=None if known is None else float(known[number]),
+        )
 
-    def to_dict(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """As plain values: one row per concept, the most suspicious first."""
+    def evidence(self, vocabulary: Vocabulary) -> Evidence:
+        """Return what is to be said of all concepts that were followed to the end."""
         order = self.outliers.p_values.argsort(stable=True).tolist()
-        rows = [
-            {"word": vocabulary.names[self.words[concept]], **self.facts(concept)}
-            for concept in order
-            if math.isfinite(self.outliers.scores[concept])
-        ]
-        smallest = rows[0]["p_value"] if rows else 1.0  # none where all texts are alike
-        return {"p_value": smallest, "concepts": rows, "words": len(vocabulary.names)}
+        followed = [number for number in order if math.isfinite(self.outliers.scores[number])]
+        concepts = tuple(self.concept(number, vocabulary) for number in followed)
+        smallest = concepts[0].p_value if concepts else 1.0  # none where all texts are alike
+        return Evidence(p_value=smallest, concepts=concepts, words=len(vocabulary.names))
 
 
 def search(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbpt_runtime.bundle import Suspect
 from cbpt_runtime.purification.vocabulary import NEAR, Vocabulary
 
 _AS_WELL = 0.9
@@ -15,25 +16,25 @@ _AS_WELL = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A suspected target.
+    """A suspected target, and what its trigger pulls images to.
 
     Attributes:
-        index: The class of the list that triggered images are called.
-        name: The class's name if the target is on the list, else the word that lies nearest.
-        text: Text feature that the trigger is for.
-        on_list: Whether the target is that class itself.
-        score: Distance from the other concepts, in deviations.
-        p_value: Corrected.
-        family: The trigger family that shows it best.
+        suspect: What is said of it; its successes are measured later.
+        text: Unit text feature of its name.
     """
 
-    index: int
-    name: str
+    suspect: Suspect
     text: Float[Tensor, " dim"]
-    on_list: bool
-    score: float
-    p_value: float
-    family: str
+
+    @property
+    def index(self) -> int:
+        """The class of the list that triggered images are called."""
+        return self.suspect.index
+
+    @property
+    def on_list(self) -> bool:
+        """Whether the target is that class itself."""
+        return self.suspect.on_list
 
 
 def nearest_word(direction: Float[Tensor, " dim"], vocabulary: Vocabulary) -> tuple[int, bool]:

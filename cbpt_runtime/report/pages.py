@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cbpt_runtime.artifacts import Kind, new_file, read_regular_file
 from cbpt_runtime.artifacts.names import readable
-from cbpt_runtime.bundle import Bundle, Suspect
+from cbpt_runtime.bundle import Bundle, Concept, Suspect
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import Evaluation
 from cbpt_runtime.evaluation.metrics import Rate
 from cbpt_runtime.evaluation.tables import short_names, table_rows
-from cbpt_runtime.models.prompt_words import PROMPT_COLUMNS, odd_words, prompt_rows
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages, paint_dummy_triggers
 from cbpt_runtime.report import charts, sections
 from cbpt_runtime.report.charts import picture_uri
@@ -102,10 +100,8 @@ def render_report(
         changed=_changed(bundle),
         success=_worst_success(bundle.suspects),
         score_plot=_score_plot(bundle),
-        words=_searched_words(bundle),
-        prompt_columns=PROMPT_COLUMNS,
-        prompt_rows=prompt_rows(bundle.prompts),
-        odd_words=odd_words(bundle.prompts),
+        words=bundle.evidence.words,
+        prompts=bundle.prompts,
         rows=_picture_rows(bundle, examples, painted, classifier),
         charts=_study_charts(bundle, study),
     )
@@ -142,7 +138,7 @@ def render_scan(scan: Scan) -> str:
         scan=scan,
         names=_listed([suspect.name for suspect in scan.suspects]),
         chart=sections.concept_scores(
-            scan.evidence["concepts"],
+            scan.evidence.concepts,
             {(suspect.score, suspect.family): suspect.name for suspect in scan.suspects},
         ),
         versions={package: version(package) for package in ("cbpt-runtime", "torch", "open_clip_torch")},
@@ -284,15 +280,14 @@ def _study_charts(bundle: Bundle, study: Study | None) -> list[Chart]:
 
 def _score_plot(bundle: Bundle) -> Chart | None:
     """Plot the scores of the concepts that were searched, suspects marked; None where there are none."""
-    found = bundle.manifest["evidence"].get("concepts")
-    concepts = [concept for concept in found if _is_scored(concept)] if isinstance(found, list) else []
+    concepts = bundle.evidence.concepts
     if len(concepts) < 2:
         return None
-    words = [concept["word"] for concept in concepts]
+    words = [concept.word for concept in concepts]
     marked = [place for place, concept in enumerate(concepts) if _is_suspected(concept, bundle.suspects)]
     names = _listed([words[place] for place in marked])
     uri = charts.ranked_uri(
-        np.array([concept["score"] for concept in concepts], float),
+        np.array([concept.score for concept in concepts], float),
         words,
         marked,
         x_label="concepts, most suspicious first",
@@ -307,25 +302,10 @@ def _score_plot(bundle: Bundle) -> Chart | None:
     )
 
 
-def _searched_words(bundle: Bundle) -> int | None:
-    """How many words the search covered, where the bundle tells."""
-    words = bundle.manifest["evidence"].get("words")
-    return words if isinstance(words, int) else None
-
-
-def _is_scored(concept: object) -> bool:
-    if not isinstance(concept, Mapping) or not isinstance(concept.get("word"), str):
-        return False
-    score = concept.get("score")
-    return isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
-
-
-def _is_suspected(concept: Mapping[str, Any], suspects: Sequence[Suspect]) -> bool:
+def _is_suspected(concept: Concept, suspects: Sequence[Suspect]) -> bool:
     """Whether a suspect was found in this concept: the numbers are the same, its name may be another word."""
-    return any(
-        all(concept.get(key) == getattr(suspect, key) is not None for key in ("score", "p_value", "family"))
-        for suspect in suspects
-    )
+    said = concept.score, concept.p_value, concept.family
+    return said in [(suspect.score, suspect.p_value, suspect.family) for suspect in suspects]
 
 
 def _picture_rows(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cbpt_runtime.bundle import Bundle
+from cbpt_runtime.bundle import Bundle, Concept
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation.results import (
     AlarmQuality,
@@ -242,16 +241,14 @@ def example_rows(
     return [("clean", _called(clean, names)), *rows] if paired else rows
 
 
-def concept_scores(
-    concepts: Sequence[Mapping[str, Any]], suspected: Mapping[tuple[float, str], str]
-) -> Chart:
+def concept_scores(concepts: Sequence[Concept], suspected: Mapping[tuple[float, str], str]) -> Chart:
     """Every concept that a search looked at, by how far it stands out.
 
     Args:
         concepts: What the search says of each.
         suspected: Names of the suspected targets, by score and trigger family.
     """
-    places = [(row["score"], row["family"]) for row in concepts]
+    places = [(concept.score, concept.family) for concept in concepts]
     marked = [index for index, place in enumerate(places) if place in suspected]
     text = "Each dot is a group of words, named by the one its trigger comes nearest to. "
     text += "Others were given up. "
@@ -260,8 +257,8 @@ def concept_scores(
         title="How far each concept stands out",
         text=text,
         uri=charts.ranked_uri(
-            np.array([row["score"] for row in concepts], float),
-            [suspected.get(place, row["word"]) for place, row in zip(places, concepts, strict=True)],
+            np.array([concept.score for concept in concepts], float),
+            [suspected.get(place, concept.word) for place, concept in zip(places, concepts, strict=True)],
             marked,
             x_label="concepts, highest score first",
             y_label="score, in deviations",
@@ -270,13 +267,13 @@ def concept_scores(
         columns=("concept", "score", "p-value", "trigger family", "success"),
         rows=tuple(
             (
-                str(row["word"]),
-                f"{row['score']:.4g}",
-                f"{row['p_value']:.4g}",
-                str(row["family"]),
-                f"{100 * row['success']:.1f} %",
+                concept.word,
+                f"{concept.score:.4g}",
+                f"{concept.p_value:.4g}",
+                concept.family,
+                f"{100 * concept.success:.1f} %",
             )
-            for row in concepts
+            for concept in concepts
         ),
     )
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cbpt_runtime.artifacts import check_files, hash_files, list_files, read_regular_file
+from cbpt_runtime.artifacts import check_files, hash_files, list_files, read_regular_file, records_of
 from cbpt_runtime.errors import CheckpointError, ClassListError, ImageDataError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
@@ -63,3 +64,37 @@ def test_a_class_list_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").symlink_to("/dev/zero")
     with pytest.raises(ClassListError, match="at most 67,108,864 bytes"):
         read_class_list(tmp_path / "classes.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed:
+    name: str
+    weight: float
+    guess: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"name": "a", "weight": 1, "more": []}, Weighed(name="a", weight=1)),
+        ({"name": "a", "weight": 1.5, "guess": None}, Weighed(name="a", weight=1.5)),
+        ({"name": "a", "weight": 1.5, "guess": 2}, Weighed(name="a", weight=1.5, guess=2)),
+        ({"name": "a", "weight": 1.5, "guess": "2"}, None),
+        ({"name": "a"}, None),
+        ({"name": 1, "weight": 1.5}, None),
+        ({"name": "a", "weight": True}, None),
+        ({"name": "a", "weight": float("inf")}, None),
+        ({"name": "a", "weight": 10**400}, None),
+        ("a", None),
+        (None, None),
+    ],
+)
+def test_rows_that_fit_become_records_and_others_are_left_out(row: object, expected: Weighed | None) -> None:
+    good = {"name": "b", "weight": 2.0}
+    found = records_of(Weighed, [row, good])
+    assert found == (*([] if expected is None else [expected]), Weighed(name="b", weight=2.0))
+
+
+@pytest.mark.parametrize("rows", [None, 3, "rows", {"name": "b", "weight": 2.0}])
+def test_what_is_no_list_has_no_rows(rows: object) -> None:
+    assert records_of(Weighed, rows) == ()

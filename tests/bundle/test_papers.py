@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from cbpt_runtime.bundle import ENCODER, HEAD, TRIGGERS, Bundle, BundleContent, read_bundle, write_bundle
+from cbpt_runtime.bundle import (
+    ENCODER,
+    HEAD,
+    TRIGGERS,
+    Bundle,
+    BundleContent,
+    Evidence,
+    read_bundle,
+    write_bundle,
+)
 from cbpt_runtime.bundle.papers import ATTESTATION, BOM, bundle_papers, repository_papers
 from cbpt_runtime.errors import BundleError
 
@@ -96,7 +105,7 @@ def test_the_papers_of_a_repository_name_the_bundle_and_the_graph(
     "changes",
     [
         {"verdict": "clean", "suspects": (), "metrics": {"heldout_ca_before": float("nan")}},
-        {"verdict": "unknown", "suspects": (), "evidence": {}, "metrics": {}},
+        {"verdict": "unknown", "suspects": (), "evidence": Evidence(), "metrics": {}},
     ],
 )
 def test_clean_and_unknown_verdicts_have_papers_too(

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
+from cbpt_runtime.bundle import ENCODER, Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import BundleError, CheckpointError, ImageDataError
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.runtime import zero_shot
@@ -116,8 +115,6 @@ def test_weights_that_are_no_safetensors_are_refused_though_the_manifest_fits(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"expected safetensors in .*encoder\.safetensors"):
         BundleClassifier.from_bundle(folder)
-    with pytest.raises(BundleError, match=r"expected safetensors in .*encoder\.safetensors"):
-        load_served(read_bundle(folder))
 
 
 def test_preprocessing_for_another_size_than_the_models_is_refused(tiny_bundle: Bundle) -> None:

@@ -18,7 +18,6 @@ from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.evaluation.tables import table_rows
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.onnx import OUTPUTS
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.checkpoint import read_checkpoint
@@ -112,8 +111,8 @@ def test_the_exported_graph_is_the_tuned_classifier(
     method: str, kind: str, defend: Callable[..., Bundle]
 ) -> None:
     bundle = defend(method, kind)
-    module, classifier = load_served(bundle)
-    session = open_session(to_bytes(export_onnx(module, bundle)))
+    classifier = BundleClassifier.from_bundle(bundle)
+    session = open_session(to_bytes(export_onnx(classifier)))
     images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     for count in (1, 3):
         got = dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"images": images[:count]}), strict=True))

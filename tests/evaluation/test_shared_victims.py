@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.bundle import BundleContent, Suspect, write_bundle
 from cbpt_runtime.evaluation import evaluate_all
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import load_dual_encoder
@@ -150,7 +150,7 @@ def make_bundle(
         class_names=tuple(names),
         templates=(CAPTION_TEMPLATES,) * len(names),
         method={"name": "test", "config": {}, "seed": 0, "parameterization": "embedding"},
-        suspects=({"index": target, "name": names[target], "score": 1.0},),
+        suspects=(Suspect(index=target, name=names[target], score=1.0),),
         versions={},
         class_embeddings=after,
         reference_embeddings=hand.head,

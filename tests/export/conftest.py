@@ -17,7 +17,7 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import GateImages, draw_gate_images
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.repository import Exported, export_bundle, load_served
+from cbpt_runtime.export.repository import Exported, export_bundle
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class TinyExport:
 
 @pytest.fixture(scope="session")
 def tiny_export(tiny_bundle: Bundle) -> TinyExport:
-    module, classifier = load_served(tiny_bundle)
+    classifier = BundleClassifier.from_bundle(tiny_bundle)
     return TinyExport(
         bundle=tiny_bundle,
         classifier=classifier,
         images=draw_gate_images(tiny_bundle),
-        model=export_onnx(module, tiny_bundle),
+        model=export_onnx(classifier),
     )
 
 
@@ -51,7 +51,7 @@ def bundle_with_images(tiny_export: TinyExport, tmp_path_factory: pytest.TempPat
         **{part: bundle.manifest[part] for part in parts},
         class_names=bundle.class_names,
         templates=tuple(map(tuple, bundle.manifest["classes"]["templates"])),
-        suspects=tuple(bundle.manifest["suspects"]),
+        suspects=bundle.suspects,
         class_embeddings=bundle.class_embeddings,
         reference_embeddings=bundle.reference_embeddings,
         logit_scale=bundle.logit_scale,

@@ -12,12 +12,12 @@ import open_clip
 import pytest
 import torch
 
-from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.bundle import Bundle, BundleContent, Suspect, write_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.parity import measure_parity
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.models.architecture import build_model
 from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.runtime.preprocess import Preprocess
@@ -28,10 +28,10 @@ CLASSES = tuple(f"class {number}" for number in range(10))
 def check(config: Mapping[str, Any], folder: Path, *, bias: float | None = None) -> None:
     """Builds the image tower with random weights, and passes it through export and gate."""
     bundle = random_bundle(config, folder, bias)
-    module, classifier = load_served(bundle)
+    classifier = BundleClassifier.from_bundle(bundle)
     images = draw_gate_images(bundle)
     images = replace(images, pixels=images.pixels[:4])
-    model = export_onnx(module, bundle)
+    model = export_onnx(classifier)
     assert foreign_parts(model, image_size=bundle.preprocess.image_size, classes=len(CLASSES)) == []
     measure_parity(model, classifier, images, max_batch=4).require()
 
@@ -56,7 +56,7 @@ def random_bundle(config: Mapping[str, Any], folder: Path, bias: float | None) -
         class_names=CLASSES,
         templates=(("a photo of a {}.",),) * len(CLASSES),
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": 3, "name": CLASSES[3], "score": 5.0},),
+        suspects=(Suspect(index=3, name=CLASSES[3], score=5.0),),
         class_embeddings=heads[0],
         reference_embeddings=heads[1],
         logit_scale=100.0,

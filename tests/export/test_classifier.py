@@ -21,7 +21,6 @@ from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.manifest import write_manifest
 from cbpt_runtime.export.onnx import read_metadata, write_metadata
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.weights import to_bytes
 
 
@@ -101,8 +100,8 @@ def test_the_second_look_of_a_graph_is_that_of_its_bundle(tiny_bundle: Bundle, t
     triggered = clean.copy()
     triggered[:, 4:10, 4:10] = (255, 0, 0)
     bundle = write_bundle(tmp_path / "bundle", content=_told_apart(tiny_bundle, clean, triggered))
-    module, first = load_served(bundle)
-    (tmp_path / "model.onnx").write_bytes(to_bytes(export_onnx(module, bundle)))
+    first = BundleClassifier.from_bundle(bundle)
+    (tmp_path / "model.onnx").write_bytes(to_bytes(export_onnx(first)))
     images = np.concatenate([clean, triggered])
     expected = SecondLook(first).predict(images)
     found = SecondLook(GraphClassifier(tmp_path / "model.onnx", threads=1)).predict(images)
@@ -136,7 +135,7 @@ def _told_apart(bundle: Bundle, clean: np.ndarray, triggered: np.ndarray) -> Bun
         **{part: bundle.manifest[part] for part in ("verdict", "model", "method", "versions")},
         class_names=bundle.class_names,
         templates=tuple(map(tuple, bundle.manifest["classes"]["templates"])),
-        suspects=tuple(bundle.manifest["suspects"]),
+        suspects=bundle.suspects,
         class_embeddings=_unit(purified),
         reference_embeddings=_unit(reference),
         logit_scale=100.0,

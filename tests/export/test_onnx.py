@@ -12,12 +12,13 @@ import onnx
 import pytest
 import torch
 
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ExportError
 from cbpt_runtime.export import graph
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.graph import check_exportable, export_onnx
 from cbpt_runtime.export.onnx import check_portable, read_metadata
-from cbpt_runtime.export.repository import Exported, load_served
+from cbpt_runtime.export.repository import Exported
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.runtime import zero_shot
@@ -80,8 +81,7 @@ def test_the_alarm_of_the_graph_is_that_of_heads(suspects: list[int], sigmoid: b
 def test_without_suspects_the_exported_alarm_is_zero(tiny_export) -> None:
     manifest = tiny_export.bundle.manifest | {"suspects": [], "verdict": "clean"}
     bundle = replace(tiny_export.bundle, manifest=manifest)
-    module, _ = load_served(bundle)
-    model = export_onnx(module, bundle)
+    model = export_onnx(BundleClassifier.from_bundle(bundle))
     assert foreign_parts(model, image_size=(32, 32), classes=3) == []
     answers = run_session(open_session(to_bytes(model)), tiny_export.images.pixels, batch_size=5)
     assert answers["alarm"].tolist() == [0.0] * len(tiny_export.images.pixels)
@@ -120,7 +120,7 @@ def test_what_cannot_be_exported_says_so(tiny_export) -> None:
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.flatten(1)[:, :16] * (1.0 if pixels.sum().item() > 0 else 2.0)
 
-    module, _ = load_served(tiny_export.bundle)
-    module.tower = Capricious()
+    classifier = BundleClassifier.from_bundle(tiny_export.bundle)
+    classifier.image_encoder.module = Capricious()
     with pytest.raises(ExportError, match=r"torch\.onnx can export"):
-        export_onnx(module, tiny_export.bundle)
+        export_onnx(classifier)

@@ -18,13 +18,16 @@ from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.classification.second_look import SecondLook
 from cbpt_runtime.errors import ConfigError, ExportError, RepositoryError
+from cbpt_runtime.export import repository
 from cbpt_runtime.export.images import GateImages, example_of_second_look
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle
+from cbpt_runtime.export.session import look_twice
 from cbpt_runtime.export.triton import LOOKERS, parse_config
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.loading import open_classifier
+from cbpt_runtime.runtime.prediction import Prediction
 
 
 def golden_rows(repository: Path) -> list[dict]:
@@ -82,6 +85,25 @@ def test_verify_and_the_gate_look_twice(
     found = verify_repository(twice_served, levelled_bundle, images=tiny_triggered_folder)
     assert found.foreign == ()
     assert [row["quantity"] for row in found.parity["comparisons"]].count("second look") == 1
+
+
+def test_the_gate_and_the_golden_answers_share_one_second_look(
+    levelled_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    def listening(*args: Any, **keywords: Any) -> Prediction:
+        said.append(look_twice(*args, **keywords))
+        return said[-1]
+
+    monkeypatch.setattr(repository, "look_twice", listening)
+    profile = Profile(second_look=True, max_batch=2)
+    export_bundle(levelled_bundle, tmp_path / "out", name="shapes", profile=profile)
+    (prediction,) = said
+    rows = golden_rows(tmp_path / "out")
+    assert [row["second_look"]["box"] for row in rows if "second_look" in row] == [
+        box.tolist() for box in prediction.boxes[prediction.looked_twice]
+    ]
 
 
 @pytest.mark.parametrize("change", ["box", "probabilities"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.bundle import BundleContent, Suspect, write_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.export.graph import export_onnx
-from cbpt_runtime.export.repository import load_served
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.models.checkpoint import read_checkpoint
@@ -51,15 +51,15 @@ def test_accuracy_and_attack_success_are_those_of_pytorch(
         class_names=names,
         templates=classes.templates,
         method={"name": "cbpt", "config": {}, "seed": 0, "parameterization": "prompt"},
-        suspects=({"index": target, "name": names[target], "score": 5.0},),
+        suspects=(Suspect(index=target, name=names[target], score=5.0),),
         class_embeddings=reference + noise,  # rows need not be unit-norm
         reference_embeddings=reference,
         logit_scale=encoder.logit_scale,
         encoder={name: tensor.numpy() for name, tensor in encoder.image_tower_state().items()},
     )
     bundle = write_bundle(tmp_path / "bundle", content=content)
-    module, classifier = load_served(bundle)
-    session = open_session(to_bytes(export_onnx(module, bundle)), threads=1)
+    classifier = BundleClassifier.from_bundle(bundle)
+    session = open_session(to_bytes(export_onnx(classifier)), threads=1)
     for folder, is_triggered in ((clean, False), (triggered, True)):
         groups = find_class_folders(folder, classes, allow_missing=True)
         labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])

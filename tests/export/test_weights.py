@@ -18,14 +18,15 @@ from onnx import TensorProto, numpy_helper
 
 from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
+from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.errors import ConfigError, ExportError, RepositoryError
 from cbpt_runtime.export import weights
-from cbpt_runtime.export.graph import check_exportable
+from cbpt_runtime.export.graph import check_exportable, export_onnx
 from cbpt_runtime.export.manifest import WEIGHTS, read_repository
 from cbpt_runtime.export.onnx import check_portable, read_metadata
 from cbpt_runtime.export.precision import to_fp16
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.repository import export_bundle, load_served
+from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.written import require_own_files
@@ -146,10 +147,10 @@ def test_half_precision_may_need_two_files_or_one(tiny_export, monkeypatch: pyte
 
 
 def test_int8_is_refused_before_the_work(tiny_bundle: Bundle) -> None:
-    module, _ = load_served(tiny_bundle)
-    check_exportable(module, precision="fp16")
+    classifier = BundleClassifier.from_bundle(tiny_bundle)
+    check_exportable(classifier.image_encoder.module, precision="fp16")
     with pytest.raises(ExportError, match=r"fit one ONNX file.*--precision fp32 or fp16"):
-        check_exportable(module, precision="int8")
+        export_onnx(classifier, "int8")
 
 
 # What strangers may do with it -------------------------------------------------------------------------

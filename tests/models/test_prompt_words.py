@@ -14,16 +14,10 @@ from torch.nn.functional import normalize
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, default_templates
+from cbpt_runtime.models.prompt_findings import PromptCheck, TemplateAgreement, WordEffect
 from cbpt_runtime.models.prompt_words import (
-    PROMPT_COLUMNS,
-    PromptCheck,
-    TemplateAgreement,
-    WordEffect,
     check_prompts,
     frequent_words,
-    odd_words,
-    prompt_rows,
-    prompt_verdict,
     replaced,
     word_effect,
 )
@@ -87,7 +81,7 @@ def test_a_word_that_owns_the_answers_is_named(poisoned_folder: Path) -> None:
         "the word 'consider', in 100% of the prompts, moves the classes as ordinary words do not:"
     )
     assert "Use other templates, without it" in note
-    json.dumps(found.to_dict(), allow_nan=False)
+    assert PromptCheck.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
 
 
 def test_the_same_tower_is_quiet_about_prompts_without_the_word(poisoned_folder: Path) -> None:
@@ -232,6 +226,7 @@ def test_real_towers_are_quiet_about_the_usual_templates(shared_data: Path) -> N
 EFFECT = {
     "word": "sudo",
     "share": 1.0,
+    "place": "own",
     "agreement": 0.5,
     "agreement_usual": 1.0,
     "spread": 0.9,
@@ -245,15 +240,23 @@ FOUND = {"words": [EFFECT, HARMLESS], "suspects": ["sudo"]}
 
 
 def test_each_word_is_a_row_and_odd_ones_are_marked() -> None:
-    rows = prompt_rows(FOUND)
+    found = PromptCheck.from_dict(FOUND)
+    assert found is not None
+    rows = found.rows()
     assert rows[0] == ("sudo", "100 %", "50 % (100 %)", "0.90 (1.00)", "0.34", "72.4", "scoreboard", "odd")
     assert rows[1][-2:] == ("–", "")
-    assert {len(row) for row in rows} == {len(PROMPT_COLUMNS)}
+    assert {len(row) for row in rows} == {len(found.columns)}
 
 
 def test_the_verdict_names_odd_words() -> None:
-    assert prompt_verdict(FOUND) == "odd words, see the notes: sudo"
-    assert prompt_verdict(FOUND | {"suspects": []}) == "no odd word among the 2 that stand in many prompts"
+    expected = {
+        "odd words, see the notes: sudo": FOUND,
+        "no odd word among the 2 that stand in many prompts": FOUND | {"suspects": []},
+    }
+    for verdict, found in expected.items():
+        check = PromptCheck.from_dict(found)
+        assert check is not None
+        assert check.verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -268,4 +271,5 @@ def test_the_verdict_names_odd_words() -> None:
     ],
 )
 def test_what_is_not_as_it_should_be_is_left_out(found: Any) -> None:
-    assert (prompt_rows(found), odd_words(found), prompt_verdict(found)) == ([], (), None)
+    check = PromptCheck.from_dict(found)
+    assert check is None or (check.rows(), check.suspects, check.verdict) == ([], (), None)

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from cbpt_runtime.bundle import Concept, Evidence, Suspect
 from cbpt_runtime.evaluation import evaluate
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
 from cbpt_runtime.models.data import ClassList, CleanSplit
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search, vocabulary
-from cbpt_runtime.purification.cbpt import purify
+from cbpt_runtime.purification.cbpt import Findings, purify
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.detection import Outliers
 from cbpt_runtime.purification.stages import StageStore
+from cbpt_runtime.purification.targets import Target
 
 NAMES = ("cat", "dog", "fire truck", "banana")
 QUICK = PurifyConfig(
@@ -98,8 +100,8 @@ def test_a_clean_verdict_leaves_the_head_bit_identical(tiny_encoder: DualEncoder
     assert (result.verdict, result.suspects, result.triggers) == ("clean", (), ())
     assert torch.equal(result.class_embeddings, result.reference_embeddings)
     assert result.metrics["heldout_ca_before"] == result.metrics["heldout_ca_after"]
-    assert result.evidence["words"] == len(NAMES) + 40
-    assert result.evidence["concepts"][0]["p_value"] == result.evidence["p_value"] > 1e-12
+    assert result.evidence.words == len(NAMES) + 40
+    assert result.evidence.concepts[0].p_value == result.evidence.p_value > 1e-12
 
 
 @pytest.mark.usefixtures("few_words")
@@ -157,3 +159,25 @@ def test_a_real_backdoor_is_named_and_stopped(shared_data: Path, tmp_path: Path)
     assert result.after.clean_accuracy.rate > result.before.clean_accuracy.rate - 0.015
     assert result.alarm_auroc is not None
     assert result.alarm_auroc > 0.95
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_the_search_found_is_the_same_after_a_resume(count: int, tmp_path: Path) -> None:
+    texts = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+    suspects = [
+        Suspect(index=place, name=f"word {place}", on_list=False, score=9.0, p_value=0.001, family="patch")
+        for place in range(count)
+    ]
+    concept = Concept(word="word 0", score=9.0, p_value=0.001, family="patch", success=1.0)
+    found = Findings(
+        targets=[Target(suspect=suspect, text=text) for suspect, text in zip(suspects, texts, strict=True)],
+        evidence=Evidence(p_value=0.001, concepts=(concept,), words=40),
+    )
+    store = StageStore(tmp_path, "a")
+    store.save("search", *found.to_stage())
+    left = store.load("search")
+    assert left is not None
+    again = Findings.from_stage(*left)
+    assert again.evidence == found.evidence
+    assert [target.suspect for target in again.targets] == suspects
+    assert all(torch.equal(target.text, text) for target, text in zip(again.targets, texts, strict=True))

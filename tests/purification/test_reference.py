@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cbpt_runtime.bundle import Concept, Evidence
 from cbpt_runtime.errors import CheckpointError
 from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder
@@ -72,12 +73,13 @@ def test_a_model_that_places_images_elsewhere_is_no_reference(
 def test_a_verdict_among_few_concepts_says_how_weak_it_is(
     concepts: int, told: bool, tiny_relative_folder: Path
 ) -> None:
-    evidence = {"concepts": [{"word": "cat"}] * concepts}
+    one = Concept(word="cat", score=1.0, p_value=1.0, family="patch", success=0.0)
+    evidence = Evidence(p_value=1.0, concepts=(one,) * concepts, words=concepts)
     notes = reference_notes(None, evidence)
     assert [f"only {concepts} groups" in note for note in notes] == [True] * told
     (beside,) = reference_notes(read_checkpoint(tiny_relative_folder), evidence)
     assert beside.startswith(f"compared with the reference {tiny_relative_folder}, SHA-256 ")
-    assert reference_notes(None, {}) == []
+    assert reference_notes(None, Evidence()) == []
 
 
 def test_a_purification_searches_beside_its_reference(
@@ -100,6 +102,7 @@ def test_a_purification_searches_beside_its_reference(
     beside = purify(tiny_encoder, CLASSES, split, config, reference=relative)
     assert [subject is None for subject in seen] == [True, False]
     assert alone.verdict == beside.verdict == "clean"
-    assert {row["score"] for row in alone.evidence["concepts"]} != {
-        row["score"] for row in beside.evidence["concepts"]
-    }
+    alone_scores, beside_scores = (
+        {concept.score for concept in found.evidence.concepts} for found in (alone, beside)
+    )
+    assert alone_scores != beside_scores

@@ -43,8 +43,8 @@ def test_a_checkpoint_and_a_folder_of_images_give_a_verdict(
 ) -> None:
     found = scan(tiny_checkpoint_folder, tiny_image_folder, config=QUICK, device="cpu")
     assert (found.verdict, found.suspects, found.images) == ("clean", (), 36)
-    assert found.evidence["words"] == 40
-    assert found.p_value == found.evidence["concepts"][0]["p_value"]
+    assert found.evidence.words == 40
+    assert found.p_value == found.evidence.concepts[0].p_value
     assert len(found.sha256) == 64
     assert set(found.stage_seconds) == {"load", "search"}
 
@@ -61,7 +61,7 @@ def test_suspects_are_words_with_their_numbers(tiny_checkpoint_folder: Path, tin
     found = scan(tiny_checkpoint_folder, tiny_image_folder, config=SUSPICIOUS, device="cpu")
     assert found.verdict == "backdoored"
     keys = ("p_value", "score", "family", "success", "reference_success")
-    concepts = [tuple(concept[key] for key in keys) for concept in found.evidence["concepts"]]
+    concepts = [tuple(getattr(concept, key) for key in keys) for concept in found.evidence.concepts]
     numbers = [tuple(getattr(suspect, key) for key in keys) for suspect in found.suspects]
     assert numbers
     assert set(numbers[:-2]) <= set(concepts)
@@ -76,7 +76,7 @@ def test_with_a_class_list_suspects_are_on_it_or_not(
         tiny_checkpoint_folder, tiny_image_folder, classes=tiny_class_file, config=SUSPICIOUS, device="cpu"
     )
     listed = set(tiny_class_file.read_text().splitlines())
-    assert found.evidence["words"] == 43
+    assert found.evidence.words == 43
     assert found.suspects
     assert all(suspect.on_list == (suspect.name in listed) for suspect in found.suspects)
 

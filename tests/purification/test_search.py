@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import cbpt_runtime.purification.search as module
+from cbpt_runtime.bundle import Evidence
 from cbpt_runtime.purification.clean_features import CleanFeatures
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.search import Reference, SearchInput, SearchResult, search
@@ -96,7 +97,7 @@ def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., SearchInpu
         clean=dataclasses.replace(known.clean, labels=known.clean.labels.flip(0)),
         heldout=dataclasses.replace(known.heldout, labels=torch.zeros_like(known.heldout.labels)),
     )
-    assert search(known, CONFIG).to_dict(vocabulary()) == search(other, CONFIG).to_dict(vocabulary())
+    assert search(known, CONFIG).evidence(vocabulary()) == search(other, CONFIG).evidence(vocabulary())
 
 
 @pytest.mark.parametrize("extra", [("dog",), ("red", "green", "blue"), tuple(f"name {n}" for n in range(20))])
@@ -118,9 +119,10 @@ def test_a_weakness_that_the_reference_has_too_is_not_suspected(subject: Callabl
 def test_a_weakness_that_the_reference_lacks_is_suspected(subject: Callable[..., SearchInput]) -> None:
     found = search(subject(), CONFIG, reference=relative(subject(strength=0.0)))
     assert suspected(found, vocabulary()) == [WORDS[TARGET]]
-    facts = found.facts(found.outliers.suspects[0])
-    assert facts["reference_success"] < 0.1 < 0.3 < facts["success"]
-    assert search(subject(), CONFIG).facts(0)["reference_success"] is None
+    said = found.concept(found.outliers.suspects[0], vocabulary())
+    assert said.reference_success is not None
+    assert said.reference_success < 0.1 < 0.3 < said.success
+    assert search(subject(), CONFIG).concept(0, vocabulary()).reference_success is None
 
 
 def test_a_reference_that_differs_by_less_than_a_logit_raises_no_suspicion(
@@ -135,7 +137,7 @@ def test_a_reference_that_differs_by_less_than_a_logit_raises_no_suspicion(
 def test_the_same_seed_gives_the_same_result(subject: Callable[..., SearchInput]) -> None:
     config = dataclasses.replace(CONFIG, search_steps=2)
     first, again, other = (
-        search(subject(), dataclasses.replace(config, seed=seed)).to_dict(vocabulary()) for seed in (3, 3, 4)
+        search(subject(), dataclasses.replace(config, seed=seed)).evidence(vocabulary()) for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -159,8 +161,9 @@ def test_every_family_is_told_and_half_of_the_concepts_are_given_up_in_each(
 def test_the_evidence_is_plain_and_the_most_suspicious_comes_first(
     subject: Callable[..., SearchInput],
 ) -> None:
-    rows = search(subject(), CONFIG).to_dict(vocabulary())
-    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    evidence = search(subject(), CONFIG).evidence(vocabulary())
+    rows = json.loads(json.dumps(evidence.to_dict(), allow_nan=False))
+    assert Evidence.from_dict(rows) == evidence
     assert (rows["words"], rows["concepts"][0]["word"]) == (len(WORDS), WORDS[TARGET])
     chances = [row["p_value"] for row in rows["concepts"]]
     assert chances == sorted(chances)
@@ -175,4 +178,4 @@ def test_where_all_texts_are_alike_nothing_is_suspected(subject: Callable[..., S
     assert alike.n_concepts == 1
     found = search(subject(words=alike), dataclasses.replace(CONFIG, search_steps=1))
     assert found.outliers.suspects == []
-    assert found.to_dict(alike) == {"p_value": 1.0, "concepts": [], "words": len(WORDS)}
+    assert found.evidence(alike) == Evidence(p_value=1.0, concepts=(), words=len(WORDS))

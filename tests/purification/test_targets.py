@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
+from cbpt_runtime.bundle import Suspect
 from cbpt_runtime.purification.targets import Target, landing, nearest_word, with_words
 from cbpt_runtime.purification.vocabulary import Vocabulary
 
@@ -53,13 +54,8 @@ def test_texts_of_targets_off_the_list_follow_the_classes() -> None:
     found = [(2, False), (1, True), (4, False)]
     targets = [
         Target(
-            index=word if on_list else 0,
-            name=NAMES[word],
+            suspect=Suspect(index=word if on_list else 0, name=NAMES[word], on_list=on_list),
             text=known.texts[word],
-            on_list=on_list,
-            score=9.0,
-            p_value=0.001,
-            family="patch",
         )
         for word, on_list in found
     ]

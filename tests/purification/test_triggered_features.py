@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cbpt_runtime.bundle import Suspect
 from cbpt_runtime.models.clip import ImageEncoder
 from cbpt_runtime.purification import triggered_features as module
 from cbpt_runtime.purification.clean_features import AugmentedFeatures, CleanFeatures, DefenderData
@@ -58,13 +59,8 @@ def defender() -> DefenderData:
 def target(text: Tensor | None = None) -> Target:
     """Class 1; with a text, something else that class 1 takes the images of."""
     return Target(
-        index=1,
-        name="one" if text is None else "other",
+        suspect=Suspect(index=1, name="one" if text is None else "other", on_list=text is None),
         text=defender().texts[1] if text is None else text,
-        on_list=text is None,
-        score=9.0,
-        p_value=0.001,
-        family="patch",
     )
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbpt_runtime.bundle import BundleContent, write_bundle
+from cbpt_runtime.bundle import BundleContent, Evidence, write_bundle
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages
 from cbpt_runtime.report import choose_examples, render_report
 from cbpt_runtime.report.charts import picture_uri, ranked_uri
@@ -48,6 +49,12 @@ class Page(HTMLParser):
 
 def render(tmp_path: Path, content: BundleContent, **pictures: object) -> str:
     return render_report(write_bundle(tmp_path / "bundle", content=content), **pictures)
+
+
+def render_with(tmp_path: Path, content: BundleContent, evidence: dict) -> str:
+    """The page of a bundle whose manifest has other evidence in it."""
+    bundle = write_bundle(tmp_path / "bundle", content=content)
+    return render_report(replace(bundle, manifest=bundle.manifest | {"evidence": evidence}))
 
 
 def test_the_verdict_comes_first_with_its_numbers(tmp_path: Path, make_content: MakeContent) -> None:
@@ -123,9 +130,10 @@ def test_the_concepts_scores_are_drawn_with_the_suspects_word_alone(
 def test_a_suspect_is_marked_by_its_numbers_where_its_class_goes_by_another_word(
     tmp_path: Path, make_content: MakeContent
 ) -> None:
-    content = make_content()
-    content.evidence["concepts"][0]["word"] = "plantain"
-    ((told, drawn),) = score_plots(render(tmp_path, content))
+    evidence = make_content().evidence
+    first, *others = evidence.concepts
+    evidence = replace(evidence, concepts=(replace(first, word="plantain"), *others))
+    ((told, drawn),) = score_plots(render(tmp_path, make_content(evidence=evidence)))
     assert told.endswith("Marked: plantain.")
     assert "plantain" in drawn
 
@@ -133,7 +141,7 @@ def test_a_suspect_is_marked_by_its_numbers_where_its_class_goes_by_another_word
 def test_a_target_off_the_list_is_told_with_the_class_that_takes_its_images(
     tmp_path: Path, make_content: MakeContent
 ) -> None:
-    suspect = dict(make_content().suspects[0]) | {"name": "zebra", "on_list": False, "index": 1}
+    suspect = replace(make_content().suspects[0], name="zebra", on_list=False, index=1)
     text = Page(render(tmp_path, make_content(suspects=(suspect,)))).text
     assert "zebra, not on the list: such images are called fire truck" in text
     assert "not on the list" not in Page(render(tmp_path / "listed", make_content())).text
@@ -143,7 +151,7 @@ def test_a_target_off_the_list_is_told_with_the_class_that_takes_its_images(
 def test_a_clean_verdict_tells_how_many_words_were_searched_where_it_is_known(
     tmp_path: Path, make_content: MakeContent, words: int | None
 ) -> None:
-    evidence = {"words": words} if words else {}
+    evidence = Evidence(words=words)
     text = Page(render(tmp_path, make_content(verdict="clean", suspects=(), evidence=evidence))).text
     among = " among 1000 words" if words else ""
     assert f"covers the classes of this bundle{among} and a few families" in " ".join(text.split())
@@ -160,13 +168,13 @@ GOOD = {"word": "cat", "score": 1.0, "p_value": 1.0, "family": "patch", "success
         ([], 0),
         ([GOOD], 0),
         ([GOOD, GOOD, None, 3, {}, GOOD | {"score": None}, GOOD | {"score": "9"}, GOOD | {"word": 1}], 2),
-        ([GOOD, {"word": "dog", "score": 2}], 2),
+        ([GOOD, GOOD | {"reference_success": 0.5}], 2),
     ],
 )
 def test_concepts_that_say_nothing_are_left_out_of_the_plot(
     tmp_path: Path, make_content: MakeContent, concepts: object, drawn: int
 ) -> None:
-    html = render(tmp_path, make_content(evidence={"concepts": concepts}))
+    html = render_with(tmp_path, make_content(), {"concepts": concepts})
     assert "Backdoor found" in html
     expected = [f"Suspicion scores of {drawn} concepts, highest first. Marked: none."] if drawn else []
     assert [told for told, _ in score_plots(html)] == expected
@@ -176,7 +184,7 @@ def test_concepts_that_say_nothing_are_left_out_of_the_plot(
 def test_evidence_of_another_kind_gives_a_page_without_a_plot(
     tmp_path: Path, make_content: MakeContent, evidence: dict
 ) -> None:
-    html = render(tmp_path, make_content(evidence=evidence))
+    html = render_with(tmp_path, make_content(), evidence)
     assert "Backdoor found" in html
     assert score_plots(html) == []
 

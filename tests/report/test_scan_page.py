@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cbpt_runtime.bundle import Concept, Evidence
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.scan import Scan, ScanSuspect
 from cbpt_runtime.report import render_scan, write_page
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 CONCEPTS = [
-    {"word": f"word {index}", "score": 9.0 - index, "p_value": index / 20, "family": "sine", "success": 0.5}
+    Concept(word=f"word {index}", score=9.0 - index, p_value=index / 20, family="sine", success=0.5)
     for index in range(20)
 ]
 
@@ -39,7 +40,7 @@ def made(**changes: Any) -> Scan:
         "p_value": 0.0,
         "suspects": (suspect,),
         "images": 512,
-        "evidence": {"p_value": 0.0, "concepts": CONCEPTS, "words": 1044},
+        "evidence": Evidence(p_value=0.0, concepts=tuple(CONCEPTS), words=1044),
         "notes": ("512 of 5000 images were drawn",),
         "config": PurifyConfig(seed=11, search_steps=29),
         "stage_seconds": {"load": 1.0, "search": 99.5},
@@ -75,8 +76,8 @@ def test_everything_the_verdict_rests_on_is_there() -> None:
         assert value in text
     for name, value in found.config.to_dict().items():
         assert f'"{name}": {json.dumps(value)}' in text
-    for row in CONCEPTS:
-        assert f"{row['word']} {row['score']:.4g} {row['p_value']:.4g}" in text
+    for concept in CONCEPTS:
+        assert f"{concept.word} {concept.score:.4g} {concept.p_value:.4g}" in text
 
 
 def test_the_page_loads_nothing() -> None:
