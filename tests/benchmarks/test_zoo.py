@@ -78,7 +78,7 @@ def test_a_run_goes_on_where_it_was_interrupted(
     for name, target in (("bad", "green disc"), ("good", None)):
         shutil.copytree(tiny_checkpoint_folder, victims / name)
         (victims / name / "attack.json").write_text(json.dumps({"attack": target and "x", "target": target}))
-    asked = ["zoo.py", "--zoo", "tiny", str(victims), str(images), "--sizes", "3", "--passes", "400"]
+    asked = ["zoo.py", "--zoo", "tiny", str(victims), str(images), "--sizes", "3", "--passes", "100"]
 
     def run(*methods: str) -> list[dict[str, Any]]:
         monkeypatch.setattr("sys.argv", [*asked, "--methods", *methods, "--output", str(output)])
