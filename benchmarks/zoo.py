@@ -1,7 +1,7 @@
 """How good is the verdict over a whole zoo, as TrojAI scores it, and how good are its rivals'?
 
     python benchmarks/zoo.py --zoo toys VICTIMS TINY_IMAGENET_100 --zoo real VICTIMS IMAGENETTE --output FILE
-    python benchmarks/zoo.py --zoo toys VICTIMS TINY_IMAGENET_100 --methods search mm-bd --output FILE
+    python benchmarks/zoo.py --zoo toys VICTIMS TINY_IMAGENET_100 --only 'tiny-*' --output FILE
     python benchmarks/zoo.py --table FILE
 
 Zoos as in `detection.py`; a model whose `attack.json` has no target is clean, fine-tuned or not. A trial is
@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
-    parser.add_argument("--only", nargs="*", help="names of victims")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of victims, as 'tiny-*'")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10], help="names on a list")
     parser.add_argument("--trials", type=int, default=1, help="per checkpoint and size")
@@ -86,7 +87,7 @@ def main() -> None:
     done = json.loads(options.output.read_text())["trials"] if options.output.exists() else []
     for zoo, victims, images in options.zoo:
         for victim in sorted(path.parent for path in Path(victims).glob("*/attack.json")):
-            if not options.only or victim.name in options.only:
+            if any(fnmatch(victim.name, pattern) for pattern in options.only):
                 for record in run_victim(victim, zoo, Path(images), options, done):
                     done.append(record)
                     save(options.output, done)
