@@ -43,6 +43,7 @@ from cbpt_runtime.purification.vocabulary import Vocabulary, background_words
 SIZES = (2, 5, 10, 20, 50, 100, 1000)
 PER_CLASS, MOST_IMAGES = 24, 400
 LEVEL = 0.01
+LEAST_CHANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +231,7 @@ def table(trials: list[dict[str, Any]]) -> str:
     bad = np.array([trial["p_value"] for trial in trials if trial["target"]])
     good = np.array([trial["p_value"] for trial in trials if not trial["target"]])
     if len(bad) and len(good):
-        auc = float(((bad[:, None] < good) + 0.5 * (bad[:, None] == good)).mean())
-        sure = 1 - np.clip(np.concatenate([bad, good]), 1e-3, 1 - 1e-3)
-        is_bad = np.arange(len(sure)) < len(bad)
-        entropy = -float(np.where(is_bad, np.log(sure), np.log(1 - sure)).mean())
+        auc, entropy = roc_auc(-bad, -good), cross_entropy(1 - bad, 1 - good)
         distance, chance = kolmogorov(good)
         lines.append(
             f"\nROC AUC {auc:.4f}, cross entropy of 1 - p {entropy:.3f}; p-values of the {len(good)} clean "
@@ -250,14 +248,14 @@ def _row(trials: list[dict[str, Any]]) -> str:
     clean = [trial for trial in trials if not trial["target"]]
     wrong = sum(bool(trial["suspects"]) and not is_right(trial) for trial in on)
     return (
-        f"| {len(on)} | {_share(sum(bool(t['suspects']) for t in on), len(on))} "
-        f"| {_share(sum(map(is_right, on)), len(on))} | {_share(wrong, len(on))} "
-        f"| {_share(sum(bool(t['suspects']) for t in off), len(off))} "
-        f"| {len(clean)} | {_share(sum(bool(t['suspects']) for t in clean), len(clean))} |"
+        f"| {len(on)} | {share(sum(bool(t['suspects']) for t in on), len(on))} "
+        f"| {share(sum(map(is_right, on)), len(on))} | {share(wrong, len(on))} "
+        f"| {share(sum(bool(t['suspects']) for t in off), len(off))} "
+        f"| {len(clean)} | {share(sum(bool(t['suspects']) for t in clean), len(clean))} |"
     )
 
 
-def _share(count: int, total: int) -> str:
+def share(count: int, total: int) -> str:
     """Return a share with its Wilson interval at 95 %."""
     if not total:
         return "–"
@@ -266,6 +264,17 @@ def _share(count: int, total: int) -> str:
     half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total)) / (1 + z * z / total)
     low, high = 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
     return f"{count} of {total} ({low:.0f} to {high:.0f} %)"
+
+
+def roc_auc(bad: np.ndarray, good: np.ndarray) -> float:
+    """Chance that a backdoored model has a larger score than a clean one; ties count half."""
+    return float(((bad[:, None] > good) + 0.5 * (bad[:, None] == good)).mean())
+
+
+def cross_entropy(bad: np.ndarray, good: np.ndarray) -> float:
+    """Mean cross entropy of the probabilities given to backdoored and clean models, which are clipped."""
+    right = np.clip(np.concatenate([bad, 1 - good]), LEAST_CHANCE, 1 - LEAST_CHANCE)
+    return -float(np.log(right).mean())
 
 
 def kolmogorov(values: np.ndarray) -> tuple[float, float]:
