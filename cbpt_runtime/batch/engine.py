@@ -60,12 +60,16 @@ def start_engine(cluster: str | None) -> ModuleType:
     return daft
 
 
-def io_config() -> Any:
-    """How object stores are reached: as the environment says, AWS_ENDPOINT_URL and HF_TOKEN included."""
+def io_config(*, s3_tries: int = 25) -> Any:
+    """How object stores are reached: as the environment says, AWS_ENDPOINT_URL and HF_TOKEN included.
+
+    Args:
+        s3_tries: Of a request to S3, which is slowed down where many are made; 25 take three minutes.
+    """
     daft = load_daft()
-    hub = daft.io.HuggingFaceConfig(token=os.environ.get("HF_TOKEN"))
+    s3 = daft.io.S3Config(num_tries=s3_tries)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint:
-        return daft.io.IOConfig(hf=hub)
-    s3 = daft.io.S3Config.from_env().replace(endpoint_url=endpoint, use_ssl=endpoint.startswith("https"))
-    return daft.io.IOConfig(s3=s3, hf=hub)
+    if endpoint:
+        own = daft.io.S3Config.from_env()
+        s3 = own.replace(endpoint_url=endpoint, use_ssl=endpoint.startswith("https"), num_tries=s3_tries)
+    return daft.io.IOConfig(s3=s3, hf=daft.io.HuggingFaceConfig(token=os.environ.get("HF_TOKEN")))
