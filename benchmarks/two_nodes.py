@@ -2,8 +2,9 @@
 
     python benchmarks/two_nodes.py
 
-Prints its address, and ends when its standard input does. Whoever uses it needs the environment of `CLIENT`,
-because Ray takes the address of a network for one of the loopback otherwise.
+Prints its address, and the one for Ray's client (`ray://`); ends when its standard input does. Whoever uses
+it needs the environment of `CLIENT`, because Ray takes the address of a network for one of the loopback
+otherwise.
 
 Ray gives up where its helpers take long to start, as they do on a busy machine: its raylet waits 15 seconds
 for a port of theirs even where the port was chosen beforehand, because nobody tells it which
@@ -54,20 +55,21 @@ def main() -> None:
         return start(command, process_type, **more)
 
     services.start_ray_process = told
-    cluster = Cluster(initialize_head=True, head_node_args=node())
-    cluster.add_node(**node())
-    print(cluster.address, flush=True)
+    head = node(*_PORTS, "ray_client_server_port")
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**node(*_PORTS))
+    print(f"{cluster.address}\nray://127.0.0.1:{head['ray_client_server_port']}", flush=True)
     sys.stdin.read()
     cluster.shutdown()
 
 
-def node() -> dict[str, Any]:
-    """Return settings of one node, on the loopback."""
+def node(*ports: str) -> dict[str, Any]:
+    """Return settings of one node, on the loopback, with ports by their names."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _PORTS]
-        ports = dict(zip(_PORTS, (one.getsockname()[1] for one in sockets), strict=True))
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ports]
+        free = dict(zip(ports, (one.getsockname()[1] for one in sockets), strict=True))
     small = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
-    return {**small, **ports, "node_ip_address": "127.0.0.1"}
+    return {**small, **free, "node_ip_address": "127.0.0.1"}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from cbpt_runtime.bundle import (
     write_bundle,
 )
 from cbpt_runtime.bundle.papers import bundle_papers
+from cbpt_runtime.cluster import reach_cluster
 from cbpt_runtime.config import read_settings
 from cbpt_runtime.defenses.abd import Abd
 from cbpt_runtime.defenses.defense import Defense
@@ -40,7 +41,6 @@ from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress, silent
 from cbpt_runtime.purification.cbpt import Cbpt
-from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.dummy_triggers import to_tensors
 from cbpt_runtime.purification.method import Chain, Method, Purified, SuspectModel
 from cbpt_runtime.purification.reference import read_reference, reference_notes

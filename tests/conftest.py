@@ -205,8 +205,8 @@ def skip_loudly(message: str) -> NoReturn:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """Address of a Ray cluster of two nodes with a CPU each, on the loopback."""
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """Addresses, by their kind, of a Ray cluster of two nodes with a CPU each, on the loopback."""
     if find_spec("ray") is None:
         skip_loudly("CLUSTERS NOT TESTED: no package ray; install cbpt-runtime[cluster]")
     program = Path(__file__).parents[1] / "benchmarks" / "two_nodes.py"
@@ -218,9 +218,10 @@ def ray_cluster() -> Iterator[str]:
             patch.setenv(name, value)
         assert running.stdin is not None
         assert running.stdout is not None
-        address = running.stdout.readline().decode().strip()
-        assert address, "no Ray cluster came up"
-        yield address
+        kinds = ("HOST:PORT", "ray://HOST:PORT")
+        addresses = {kind: running.stdout.readline().decode().strip() for kind in kinds}
+        assert all(addresses.values()), "no Ray cluster came up"
+        yield addresses
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
         running.stdin.close()

@@ -6,17 +6,11 @@ import os
 from types import ModuleType
 from typing import Any
 
+from cbpt_runtime.cluster import reach_cluster
 from cbpt_runtime.errors import ConfigError
 
-# Both send messages home, and draw on the terminal, unless told not to.
-_QUIET = {
-    "DO_NOT_TRACK": "1",
-    "DAFT_PROGRESS_BAR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "1",
-}
-_BATCH_EXTRA = "Install it with `pip install 'cbpt-runtime[batch]'`."
-_CLUSTER_EXTRA = "Install it with `pip install 'cbpt-runtime[cluster]'`."
+# It sends messages home, and draws on the terminal, unless told not to.
+_QUIET = {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0"}
 
 
 def load_daft() -> ModuleType:
@@ -31,7 +25,9 @@ def load_daft() -> ModuleType:
         import daft
     except ImportError as error:
         raise ConfigError(
-            expected="the package daft for batches of images", got=str(error), fix=_BATCH_EXTRA
+            expected="the package daft for batches of images",
+            got=str(error),
+            fix="Install it with `pip install 'cbpt-runtime[batch]'`.",
         ) from error
     return daft
 
@@ -46,33 +42,34 @@ def start_engine(cluster: str | None) -> ModuleType:
         ConfigError: Daft, or Ray for a cluster, is not installed; or the cluster does not answer.
     """
     daft = load_daft()
+    if cluster is not None:
+        reach_cluster(cluster)
     try:
         if cluster is None:
             daft.set_runner_native()  # a thread for each CPU it may use, as Linux says
         else:
-            import ray  # noqa: F401  # so that its absence has a name
-
-            daft.set_runner_ray(address=cluster, noop_if_initialized=True)
-    except ImportError as error:
-        raise ConfigError(
-            expected="the package ray for --cluster", got=str(error), fix=_CLUSTER_EXTRA
-        ) from error
-    except Exception as error:  # whatever Ray or Daft's Rust raises
+            daft.set_runner_ray(noop_if_initialized=True)
+    except Exception as error:  # of Daft's Rust
         if daft.runners.get_or_create_runner().name == ("native" if cluster is None else "ray"):
             return daft  # it runs there already
         raise ConfigError(
             expected="this machine" if cluster is None else f"a Ray cluster at {cluster}",
             got=" ".join(str(error).split())[:300],
-            fix="Check the address; a process that used Daft on one place cannot go on at another.",
+            fix="A process that used Daft on one place cannot go on at another: begin a new one.",
         ) from error
     return daft
 
 
-def io_config() -> Any:
-    """How object stores are reached: as the environment says, AWS_ENDPOINT_URL included."""
+def io_config(*, s3_tries: int = 25) -> Any:
+    """How object stores are reached: as the environment says, AWS_ENDPOINT_URL and HF_TOKEN included.
+
+    Args:
+        s3_tries: Of a request to S3, which is slowed down where many are made; 25 take three minutes.
+    """
     daft = load_daft()
+    s3 = daft.io.S3Config(num_tries=s3_tries)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint:
-        return daft.io.IOConfig()
-    s3 = daft.io.S3Config.from_env().replace(endpoint_url=endpoint, use_ssl=endpoint.startswith("https"))
-    return daft.io.IOConfig(s3=s3)
+    if endpoint:
+        own = daft.io.S3Config.from_env()
+        s3 = own.replace(endpoint_url=endpoint, use_ssl=endpoint.startswith("https"), num_tries=s3_tries)
+    return daft.io.IOConfig(s3=s3, hf=daft.io.HuggingFaceConfig(token=os.environ.get("HF_TOKEN")))

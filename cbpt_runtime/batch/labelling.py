@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from cbpt_runtime.artifacts import marked, new_folder, reserved
 from cbpt_runtime.artifacts.names import json_text
@@ -112,8 +113,7 @@ def label_images(
                 plan = _plan(stages / "plan", source, {**facts, **made_with}, resume=resume)
                 partitions = Partitions(stages / "labels", dict(enumerate(plan.sizes)))
                 started = time.monotonic()
-                gpus = int(cluster is not None and work.provider != "cpu")
-                images_now = _label(_Query(daft, plan, work, gpus), partitions, progress)
+                images_now = _label(_Query(daft, plan, work, cluster), partitions, progress)
                 done = Labelled(
                     path=output,
                     counts=count_rows({number: partitions.file(number) for number in partitions.done()}),
@@ -143,12 +143,17 @@ class _Query:
     daft: Any
     plan: Plan
     work: Work
-    gpus: int
+    cluster: str | None
 
     def rows(self, numbers: list[int]) -> Iterator[Any]:
         """Rows of partitions, as they are ready."""
-        frame = self.daft.read_parquet([str(self.plan.file(number)) for number in numbers])
-        labeller = make_labeller(self.daft, self.work, io_config(), gpus=self.gpus)
+        files = [str(self.plan.file(number)) for number in numbers]
+        if self.cluster is None:
+            frame = self.daft.read_parquet(files)
+        else:  # whose machines do not have them
+            frame = self.daft.from_arrow([pq.read_table(file) for file in files])
+        gpus = int(self.cluster is not None and self.work.provider != "cpu")
+        labeller = make_labeller(self.daft, self.work, io_config(), gpus=gpus)
         answer = labeller.label(*(frame[name] for name in REFERENCE)).alias("answer")
         return iter(frame.select("partition", "row", "key", answer).to_arrow_iter())
 

@@ -76,12 +76,13 @@ def contents(
 
 
 def reason(error: Exception) -> str:
-    """Return an exception on one line."""
+    """Return an exception on one line: its beginning, and its end, where the engine says the cause."""
     if isinstance(error, ImageDataError):
         return error.got
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:148]} … {text[-148:]}"
 
 
 def _content(reference: Reference, io_config: Any) -> bytes | Path | str:

@@ -24,6 +24,11 @@ _KINDS: dict[str, Kind] = {
 }
 _COLUMNS = ("image", "path", "url", "file", "file_name", "filename", "bytes")
 _WILD = frozenset("*?[")
+_ACCESS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store of your own",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,9 +100,10 @@ class Source:
         pattern = self.name if wild else f"{self.name.rstrip('/')}/**"
         daft = load_daft()
         try:
-            found = daft.from_glob_path(pattern, io_config=io_config()).sort("path").to_pydict()["path"]
+            listed = daft.from_glob_path(pattern, io_config=_quickly()).select("path").to_arrow_iter()
+            found = sorted(path for batch in listed for path in batch.column(0).to_pylist())
         except Exception as error:  # of Daft's Rust
-            raise _nothing(self.name, reason(error)) from error
+            raise _unread(self.name, error) from error
         files = [path if remote else path.removeprefix("file://") for path in found]
         files = [path for path in files if not is_ignored(PurePosixPath(path).name)]
         return files if wild else self._images_among(files)
@@ -114,7 +120,7 @@ class Source:
 
     def _shard(self, path: str) -> Iterator[Reference]:
         others = 0
-        for member in shard_members(path, io_config()):
+        for member in shard_members(path, _quickly()):
             if isinstance(member, str):
                 yield Reference(key=readable(path), place=path, kind="none", problem=member)
             elif PurePosixPath(member[0]).suffix.lower() not in IMAGE_SUFFIXES:
@@ -130,11 +136,11 @@ class Source:
         import pyarrow as pa
 
         try:
-            with opened_table(path, io_config()) as file:
+            with opened_table(path, _quickly()) as file:
                 schema, metadata = file.schema_arrow, file.metadata
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         except Exception as error:  # of pyarrow and Daft's Rust
-            raise _nothing(path, reason(error)) from error
+            raise _unread(path, error) from error
         column = self._column(path, schema.names)
         kind = schema.field(column).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -178,9 +184,9 @@ class Source:
         daft = load_daft()
         readers = {"parquet": daft.read_parquet, "csv": daft.read_csv, "jsonl": daft.read_json}
         try:
-            return readers[kind](table, io_config=io_config())
+            return readers[kind](table, io_config=_quickly())
         except Exception as error:  # of Daft's Rust
-            raise _nothing(table, reason(error)) from error
+            raise _unread(table, error) from error
 
     def _column(self, table: str, names: list[str]) -> str:
         if self.column is not None:
@@ -202,6 +208,11 @@ class Source:
             )
 
 
+def _quickly() -> Any:
+    """How stores are reached to list what is there: one that does not answer is given up in half a minute."""
+    return io_config(s3_tries=5)
+
+
 def _beside(table: str, path: str) -> str:
     if is_remote(table):
         return f"{table.rpartition('/')[0]}/{path}"
@@ -213,4 +224,15 @@ def _nothing(name: str, got: str) -> ImageDataError:
         expected=f"images, tables or tar shards of one kind at {name}",
         got=got,
         fix="Check the path, or give a pattern such as 'photos/**/*.jpg' or 's3://bucket/*.tar'.",
+    )
+
+
+def _unread(name: str, error: Exception) -> ImageDataError:
+    access = _ACCESS.get(name.partition("://")[0]) if is_remote(name) else None
+    if access is None:
+        return _nothing(name, reason(error))
+    return ImageDataError(
+        expected=f"an answer about {name}",
+        got=reason(error),
+        fix=f"Check the name, the network, and the environment: {access}.",
     )

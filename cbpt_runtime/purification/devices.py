@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields, is_dataclass, replace
@@ -13,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cbpt_runtime.errors import ConfigError, PurificationError
+from cbpt_runtime.cluster import reach_cluster
+from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.clip import ImageEncoder
 
 T = TypeVar("T")
@@ -120,29 +119,3 @@ def _on_cluster(
 def _remote_unit(work: Work, given: object, name: str, kind: str, threads: int) -> Any:
     torch.set_num_threads(threads)
     return moved(work(moved(given, torch.device(kind)), name), _CPU)
-
-
-def reach_cluster(address: str) -> Any:
-    """Ray, connected to a cluster until the process ends; to that of an earlier call where there was one.
-
-    Raises:
-        ConfigError: Ray is not installed, or the cluster does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            expected="the package ray for --cluster",
-            got=str(error),
-            fix="Install it with `pip install 'cbpt-runtime[cluster]'`.",
-        ) from error
-    try:
-        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:  # whatever Ray raises
-        raise ConfigError(
-            expected=f"a Ray cluster at {address}",
-            got=" ".join(str(error).split())[:300],
-            fix="Check the address, or leave --cluster and RAY_ADDRESS away.",
-        ) from error
-    return ray

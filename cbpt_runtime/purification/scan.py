@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from cbpt_runtime.bundle import Evidence
+from cbpt_runtime.cluster import reach_cluster
 from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.activation import UNTRIED
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
@@ -24,7 +25,6 @@ from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean
 from cbpt_runtime.purification.config import PurifyConfig
-from cbpt_runtime.purification.devices import reach_cluster
 from cbpt_runtime.purification.reference import comparison, read_reference, reference_notes
 from cbpt_runtime.purification.search import SearchInput, SearchResult, search
 from cbpt_runtime.purification.targets import nearest_word

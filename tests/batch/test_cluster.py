@@ -34,15 +34,16 @@ def workers() -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("kind", ["HOST:PORT", "ray://HOST:PORT"])
 def test_two_workers_write_what_one_process_writes(
-    ray_cluster: str, flat: Path, tiny_graph: Path, tmp_path: Path
+    kind: str, ray_cluster: dict[str, str], flat: Path, tiny_graph: Path, tmp_path: Path
 ) -> None:
     (flat / "07.png").write_bytes(b"no image")
     for number in range(20):
         for path in sorted(flat.glob("??.png")):
             (flat / f"{number:02}-{path.name}").hardlink_to(path)
     assert label(flat, tiny_graph, tmp_path / "here").wait(timeout=600) == 0
-    there = label(flat, tiny_graph, tmp_path / "there", RAY_ADDRESS=ray_cluster)
+    there = label(flat, tiny_graph, tmp_path / "there", RAY_ADDRESS=ray_cluster[kind])
     killed = False
     while there.poll() is None:
         if not killed and list((tmp_path / "there.partial").glob("stages/labels/part-*.parquet")):

@@ -30,7 +30,9 @@ except ImportError:
     pytest.skip("no daft", allow_module_level=True)
 
 from cbpt_runtime.artifacts import MARKER
-from cbpt_runtime.batch.labelling import Labelled, label_images
+from cbpt_runtime.batch.engine import start_engine
+from cbpt_runtime.batch.labelling import Labelled, _Query, label_images
+from cbpt_runtime.batch.plan import make_plan
 from cbpt_runtime.batch.rows import COLUMNS
 from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.workers import Work
@@ -335,6 +337,8 @@ def test_what_cannot_be_labelled_is_refused(
 ) -> None:
     with pytest.raises(ImageDataError, match="nothing there"):
         label(photos / "nowhere")
+    with pytest.raises(ImageDataError, match="got none"):
+        label(photos / "*.jpg")
     assert not list(photos.parent.glob("out*"))
     for path in photos.glob("*.png"):
         path.unlink()
@@ -346,3 +350,14 @@ def test_what_cannot_be_labelled_is_refused(
     with pytest.raises(ConfigError, match="mounted"):
         label_images(Source(name=str(photos)), Path("s3://bucket/out"), Work(classifier=str(tiny_graph)))
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_of_a_cluster_need_no_file_of_the_run(
+    photos: Path, tiny_graph: Path, classifier: Classifier, tmp_path: Path
+) -> None:
+    references = Source(name=str(photos)).references()
+    plan = make_plan(tmp_path / "plan", references, {}, size=20, notes=[])
+    work = Work(classifier=str(tiny_graph), digest=classifier.digest)
+    rows = _Query(start_engine(None), plan, work, "ray://head:10001").rows([0, 1])
+    shutil.rmtree(plan.folder)  # as on another machine
+    assert sum(map(len, rows)) == 36

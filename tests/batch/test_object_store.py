@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import tarfile
 import time
 import warnings
@@ -24,7 +25,9 @@ except ImportError as error:
         warnings.warn(f"OBJECT STORES NOT TESTED: {error}", stacklevel=1)
     pytest.skip("no daft or moto", allow_module_level=True)
 
+from cbpt_runtime.batch.engine import io_config
 from cbpt_runtime.batch.labelling import label_images
+from cbpt_runtime.batch.references import reason
 from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.workers import Work
 from cbpt_runtime.errors import ImageDataError
@@ -117,10 +120,38 @@ def test_a_prefix_a_pattern_tables_and_shards_of_a_bucket(
 
 
 def test_what_is_not_in_the_bucket_is_said(bucket: Any, tiny_graph: Path, tmp_path: Path) -> None:
-    for name in ("s3://bucket/nothing/*.png", "s3://nowhere/x.parquet"):
-        with pytest.raises(ImageDataError):
+    for name, said in {
+        "s3://bucket/nothing/*.png": "got none",
+        "s3://nowhere/photos": "got none",
+        "s3://nowhere/x.parquet": r"x\.parquet does not exist.*AWS_ENDPOINT_URL",
+    }.items():
+        with pytest.raises(ImageDataError, match=said):
             label_images(Source(name=name), tmp_path / "out", Work(classifier=str(tiny_graph)))
     bucket.put_object(Bucket="bucket", Key="t.csv", Body=b"path\nphotos/00.png\nphotos/gone.png\n")
     done = label_images(Source(name="s3://bucket/t.csv"), tmp_path / "out", Work(classifier=str(tiny_graph)))
     rows = pq.read_table(done.path / "labels" / "part-00000.parquet").to_pylist()
     assert [row["error"] is None for row in rows] == [True, False]
+
+
+def test_a_store_that_does_not_answer_is_given_up_soon(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "http://127.0.0.1:{1}".format(*server.getsockname())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    begun = time.monotonic()
+    with pytest.raises(ImageDataError, match=r"refused.*Check the name, the network.*AWS_ENDPOINT_URL"):
+        list(Source(name="s3://bucket/t.parquet").references())
+    assert time.monotonic() - begun < 60  # as Daft would have it, it takes minutes
+
+
+def test_the_token_of_hugging_face_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    assert io_config().hf.token == "hf_test"
+    monkeypatch.delenv("HF_TOKEN")
+    assert io_config().hf.token is None
+
+
+def test_of_a_long_error_the_cause_at_its_end_is_kept() -> None:
+    said = reason(ValueError(f"cannot\nread {'very ' * 100}far: connection refused"))
+    assert len(said) < 300
+    assert said.startswith("cannot read very")
+    assert said.endswith("far: connection refused")

@@ -15,7 +15,6 @@ import torch
 
 import cbpt_runtime.purification.search as search_module
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.models.clip import DualEncoder
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import devices
@@ -83,10 +82,14 @@ def test_two_workers_of_this_machine_give_the_same_head_to_the_bit(
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["HOST:PORT", "ray://HOST:PORT"])
 def test_two_ray_workers_give_the_same_head_to_the_bit(
-    purified: Callable[..., dict[str, Any]], ray_cluster: str
+    purified: Callable[..., dict[str, Any]], ray_cluster: dict[str, str], kind: str
 ) -> None:
-    assert purified("there", cluster=ray_cluster) == purified("here")
+    try:
+        assert purified("there", cluster=ray_cluster[kind]) == purified("here")
+    finally:
+        sys.modules["ray"].shutdown()
 
 
 def test_an_interrupted_search_goes_on_with_the_families_that_are_missing(
@@ -135,9 +138,3 @@ def test_what_is_on_another_device_is_moved_with_all_that_is_in_it(tiny_encoder:
     assert there[1].words == ("a",)
     assert (there[2], encoder.device) == (None, CPU)
     assert moved(encoder, CPU) is encoder
-
-
-def test_without_ray_a_cluster_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"the package ray for --cluster.*cbpt-runtime\[cluster\]"):
-        list(in_parallel(max, None, ["unit"], CPU, cluster="ray://nowhere:1"))
