@@ -146,7 +146,7 @@ class JudgeTwice:
 def foremost(evidence: Evidence, targets: list[str]) -> list[dict[str, Any]]:
     """Return the three most suspicious concepts, and the targets' own."""
     return [
-        {key: getattr(concept, key) for key in ("word", "p_value", "family", "score")}
+        {key: getattr(concept, key) for key in ("word", "p_value", "family", "score", "success")}
         for place, concept in enumerate(evidence.concepts)
         if place < 3 or concept.word in targets
     ]

@@ -31,6 +31,9 @@ from cbpt_runtime.purification.vocabulary import Vocabulary
 MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
+LEAST_SUCCESS = 0.7
+"""Share of these images that a trigger has to take to its concept where no reference tells what is natural."""
+
 _NOISE = 1.0  # logits: differences to a reference that vary less say nothing, a little training makes them
 _FIRST_STEPS = 0.5
 _KEPT = 0.5
@@ -207,8 +210,10 @@ def judge(suspect: SearchInput, reached: list[Reach], level: float) -> SearchRes
         level: p-value below which a concept is suspected.
     """
     margins = torch.stack([one.judged() for one in reached], dim=1)
-    taken = torch.stack([one.margins[0] for one in reached]) > 0
-    least = 0.0 if reached[0].reference_margins is None else _NOISE / suspect.scale
+    if reached[0].reference_margins is None:
+        taken, least = torch.stack([one.success for one in reached]) >= LEAST_SUCCESS, 0.0
+    else:
+        taken, least = torch.stack([one.margins[0] for one in reached]) > 0, _NOISE / suspect.scale
     outliers = find_outliers(margins, taken, level, least_deviation=least)
     return _result(suspect.vocabulary, outliers, margins, reached)
 

@@ -90,6 +90,15 @@ def test_an_encoder_without_a_weakness_is_not_suspected(subject: Callable[..., S
     assert found.outliers.p_values.min() > 0.05
 
 
+def test_a_trigger_that_takes_too_few_of_the_images_is_no_backdoor(
+    subject: Callable[..., SearchInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = float(search(subject(), CONFIG).success.max())
+    for least, expected in ((taken, [WORDS[TARGET]]), (taken + 0.01, [])):
+        monkeypatch.setattr(module, "LEAST_SUCCESS", least)
+        assert suspected(search(subject(), CONFIG), vocabulary()) == expected
+
+
 def test_the_verdict_does_not_depend_on_labels(subject: Callable[..., SearchInput]) -> None:
     known = subject()
     other = dataclasses.replace(
