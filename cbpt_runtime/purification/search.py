@@ -32,7 +32,7 @@ MEASURED_IMAGES = 64
 """Held-out images that a trigger's reach is measured on."""
 
 LEAST_SUCCESS = 0.7
-"""Share of these images that a trigger has to take to its concept where no reference tells what is natural."""
+"""Share of them that a trigger has to take to its concept, where no reference tells what is natural."""
 
 _NOISE = 1.0  # logits: differences to a reference that vary less say nothing, a little training makes them
 _FIRST_STEPS = 0.5
