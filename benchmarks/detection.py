@@ -21,7 +21,7 @@ import math
 import platform
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from cbpt_runtime.models.data import ClassList, class_key, default_templates, re
 from cbpt_runtime.purification.config import PurifyConfig
 from cbpt_runtime.purification.reference import comparison
 from cbpt_runtime.purification.scan import unlabelled_input
-from cbpt_runtime.purification.search import SearchResult, family_reach, judge
+from cbpt_runtime.purification.search import Reach, SearchResult, family_reach, judge
 from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.purification.trigger_families import SEARCH_FAMILIES
 from cbpt_runtime.purification.vocabulary import Vocabulary, background_words
@@ -61,30 +61,55 @@ class Trial:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
+    parser = zoo_parser(__doc__)
     parser.add_argument("--only", nargs="*", help="names of victims")
     parser.add_argument("--sibling", help="name of a clean victim, the reference of the others")
     parser.add_argument("--trials", type=int, default=10, help="per checkpoint")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text())["trials"]))
         return
+
+    def is_chosen(name: str) -> bool:
+        return name != options.sibling and (not options.only or name in options.only)
+
+    print(table(run_zoos(options, is_chosen, run_victim)))
+
+
+def zoo_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options that every program over zoos has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path)
+    return parser
+
+
+def run_zoos(
+    options: argparse.Namespace,
+    is_chosen: Callable[[str], bool],
+    run: Callable[..., Iterator[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Return the trials of the output file and those that were missing, saved one by one.
+
+    Args:
+        options: Those of `zoo_parser` and of `run`.
+        is_chosen: Whether the victim of a name is asked about.
+        run: Yields the missing trials of a victim, given its zoo, images, the options and what is done.
+    """
     done = json.loads(options.output.read_text())["trials"] if options.output.exists() else []
     for zoo, victims, images in options.zoo:
         for victim in sorted(path.parent for path in Path(victims).glob("*/attack.json")):
-            if victim.name != options.sibling and (not options.only or victim.name in options.only):
-                for record in run_victim(victim, zoo, Path(images), options, done):
+            if is_chosen(victim.name):
+                for record in run(victim, zoo, Path(images), options, done):
                     done.append(record)
                     save(options.output, done)
-    print(table(done))
+    return done
 
 
 def run_victim(
@@ -183,17 +208,26 @@ def searched(
     reached = [family_reach(subject, reference, family, config) for family in SEARCH_FAMILIES.values()]
     told = _told(judge(subject, reached, LEVEL), subject.vocabulary)
     if sibling is not None:
-        alone = [replace(one, reference_margins=None, reference_success=None) for one in reached]
-        told["alone"] = _told(judge(subject, alone, LEVEL), subject.vocabulary)
+        told["alone"] = _told(judge(subject, without_reference(reached), LEVEL), subject.vocabulary)
     return told
 
 
-def _told(result: SearchResult, vocabulary: Vocabulary) -> dict[str, Any]:
+def without_reference(reached: list[Reach]) -> list[Reach]:
+    """Return what the families reach, as if there had been no reference."""
+    return [replace(one, reference_margins=None, reference_success=None) for one in reached]
+
+
+def suspected(result: SearchResult, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Return the suspects' names, and whether they are classes of the list."""
     words = [nearest_word(result.directions[concept], vocabulary) for concept in result.outliers.suspects]
+    return [{"name": vocabulary.names[word], "on_list": listed} for word, listed in words]
+
+
+def _told(result: SearchResult, vocabulary: Vocabulary) -> dict[str, Any]:
     evidence = result.evidence(vocabulary)
     return {
         "p_value": evidence.p_value,
-        "suspects": [{"name": vocabulary.names[word], "on_list": listed} for word, listed in words],
+        "suspects": suspected(result, vocabulary),
         "first": [asdict(concept) for concept in evidence.concepts[:3]],
         "margins": [
             [[None if math.isinf(value) else round(float(value), 4) for value in row] for row in one]

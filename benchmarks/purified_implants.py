@@ -18,12 +18,12 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from detection import suspected, without_reference
 
 from cbpt_runtime.bundle import Evidence
 from cbpt_runtime.cli.output import shown_progress
@@ -33,7 +33,6 @@ from cbpt_runtime.models.data import ClassList, default_templates
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search
 from cbpt_runtime.purification.cbpt import Cbpt
-from cbpt_runtime.purification.targets import nearest_word
 from cbpt_runtime.redteam.learned import load_trigger
 from cbpt_runtime.report import render_evaluation, write_page
 
@@ -135,11 +134,9 @@ class JudgeTwice:
         self, suspect: search.SearchInput, reached: list[search.Reach], level: float
     ) -> search.SearchResult:
         """Return the verdict beside the reference."""
-        alone = [replace(one, reference_margins=None, reference_success=None) for one in reached]
-        found, vocabulary = self.judge(suspect, alone, level), suspect.vocabulary
-        directions = [found.directions[concept] for concept in found.outliers.suspects]
-        self.suspects = [vocabulary.names[nearest_word(one, vocabulary)[0]] for one in directions]
-        self.evidence = found.evidence(vocabulary)
+        found = self.judge(suspect, without_reference(reached), level)
+        self.suspects = [named["name"] for named in suspected(found, suspect.vocabulary)]
+        self.evidence = found.evidence(suspect.vocabulary)
         return self.judge(suspect, reached, level)
 
 
@@ -213,7 +210,7 @@ def purified_cells(found: dict[str, Any], index: int, target: str) -> list[str]:
 
 def verdict(found: dict[str, Any], judged: dict[str, Any], target: str) -> str:
     """Whether a target is named, with the p-value of the most suspicious word, and what is named besides."""
-    targets = {*found["targets_found"], *(attack.get("target") for attack in found["attacks"])}
+    targets = [attack.get("target") for attack in found["attacks"]]
     others = [name for name in judged["suspects"] if name not in targets]
     extra = f", *{', '.join(others)}*" if others else ""
     smallest = f" ({judged['p_values'][0]['p_value']:.0e})"

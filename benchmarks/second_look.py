@@ -30,7 +30,7 @@ from purification import kept_runs, machine, rates, unpacked, write_class_list
 
 from cbpt_runtime.bundle import Bundle, Evidence, Suspect, read_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.evaluation import evaluate
+from cbpt_runtime.evaluation import evaluate, evaluate_all
 from cbpt_runtime.evaluation.results import Measured
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import read_images
@@ -113,8 +113,9 @@ def measured(
     found = evaluate(bundle, images / "val", triggered, target, second_look=True)
     seconds = time.process_time() - start
     listed = read_class_list(classes)
-    clean = evaluate(str(sibling), images / "val", triggered, target, classes=listed)
-    rival = evaluate(str(victim), images / "val", triggered, target, classes=listed, detector="bdetclip")
+    clean, rival = evaluate_all(
+        [str(sibling), str(victim)], images / "val", triggered, target, classes=listed, detector="bdetclip"
+    )
     for head in (found.before, found.after, found.after_head_alone, found.decision, clean.before):
         if head is None:
             raise SystemExit(f"{bundle} calls nothing suspicious: nothing to look at twice")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 
 from cbpt_runtime.bench import measuring
 from cbpt_runtime.bench.config import BenchConfig
@@ -133,15 +134,14 @@ def in_turns(works: dict[str, Workload], at_once: int, rounds: int) -> dict[str,
 
 def table(found: dict[str, Any]) -> str:
     """One row per traffic, as Markdown."""
-    columns = ("traffic", "images/s", "ratio (all)", "p50, ms", "p95, ms")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = []
     for traffic, row in found.items():
         once, twice, ratios = row["head alone"], row["second look"], row["ratios"]["images_per_s"]
         cells = [traffic, f"{once['images_per_s']:.1f} → {twice['images_per_s']:.1f}"]
         cells.append(f"{row['ratio']['images_per_s']:.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
         cells += [f"{once[figure]:.1f} → {twice[figure]:.1f}" for figure in ("p50_ms", "p95_ms")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(tuple(cells))
+    return tables.table(("traffic", "images/s", "ratio (all)", "p50, ms", "p95, ms"), rows)
 
 
 if __name__ == "__main__":

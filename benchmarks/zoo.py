@@ -35,9 +35,10 @@ from detection import (
     draw_list,
     is_right,
     roc_auc,
-    save,
+    run_zoos,
     searched,
     share,
+    zoo_parser,
 )
 from rivals import Decree, MmBd, NeuralCleanse, Rival, Subject, judged
 from torch import Tensor, nn
@@ -59,10 +60,7 @@ Record = dict[str, Any]
 
 def main() -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--zoo", nargs=3, action="append", metavar=("NAME", "VICTIMS", "IMAGES"), default=[])
+    parser = zoo_parser(__doc__)
     parser.add_argument("--only", nargs="+", default=["*"], help="names of victims, as 'tiny-*'")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10], help="names on a list")
@@ -74,24 +72,17 @@ def main() -> None:
         help="images of 64 × 64 pixels that a rival may send through the encoder and back, fewer of larger "
         "ones; 0: its published settings",
     )
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text())["trials"]))
         return
     if not options.output:
         parser.error("--output FILE or --table FILE")
-    done = json.loads(options.output.read_text())["trials"] if options.output.exists() else []
-    for zoo, victims, images in options.zoo:
-        for victim in sorted(path.parent for path in Path(victims).glob("*/attack.json")):
-            if any(fnmatch(victim.name, pattern) for pattern in options.only):
-                for record in run_victim(victim, zoo, Path(images), options, done):
-                    done.append(record)
-                    save(options.output, done)
-    print(table(done))
+
+    def is_chosen(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in options.only)
+
+    print(table(run_zoos(options, is_chosen, run_victim)))
 
 
 def run_victim(

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, missing_extra
 
 _PATIENCE_S = 5.0
 _UNASKED = ("auto", "local")  # Ray finds, or starts, these itself
@@ -30,11 +30,7 @@ def reach_cluster(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(
-            expected="the package ray for --cluster",
-            got=str(error),
-            fix="Install it with `pip install 'cbpt-runtime[cluster]'`.",
-        ) from error
+        raise missing_extra("the package ray for --cluster", "cluster", error) from error
     if ray.is_initialized():
         return ray
     try:

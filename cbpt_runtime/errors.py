@@ -79,3 +79,16 @@ class LabelError(WorkError):
 
 class ServingError(WorkError):
     """A server did not start, did not answer in time, or answered wrongly."""
+
+
+def missing_extra(package: str, extra: str, error: ImportError) -> ConfigError:
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        package: The package, and what for.
+        extra: The extra of this package that brings it.
+        error: What the import raised.
+    """
+    return ConfigError(
+        expected=package, got=str(error), fix=f"Install it with `pip install 'cbpt-runtime[{extra}]'`."
+    )

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from cbpt_runtime.artifacts import NOT_LISTED, ListedFile, check_files
-from cbpt_runtime.errors import ConfigError, TrustError
+from cbpt_runtime.errors import ConfigError, TrustError, missing_extra
 
 SIGNATURE = "model.sig"
 MAX_SIGNATURE_BYTES = 16 * 2**20
@@ -114,11 +114,7 @@ def _library() -> ModuleType:
     try:
         import model_signing
     except ImportError as error:
-        raise ConfigError(
-            expected="the package model-signing for signatures",
-            got=str(error),
-            fix="Install it with `pip install 'cbpt-runtime[sign]'`.",
-        ) from error
+        raise missing_extra("the package model-signing for signatures", "sign", error) from error
     return model_signing
 
 

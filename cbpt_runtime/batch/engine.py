@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from cbpt_runtime.cluster import reach_cluster
-from cbpt_runtime.errors import ConfigError
+from cbpt_runtime.errors import ConfigError, missing_extra
 
 # It sends messages home, and draws on the terminal, unless told not to.
 _QUIET = {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0"}
@@ -24,11 +24,7 @@ def load_daft() -> ModuleType:
     try:
         import daft
     except ImportError as error:
-        raise ConfigError(
-            expected="the package daft for batches of images",
-            got=str(error),
-            fix="Install it with `pip install 'cbpt-runtime[batch]'`.",
-        ) from error
+        raise missing_extra("the package daft for batches of images", "batch", error) from error
     return daft
 
 
