@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbpt_runtime.artifacts import check_output, reserved, writing
+from cbpt_runtime.batch.engine import reach_cluster
 from cbpt_runtime.bundle import (
     BUNDLE,
     Bundle,
@@ -22,7 +23,6 @@ from cbpt_runtime.bundle import (
     write_bundle,
 )
 from cbpt_runtime.bundle.papers import bundle_papers
-from cbpt_runtime.cluster import reach_cluster
 from cbpt_runtime.config import read_settings
 from cbpt_runtime.defenses.abd import Abd
 from cbpt_runtime.defenses.defense import Defense

@@ -1,12 +1,10 @@
 """Many images, labelled: `cbpt-runtime label`, on one machine or on a Ray cluster.
 
-    engine        Daft, which schedules the workers and reads object stores; the extra ``batch``
+    engine        Daft, which schedules the workers and reads object stores (the extra ``batch``), and Ray
     sources       what is labelled: folders, globs, tables, tar shards; here or in an object store
     references    where one image is, and its bytes
-    plan          the images in partitions, listed once and kept on disk
-    rows          what is written of an image
+    partitions    the images of a run, listed once, and the rows that are written of them, whole or absent
     workers       the classifier in the engine's workers
-    partitions    Parquet files of rows, whole or absent
     summary       what came out, counted over the files
     labelling     all of it in order: `label_images`
 

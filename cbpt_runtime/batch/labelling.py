@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 from cbpt_runtime.artifacts import marked, new_folder, reserved
 from cbpt_runtime.artifacts.names import json_text
 from cbpt_runtime.batch.engine import io_config, start_engine
-from cbpt_runtime.batch.partitions import Partitions
-from cbpt_runtime.batch.plan import REFERENCE, Plan, make_plan, pending, read_plan
-from cbpt_runtime.batch.references import contents
+from cbpt_runtime.batch.partitions import Partitions, Plan, make_plan, read_plan
+from cbpt_runtime.batch.references import REFERENCE, contents
 from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.summary import Counts, Loud, count_rows
 from cbpt_runtime.batch.workers import Work, close_all, make_labeller, open_for
@@ -160,7 +159,7 @@ class _Query:
 
 def _label(query: _Query, partitions: Partitions, progress: Progress | None) -> int:
     """Label what has no file yet; how many images these were. A worker that dies is no reason to end."""
-    todo = pending(query.plan, partitions.done())
+    todo = query.plan.pending(partitions.done())
     total = sum(query.plan.sizes[number] for number in todo)
     started, failures = time.monotonic(), 0
     while todo:
@@ -179,7 +178,7 @@ def _label(query: _Query, partitions: Partitions, progress: Progress | None) -> 
             own = _own_error(found)
             if own is not None:
                 raise own from found
-        left = pending(query.plan, partitions.done())
+        left = query.plan.pending(partitions.done())
         partitions.forget()
         failures = 0 if len(left) < len(todo) else failures + 1
         if left and failures >= _TRIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,26 @@ class Reference:
     size: int | None = None
     column: str | None = None
     problem: str | None = None
+
+
+REFERENCE = ("key", "place", "kind", "position", "size", "column", "problem")
+"""What a plan keeps of an image, as columns."""
+
+
+def references_of(columns: Sequence[Sequence[Any]]) -> list[Reference]:
+    """Read references from the columns of a plan, in the order of `REFERENCE`."""
+    return [
+        Reference(
+            key=key,
+            place=os.fsdecode(place),
+            kind=kind,
+            position=position,
+            size=size,
+            column=column,
+            problem=problem,
+        )
+        for key, place, kind, position, size, column, problem in zip(*columns, strict=True)
+    ]
 
 
 def is_remote(place: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cbpt_runtime.batch.references import Reference, contents
-from cbpt_runtime.batch.rows import ANSWER, failed, to_row
+from cbpt_runtime.batch.partitions import ANSWER, failed, to_row
+from cbpt_runtime.batch.references import Reference, contents, references_of
 from cbpt_runtime.classification import Answer, Classifier
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.export.session import Provider
@@ -124,19 +122,3 @@ def make_labeller(daft: Any, work: Work, io_config: Any, *, gpus: int) -> Any:
             return pa.array(rows, ANSWER)
 
     return daft.cls(Labeller, use_process=False, gpus=gpus)(work, io_config)
-
-
-def references_of(columns: Sequence[Sequence[Any]]) -> list[Reference]:
-    """Read references from the columns of a plan, in the order of `plan.REFERENCE`."""
-    return [
-        Reference(
-            key=key,
-            place=os.fsdecode(place),
-            kind=kind,
-            position=position,
-            size=size,
-            column=column,
-            problem=problem,
-        )
-        for key, place, kind, position, size, column, problem in zip(*columns, strict=True)
-    ]

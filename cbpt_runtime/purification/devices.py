@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cbpt_runtime.cluster import reach_cluster
+from cbpt_runtime.batch.engine import reach_cluster
 from cbpt_runtime.errors import PurificationError
 from cbpt_runtime.models.clip import ImageEncoder
 

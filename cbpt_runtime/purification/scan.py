@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from cbpt_runtime.batch.engine import reach_cluster
 from cbpt_runtime.bundle import Evidence
-from cbpt_runtime.cluster import reach_cluster
 from cbpt_runtime.errors import ImageDataError, PurificationError
 from cbpt_runtime.models.activation import UNTRIED
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint

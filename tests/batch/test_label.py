@@ -32,8 +32,7 @@ except ImportError:
 from cbpt_runtime.artifacts import MARKER
 from cbpt_runtime.batch.engine import start_engine
 from cbpt_runtime.batch.labelling import Labelled, _Query, label_images
-from cbpt_runtime.batch.plan import make_plan
-from cbpt_runtime.batch.rows import COLUMNS
+from cbpt_runtime.batch.partitions import COLUMNS, make_plan
 from cbpt_runtime.batch.sources import Source
 from cbpt_runtime.batch.workers import Work
 from cbpt_runtime.classification import Classifier
@@ -283,7 +282,7 @@ def test_resume_refuses_another_run(
         raise OutputError(expected="room", got="none", fix="Wait.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cbpt_runtime.batch.partitions.write_whole", full)
+        patch.setattr("cbpt_runtime.batch.partitions.Partitions._finish", full)
         with pytest.raises(OutputError):
             label(photos)
     with pytest.raises(ConfigError, match="partition 9, which was 10"):

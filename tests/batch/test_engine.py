@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cbpt_runtime import cluster
-from cbpt_runtime.cluster import reach_cluster
+from cbpt_runtime.batch import engine
+from cbpt_runtime.batch.engine import reach_cluster
 from cbpt_runtime.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def test_where_nobody_listens_ray_is_not_asked(scheme: str, asked: list[str], cl
 def test_a_host_that_says_nothing_is_not_waited_for(
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(engine, "_PATIENCE_S", 0.5)
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # more than wait in its queue
