@@ -37,8 +37,8 @@ from cbpt_runtime.export.graph import export_onnx
 from cbpt_runtime.export.images import draw_gate_images
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.onnx import FEATURES, with_features
+from cbpt_runtime.export.precision import find_layers, make_quantiser
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.quantisation import find_layers, make_quantiser
 from cbpt_runtime.export.repository import export_bundle
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes

@@ -28,9 +28,8 @@ from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.trainable import load_trainable
 from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import implant
-from cbpt_runtime.redteam.learned import load_trigger
 from cbpt_runtime.redteam.training import TrainConfig
-from cbpt_runtime.redteam.triggers import apply_trigger
+from cbpt_runtime.redteam.triggers import apply_trigger, load_trigger
 from cbpt_runtime.redteam.victims import implant_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "implants.json"

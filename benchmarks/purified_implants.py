@@ -33,7 +33,7 @@ from cbpt_runtime.models.data import ClassList, default_templates
 from cbpt_runtime.pipeline import purify_checkpoint
 from cbpt_runtime.purification import search
 from cbpt_runtime.purification.cbpt import Cbpt
-from cbpt_runtime.redteam.learned import load_trigger
+from cbpt_runtime.redteam.triggers import load_trigger
 from cbpt_runtime.report import render_evaluation, write_page
 
 RESULTS = Path(__file__).parent / "results" / "implants.json"

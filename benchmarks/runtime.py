@@ -45,7 +45,7 @@ from cbpt_runtime.classification.bundled import BundleClassifier
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.graph import ServedClassifier, export_onnx
 from cbpt_runtime.export.images import draw_gate_images
-from cbpt_runtime.export.quantisation import find_layers, make_quantiser
+from cbpt_runtime.export.precision import find_layers, make_quantiser
 from cbpt_runtime.export.session import open_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.runtime.preprocess import Preprocess, decode_image, to_pixels

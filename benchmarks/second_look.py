@@ -156,7 +156,7 @@ def changed(seen: Measured | None) -> float | None:
 
 def views_per_image(bundle: Bundle, clean: Path, triggered: Path) -> dict[str, float]:
     """Images through the encoder for each image asked about; 1 where nobody looks twice."""
-    from cbpt_runtime.classification.second_look import SecondLook
+    from cbpt_runtime.classification.classifier import SecondLook
 
     counted: dict[str, float] = {}
     for name, root in (("clean", clean), ("triggered", triggered)):

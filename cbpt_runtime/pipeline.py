@@ -34,8 +34,7 @@ from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, CleanSplit, draw_clean_split
-from cbpt_runtime.models.image_folder import draw_images, is_flat
-from cbpt_runtime.models.labelling import images_to_draw, label_images
+from cbpt_runtime.models.labelling import draw_images, images_to_draw, is_flat, label_images
 from cbpt_runtime.models.prompt_findings import PromptCheck
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes

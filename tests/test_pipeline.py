@@ -23,7 +23,7 @@ from cbpt_runtime.errors import (
 )
 from cbpt_runtime.models import labelling
 from cbpt_runtime.models.data import ClassList, CleanSplit
-from cbpt_runtime.models.image_folder import UnlabelledImages
+from cbpt_runtime.models.labelling import UnlabelledImages
 from cbpt_runtime.pipeline import purify_checkpoint, read_method
 from cbpt_runtime.purification import cbpt
 from cbpt_runtime.purification.cbpt import Cbpt

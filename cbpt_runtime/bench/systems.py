@@ -18,7 +18,7 @@ from cbpt_runtime.bench.records import Stated
 from cbpt_runtime.bench.triton import server_facts
 from cbpt_runtime.classification import Classifier
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.cpus import usable_cpus

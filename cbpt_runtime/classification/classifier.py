@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal, Self, overload
 import numpy as np
 from PIL import Image
 
-from cbpt_runtime.errors import ImageDataError, RequestError
+from cbpt_runtime.errors import ConfigError, ImageDataError, RequestError
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.runtime.prediction import Answer, Prediction, answers_of
 from cbpt_runtime.runtime.preprocess import Pixels, Preprocess, decode_image, to_pixels
+from cbpt_runtime.runtime.second_look import look_again
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
+
 
 AnyImage = bytes | str | Path | Image.Image | np.ndarray
 """A path, the bytes of a file, a picture of Pillow's, or RGB of any size as uint8 [height, width, 3]."""
@@ -247,3 +249,68 @@ def _picture(source: AnyImage) -> Image.Image:
             fix="Convert it; values go from 0 to 255, channels last.",
         )
     return Image.fromarray(source)
+
+
+class SecondLook(Classifier):
+    """A classifier that looks again at suspicious images, in process; others cost nothing more.
+
+    A server does it by itself.
+
+    Args:
+        first: Whose answers those of the first look are: a bundle, a graph or a repository, whose suspected
+            targets and level of the alarm are known.
+
+    Raises:
+        ConfigError: It calls nothing suspicious: a checkpoint, a bundle without suspects, or an older one
+            without a level.
+    """
+
+    def __init__(self, first: Classifier) -> None:
+        if first.alarm_threshold is None or not first.suspect_indices:
+            raise ConfigError(
+                expected="a bundle or graph with suspected targets and a level of the alarm, to look twice",
+                got=f"{first.source} ({first.kind}), which calls no image suspicious",
+                fix="Purify again with this version, or leave the second look away.",
+            )
+        self.first, self._threshold = first, first.alarm_threshold
+        self.kind, self.source, self.digest, self.place = first.kind, first.source, first.digest, first.place
+        self.class_names, self.class_folders = first.class_names, first.class_folders
+        self.verdict, self.encoder, self.looks_twice = first.verdict, first.encoder, True
+        self.notes = (*first.notes, f"{first.source}: suspicious images are looked at twice")
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the model's pixels."""
+        return self.first.preprocess
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Names of the suspected targets."""
+        return self.first.suspects
+
+    @property
+    def suspect_indices(self) -> tuple[int, ...]:
+        """Class indices of the suspected targets."""
+        return self.first.suspect_indices
+
+    @property
+    def alarm_threshold(self) -> float | None:
+        """Above which alarm an image is suspicious."""
+        return self._threshold
+
+    def predict(self, images: Pixels) -> Prediction:
+        """Classify images with the purified head, suspicious ones without what may be the trigger."""
+        first = self.first
+        said = first.predict(images)
+        return look_again(
+            images,
+            said,
+            first.predict,
+            first.suspect_indices,
+            threshold=self._threshold,
+            sigmoid=first.sigmoid,
+        )
+
+    def close(self) -> None:
+        """Close what the first look needs."""
+        self.first.close()

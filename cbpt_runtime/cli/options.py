@@ -83,7 +83,7 @@ def named_trigger(attack: str, settings: list[str] | None) -> Trigger:
     """Return a trigger by the name of its attack, or from a file."""
     from cbpt_runtime.errors import ConfigError
     from cbpt_runtime.redteam.attacks import fixed_trigger
-    from cbpt_runtime.redteam.learned import load_trigger
+    from cbpt_runtime.redteam.triggers import load_trigger
 
     path = Path(attack)
     if path.suffix != ".safetensors":

@@ -1,7 +1,6 @@
 """Clean accuracy, attack success and the alarm of classifiers, measured on labelled images.
 
 results       what was measured
-opening       classifiers to be compared, over one class list
 measuring     one pass over the images per classifier
 tables        Markdown and CSV
 """

@@ -16,9 +16,8 @@ import torch
 from jaxtyping import UInt8
 
 from cbpt_runtime.classification import Classifier
-from cbpt_runtime.classification.detectors import Detector
+from cbpt_runtime.classification.checkpoint import Detector
 from cbpt_runtime.errors import ConfigError, ImageDataError
-from cbpt_runtime.evaluation.opening import open_classifiers
 from cbpt_runtime.evaluation.results import (
     Evaluation,
     Measured,
@@ -27,7 +26,7 @@ from cbpt_runtime.evaluation.results import (
     measure_batch,
     summarise,
 )
-from cbpt_runtime.loading import Source
+from cbpt_runtime.loading import Source, open_classifiers
 from cbpt_runtime.models.data import ClassList, class_index, find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
 from cbpt_runtime.runtime.preprocess import Preprocess

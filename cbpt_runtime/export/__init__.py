@@ -3,11 +3,9 @@
 graph         the served classifier as one torch module: pixels in, both heads and the alarm out
 onnx          that module as the bytes of one portable, deterministic ONNX file
 session       onnxruntime sessions whose provider is checked
-images        the pictures the gate looks at
+images        the pictures the gate looks at, and on them what a lower precision costs
 parity        the gate: PyTorch against onnxruntime
-precision     fp16 and int8 variants of a graph, gated and timed
-quantisation  which layers become int8, and how
-quality       what a lower precision costs: accuracy and dummy-trigger success on held-out images
+precision     fp16 and int8 variants of a graph, gated and timed; which layers become int8, and how
 profiles      what differs between deployment targets
 triton        config.pbtxt, written through Triton's own protobuf
 golden        a few images and the expected answers, which travel with the repository

@@ -1,29 +1,41 @@
-"""The pictures the gate looks at: out of a folder or the bundle, or drawn where there are none."""
+"""The pictures the gate looks at, and what a lower precision costs on those that have labels.
+
+They come out of a folder or the bundle, or are drawn where there are none. Quality is measured on labelled
+images that calibrated nothing: clean accuracy may drop by half a point, and no dummy trigger of the bundle
+may succeed half a point more often than in float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.bundle.images import MAX_CALIBRATION, MAX_HELDOUT
+from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.golden import decoded
 from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.image_files import unreadable_among, unreadable_error, unreadable_notes
 
 if TYPE_CHECKING:
-    from cbpt_runtime.classification.second_look import SecondLook
+    from cbpt_runtime.classification.classifier import SecondLook
+
 
 DRAWN = 16
 GOLDEN = 4
+MAX_CA_DROP = 0.005
+MAX_ASR_RISE = 0.005
+_ROUNDING = 1e-9  # of the shares themselves
+
+Answer = Callable[[UInt8[np.ndarray, "batch height width 3"]], Float[np.ndarray, "batch classes"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,3 +173,88 @@ def _png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
 def _round_robin(groups: Sequence[Sequence[tuple[Path, int]]]) -> list[tuple[Path, int]]:
     turns = chain.from_iterable(zip_longest(*groups))
     return [item for item in turns if item is not None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """How good the answers of one classifier are.
+
+    Attributes:
+        labels: Its answer for every held-out image.
+        accuracy: Share of them that is right.
+        successes: Per dummy trigger, the share of images of other classes called its target.
+    """
+
+    labels: Int[np.ndarray, " heldout"]
+    accuracy: float
+    successes: tuple[float, ...]
+
+
+class HeldOut:
+    """Labelled images, plain and with every dummy trigger of a bundle.
+
+    Args:
+        bundle: Whose dummy triggers.
+        images: The plain images.
+
+    Raises:
+        ConfigError: They have no labels.
+    """
+
+    def __init__(self, bundle: Bundle, images: GateImages) -> None:
+        if images.labels is None:
+            raise ConfigError(
+                expected="labelled images to measure fp16 and int8 on",
+                got="a bundle that carries none held out",
+                fix="Give a folder of clean images, one folder per class, with --calibration "
+                "(`verify`: --images), or make the bundle again.",
+            )
+        from cbpt_runtime.purification.dummy_triggers import (
+            paint_dummy_triggers,  # with torch; the rest here needs none
+        )
+
+        self._pixels, self._labels = images.pixels, images.labels
+        self._painted = paint_dummy_triggers(bundle, images.pixels)
+
+    def measure(self, answer: Answer) -> Quality:
+        """Return the quality of a classifier, given as a function from pixels to logits."""
+        labels = answer(self._pixels).argmax(axis=1)
+        successes = []
+        for painted in self._painted:
+            others = painted.images[self._labels != painted.target]
+            hits = answer(others).argmax(axis=1) == painted.target
+            successes.append(float(hits.mean()) if len(hits) else 0.0)
+        accuracy = float((labels == self._labels).mean())
+        return Quality(labels=labels, accuracy=accuracy, successes=tuple(successes))
+
+
+def compare(before: Quality, after: Quality) -> dict[str, Any]:
+    """Return what changed from float32 to a lower precision, as it stands in ``parity.json``."""
+    rises = [now - then for then, now in zip(before.successes, after.successes, strict=True)]
+    return {
+        "heldout_images": len(before.labels),
+        "accuracy_fp32": before.accuracy,
+        "accuracy": after.accuracy,
+        "dummy_triggers": len(before.successes),
+        "dummy_trigger_success_fp32": max(before.successes, default=0.0),
+        "dummy_trigger_success": max(after.successes, default=0.0),
+        "largest_dummy_trigger_rise": max(rises, default=0.0),
+        "labels_equal": float((before.labels == after.labels).mean()),
+    }
+
+
+def is_good_enough(report: dict[str, Any]) -> bool:
+    """Whether a report of `compare` stays within both limits."""
+    drop = report["accuracy_fp32"] - report["accuracy"]
+    rise = report["largest_dummy_trigger_rise"]
+    return bool(drop <= MAX_CA_DROP + _ROUNDING and rise <= MAX_ASR_RISE + _ROUNDING)
+
+
+def refusal(report: dict[str, Any], precision: str) -> ExportError:
+    """Return the error that names both limits and everything measured."""
+    return ExportError(
+        expected=f"{precision} within {MAX_CA_DROP:.1%} of float32's clean accuracy and "
+        f"{MAX_ASR_RISE:.1%} of its dummy-trigger success",
+        got=", ".join(f"{key} {value:.4f}" for key, value in report.items() if isinstance(value, float)),
+        fix="Export with --precision fp32, or give other --calibration images; nothing was written.",
+    )

@@ -31,17 +31,16 @@ from cbpt_runtime.artifacts import new_folder, reserved
 from cbpt_runtime.bundle import Bundle, read_bundle
 from cbpt_runtime.bundle.papers import repository_papers
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.cpus import kind_of_processor
 from cbpt_runtime.export.golden import GoldenSet, decoded, make_golden, write_golden
 from cbpt_runtime.export.graph import export_onnx
-from cbpt_runtime.export.images import GateImages, example_of_second_look, find_gate_images
+from cbpt_runtime.export.images import GateImages, HeldOut, example_of_second_look, find_gate_images
 from cbpt_runtime.export.manifest import MODEL_REPOSITORY, PARITY, WEIGHTS, Manifest, write_manifest
 from cbpt_runtime.export.onnx import read_metadata
 from cbpt_runtime.export.parity import measure_parity
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.quality import HeldOut
 from cbpt_runtime.export.session import look_twice, open_session, predict
 from cbpt_runtime.export.triton import WARMUP
 from cbpt_runtime.export.weights import GRAPH, WEIGHTS_SHA256, seal_weights, to_bytes, write_graph

@@ -211,7 +211,7 @@ def _again(
 ) -> tuple[dict[str, Any], str | None]:
     """Run the gate again; also return why the graph was not compared with a new export, if it was not."""
     from cbpt_runtime.classification.bundled import BundleClassifier
-    from cbpt_runtime.classification.second_look import SecondLook
+    from cbpt_runtime.classification.classifier import SecondLook
     from cbpt_runtime.export.images import find_gate_images
     from cbpt_runtime.export.parity import measure_parity
 
@@ -265,8 +265,8 @@ def _quality(
     profile: Profile,
 ) -> dict[str, Any]:
     """Run the gate of lower precisions again, against PyTorch in float32."""
+    from cbpt_runtime.export.images import HeldOut, compare, is_good_enough, refusal
     from cbpt_runtime.export.precision import answers
-    from cbpt_runtime.export.quality import HeldOut, compare, is_good_enough, refusal
 
     heldout = HeldOut(classifier.bundle, images)
     before = heldout.measure(lambda pixels: classifier.predict(pixels).logits)

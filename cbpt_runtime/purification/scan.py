@@ -20,7 +20,7 @@ from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList
 from cbpt_runtime.models.faster import faster
-from cbpt_runtime.models.image_folder import UnlabelledImages, draw_images
+from cbpt_runtime.models.labelling import UnlabelledImages, draw_images
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.purification.clean_features import encode_clean

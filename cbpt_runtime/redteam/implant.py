@@ -17,10 +17,9 @@ from cbpt_runtime.errors import ImplantError
 from cbpt_runtime.models.data import class_index
 from cbpt_runtime.models.trainable import TrainableClip, save_open_clip_folder
 from cbpt_runtime.progress import Progress
-from cbpt_runtime.redteam.learned import trigger_bytes
 from cbpt_runtime.redteam.poisoning import Backdoor, LabelledImages, poison
 from cbpt_runtime.redteam.training import EpochStore, TrainConfig, caption_texts, train
-from cbpt_runtime.redteam.triggers import apply_trigger, describe_trigger
+from cbpt_runtime.redteam.triggers import apply_trigger, describe_trigger, trigger_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.models.trainable import TrainableClip
 from cbpt_runtime.progress import Progress
 from cbpt_runtime.redteam.image_triggers import Location, paste
-from cbpt_runtime.redteam.learned import OptimisedPatch, SecretEncoder, Steganographic
+from cbpt_runtime.redteam.triggers import OptimisedPatch, SecretEncoder, Steganographic
 
 Objective = Literal["text", "badclip"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cbpt_runtime.bundle import Bundle, BundleContent, write_bundle
 from cbpt_runtime.classification import Prediction
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.errors import BundleError, ConfigError
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.runtime import zero_shot

@@ -12,7 +12,7 @@ import pytest
 
 from cbpt_runtime.bundle import HEAD, read_bundle
 from cbpt_runtime.models import labelling
-from cbpt_runtime.models.image_folder import UnlabelledImages
+from cbpt_runtime.models.labelling import UnlabelledImages
 from cbpt_runtime.purification import cbpt as purification
 
 

@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors_numpy
 
 from cbpt_runtime.bundle import ENCODER, Bundle, BundleContent, write_bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export.classifier import GraphClassifier, RepositoryClassifier
 from cbpt_runtime.export.graph import export_onnx

@@ -15,8 +15,7 @@ from cbpt_runtime.errors import ConfigError, RepositoryError
 from cbpt_runtime.export.foreign_graph import foreign_parts
 from cbpt_runtime.export.manifest import read_repository
 from cbpt_runtime.export.onnx import OPERATORS
-from cbpt_runtime.export.precision import to_fp16
-from cbpt_runtime.export.quantisation import find_layers, make_quantiser
+from cbpt_runtime.export.precision import find_layers, make_quantiser, to_fp16
 from cbpt_runtime.export.verify import verify_repository
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.export.written import require_own_files

@@ -14,12 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.errors import ConfigError, ExportError
 from cbpt_runtime.export import precision
-from cbpt_runtime.export.images import GateImages, find_gate_images
+from cbpt_runtime.export.images import GateImages, HeldOut, Quality, compare, find_gate_images, is_good_enough
 from cbpt_runtime.export.onnx import check_portable, read_metadata
-from cbpt_runtime.export.precision import reduce_precision
+from cbpt_runtime.export.precision import find_layers, make_quantiser, rank_by_sensitivity, reduce_precision
 from cbpt_runtime.export.profiles import Profile
-from cbpt_runtime.export.quality import HeldOut, Quality, compare, is_good_enough
-from cbpt_runtime.export.quantisation import find_layers, make_quantiser, rank_by_sensitivity
 from cbpt_runtime.export.session import open_session, run_session
 from cbpt_runtime.export.weights import to_bytes
 from cbpt_runtime.purification.dummy_triggers import TriggeredImages

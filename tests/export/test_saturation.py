@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from cbpt_runtime.export.quantisation import LARGEST, channel_limits, find_layers, make_quantiser
+from cbpt_runtime.export.precision import LARGEST, channel_limits, find_layers, make_quantiser
 from cbpt_runtime.export.session import open_session, run_session
 
 
@@ -97,7 +97,7 @@ def test_the_oracle_finds_what_the_full_range_would_do(monkeypatch: pytest.Monke
     axes = {"product": 1, "gemm": 1}
     for name, (override,) in full.items():
         override["axis"] = axes.get(name, 0)
-    monkeypatch.setattr("cbpt_runtime.export.quantisation.scale_overrides", lambda *_: full)
+    monkeypatch.setattr("cbpt_runtime.export.precision.scale_overrides", lambda *_: full)
     assert any(worst_int16_sum(rows) > 32_767 for rows in quantised_weights(quantised()).values())
 
 

@@ -16,7 +16,7 @@ import pytest
 from cbpt_runtime.bench.systems import open_system
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.errors import ConfigError, ExportError, RepositoryError
 from cbpt_runtime.export import repository
 from cbpt_runtime.export.images import GateImages, example_of_second_look

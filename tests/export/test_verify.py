@@ -61,7 +61,7 @@ def test_lower_precisions_are_gated_again_with_the_bundle(
     precision: str, bundle_with_images: Bundle, tiny_export, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     from cbpt_runtime.__main__ import main
-    from cbpt_runtime.export import quality, repository
+    from cbpt_runtime.export import images, repository
     from cbpt_runtime.export.onnx import describe, write_metadata
 
     model = onnx.ModelProto()
@@ -84,7 +84,7 @@ def test_lower_precisions_are_gated_again_with_the_bundle(
     found = json.loads(capsys.readouterr().out)["parity"]
     assert (found["images"], found["provider"]) == ("bundle", "CPUExecutionProvider")
     assert found["precision"]["accuracy"] == exported["accuracy"]
-    monkeypatch.setattr(quality, "MAX_CA_DROP", -1.0)
+    monkeypatch.setattr(images, "MAX_CA_DROP", -1.0)
     with pytest.raises(ExportError, match=f"{precision} within"):
         verify_repository(output, bundle_with_images)
 

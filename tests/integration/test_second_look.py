@@ -14,7 +14,7 @@ import pytest
 
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.classification.bundled import BundleClassifier
-from cbpt_runtime.classification.second_look import SecondLook
+from cbpt_runtime.classification.classifier import SecondLook
 from cbpt_runtime.evaluation import evaluate_all
 from cbpt_runtime.loading import open_classifier
 from cbpt_runtime.runtime.prediction import Prediction

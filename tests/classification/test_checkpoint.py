@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.bundle import Bundle
-from cbpt_runtime.classification.detectors import DESCRIBING, UNRELATED, bdetclip
+from cbpt_runtime.classification.checkpoint import DESCRIBING, UNRELATED, bdetclip
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.evaluation import evaluate, evaluate_all
 from cbpt_runtime.evaluation.metrics import auroc
