@@ -26,11 +26,10 @@ from cbpt_runtime.models.checkpoint import read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.data import find_class_folders, read_images
 from cbpt_runtime.models.trainable import load_trainable
-from cbpt_runtime.redteam.folders import read_labelled
 from cbpt_runtime.redteam.implant import implant
 from cbpt_runtime.redteam.training import TrainConfig
 from cbpt_runtime.redteam.triggers import apply_trigger, load_trigger
-from cbpt_runtime.redteam.victims import implant_checkpoint
+from cbpt_runtime.redteam.victims import implant_checkpoint, read_labelled
 
 RESULTS = Path(__file__).parent / "results" / "implants.json"
 TRAINING = TrainConfig(epochs=3, learning_rate=7e-4, batch_size=64, max_shift=3, precision="bf16")

@@ -1,7 +1,6 @@
 """Speed, measured honestly: how long an answer takes, how many there are per second, and that they are right.
 
-config       what is measured, and how long
-pictures     the image files that are sent
+workload     what is measured and how long, and the image files that are sent
 systems      a bundle, an ONNX file, a repository or a server as what is measured
 records      what is found, in words and as JSON
 generator    a process that sends requests to a server when they are due, and notes what came back when

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 
 from cbpt_runtime.bench import samples
-from cbpt_runtime.bench.config import BenchConfig
 from cbpt_runtime.bench.generator import (
     Answers,
     Destination,
@@ -22,10 +21,10 @@ from cbpt_runtime.bench.generator import (
     Observations,
     poisson_arrivals,
 )
-from cbpt_runtime.bench.pictures import Pictures
 from cbpt_runtime.bench.records import Checked, Run, Senders, Stages
 from cbpt_runtime.bench.systems import System, Timing
 from cbpt_runtime.bench.triton import difference, read_statistics, served_models
+from cbpt_runtime.bench.workload import BenchConfig, Pictures
 
 TOLERANCE = 5e-3  # in probability and alarm: batches of other sizes add up in another order
 KEPT_UP = 0.97  # of the offered rate

@@ -10,7 +10,6 @@ from cbpt_runtime.cli import (
     attack,
     bench,
     classify,
-    convert,
     demo,
     evaluate,
     export,
@@ -37,7 +36,7 @@ app = typer.Typer(
 app.command("scan", short_help="Whether a CLIP has a backdoor: any images, no labels.")(scan.command)
 app.command("purify", short_help="A suspect CLIP in, a purified classifier out.")(purify.command)
 app.command("inspect", short_help="What a checkpoint or a bundle is; verifies hashes.")(inspect.command)
-app.command("convert", short_help="Any checkpoint in, an open_clip folder out.")(convert.command)
+app.command("convert", short_help="Any checkpoint in, an open_clip folder out.")(inspect.convert)
 app.command("classify", short_help="Labels, probabilities and the alarm for images.")(classify.command)
 app.command("label", short_help="A batch of images, as many as there are, into Parquet.")(label.command)
 app.command("evaluate", short_help="Clean accuracy and attack success, before and after.")(evaluate.command)

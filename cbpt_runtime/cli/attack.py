@@ -69,7 +69,7 @@ def apply(
     """Write triggered copies of all images of a folder."""
     import torch
 
-    from cbpt_runtime.redteam.folders import write_triggered
+    from cbpt_runtime.redteam.victims import write_triggered
 
     trigger = named_trigger(attack, settings)
     with shown_progress() as progress:

@@ -1,4 +1,4 @@
-"""`cbpt-runtime inspect`: what a checkpoint or a bundle is, without running anything from it."""
+"""`cbpt-runtime inspect` and `convert`: what a checkpoint is, and the same as an open_clip folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cbpt_runtime.artifacts.names import shell_line
 from cbpt_runtime.cli.options import (
     DigestOption,
     ImageSizeOption,
@@ -53,3 +54,21 @@ def command(
     else:
         print_pairs({**found, "prompts": prompts.verdict})
         print_table(prompts.columns, prompts.rows())
+
+
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint, as for purify --checkpoint.")],
+    output: Annotated[Path, typer.Option(help="open_clip folder to make.")],
+    model: ModelOption = None,
+    image_size: ImageSizeOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a converted folder at --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint of any layout as an open_clip folder, and say what was found and left out."""
+    from cbpt_runtime.models.inspection import convert_checkpoint
+
+    found = convert_checkpoint(checkpoint, output, model=model, image_size=image_size, force=force)
+    if as_json:
+        print_json(found)
+    else:
+        print_pairs(found | {"next": shell_line("cbpt-runtime", "inspect", output)})

@@ -19,15 +19,15 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from cbpt_runtime.errors import CheckpointError, ConfigError
-from cbpt_runtime.models.architecture import build_model
-from cbpt_runtime.models.config import check_model_config
-from cbpt_runtime.models.fitting import (
+from cbpt_runtime.models.architecture import (
+    build_model,
     key_problems,
     resize_positions,
     value_problems,
     with_image_size,
     without_prefixes,
 )
+from cbpt_runtime.models.config import check_model_config
 from cbpt_runtime.models.huggingface import has_hugging_face_names, open_clip_names
 from cbpt_runtime.models.locations import CONFIG_NAME, Located, locate
 from cbpt_runtime.models.weights import Weights, files_digest, read_weights

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cbpt_runtime.artifacts import Kind, marked, new_folder, reserved
 from cbpt_runtime.errors import CheckpointError
+from cbpt_runtime.models.architecture import value_problems
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.class_lists import read_class_list
 from cbpt_runtime.models.clip import load_dual_encoder
 from cbpt_runtime.models.config import is_custom_text
-from cbpt_runtime.models.fitting import value_problems
 from cbpt_runtime.models.locations import CONFIG_NAME, locate
 from cbpt_runtime.models.prompt_words import check_prompts
 from cbpt_runtime.models.tokenizer import prompt_notes

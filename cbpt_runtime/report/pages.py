@@ -210,7 +210,7 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "figure": _figure, "pretty": _pretty}
+    environment.filters |= {"percent": sections.percent, "figure": _figure, "pretty": _pretty}
     return environment.get_template(template).render(**values)
 
 
@@ -347,10 +347,6 @@ def _worst_success(suspects: Sequence[Suspect]) -> tuple[float, float] | None:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _figure(value: object) -> str:

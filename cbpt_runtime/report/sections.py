@@ -182,7 +182,7 @@ def class_accuracy(clean: Measured, names: Sequence[str], marked: Sequence[int],
         alt=f"Dots: clean accuracy of every class. {text}",
         columns=("class", "images", *shares),
         rows=tuple(
-            (row["name"], str(row["images"]), *(_percent(own[place]) for own in shares.values()))
+            (row["name"], str(row["images"]), *(percent(own[place]) for own in shares.values()))
             for place, row in enumerate(rows)
         ),
     )
@@ -289,8 +289,9 @@ def _called(measured: Measured, names: Sequence[str]) -> list[Picture]:
 
 
 def _arrow(counts: Sequence[int], total: int) -> str:
-    return " → ".join(_percent(count / total) for count in counts)
+    return " → ".join(percent(count / total) for count in counts)
 
 
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
+def percent(rate: float | None) -> str:
+    """Return a rate for people; a dash where there is none."""
+    return "–" if rate is None else f"{100 * rate:.1f}\N{NO-BREAK SPACE}%"
