@@ -24,10 +24,10 @@ import numpy as np
 import tables
 
 from cbpt_runtime.bench import measuring
+from cbpt_runtime.bench.inputs import BenchConfig, Pictures, read_pictures
 from cbpt_runtime.bench.measuring import Workload
 from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.bench.systems import open_system
-from cbpt_runtime.bench.workload import BenchConfig, Pictures, read_pictures
 from cbpt_runtime.bundle import read_bundle
 from cbpt_runtime.export.profiles import Profile
 from cbpt_runtime.export.repository import export_bundle

@@ -2,6 +2,8 @@
 
     folders       how an output is recognised before it is replaced; staging, locking, and the move into place
     file_table    SHA-256 of every file of a folder, what a manifest looks like, reading what strangers made
+    names         of files, as people and shells can read them
+    signing       signatures of folders, and what a signed folder holds
 
 A run has ``OUTPUT.partial`` to itself: a folder with a marker that is locked while the run lives. It holds
 the output until that is whole, what was replaced until the new one has its place, and the stages that a

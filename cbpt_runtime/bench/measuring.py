@@ -21,10 +21,10 @@ from cbpt_runtime.bench.generator import (
     Observations,
     poisson_arrivals,
 )
+from cbpt_runtime.bench.inputs import BenchConfig, Pictures
 from cbpt_runtime.bench.records import Checked, Run, Senders, Stages
 from cbpt_runtime.bench.systems import System, Timing
 from cbpt_runtime.bench.triton import difference, read_statistics, served_models
-from cbpt_runtime.bench.workload import BenchConfig, Pictures
 
 TOLERANCE = 5e-3  # in probability and alarm: batches of other sizes add up in another order
 KEPT_UP = 0.97  # of the offered rate

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from cbpt_runtime.bench.generator import Answers
+from cbpt_runtime.bench.inputs import BenchConfig, Pictures, read_pictures
 from cbpt_runtime.bench.measuring import TOLERANCE, Workload
 from cbpt_runtime.bench.records import BenchResult, Measured, Quality, SystemResult
 from cbpt_runtime.bench.results import describe_machine, describe_versions
 from cbpt_runtime.bench.scenarios import run_scenario
 from cbpt_runtime.bench.systems import System, open_system
 from cbpt_runtime.bench.triton import cross_check
-from cbpt_runtime.bench.workload import BenchConfig, Pictures, read_pictures
 from cbpt_runtime.errors import ConfigError, ImageDataError, WorkError
 from cbpt_runtime.evaluation import metrics
 from cbpt_runtime.models.data import class_index

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cbpt_runtime.bench.workload import BEYOND, PERCENTILES
+from cbpt_runtime.bench.inputs import BEYOND, PERCENTILES
 
 _BINS_PER_DECADE = 20
 _RESAMPLES = 2000

@@ -16,9 +16,9 @@ from jaxtyping import UInt8
 from onnx import numpy_helper
 
 from cbpt_runtime.bench import measuring, samples
+from cbpt_runtime.bench.inputs import MAX_TRIAL_S, Scenario
 from cbpt_runtime.bench.measuring import Workload
 from cbpt_runtime.bench.records import HeadTiming, Measured, Run, Search, Trial
-from cbpt_runtime.bench.workload import MAX_TRIAL_S, Scenario
 from cbpt_runtime.errors import ConfigError
 from cbpt_runtime.export.onnx import FEATURES, INPUT, nodes_after, tidy
 from cbpt_runtime.export.session import open_session

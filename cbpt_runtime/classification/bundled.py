@@ -14,6 +14,7 @@ from cbpt_runtime.bundle import ENCODER, Bundle, read_bundle
 from cbpt_runtime.classification.classifier import Classifier
 from cbpt_runtime.errors import BundleError
 from cbpt_runtime.models.clip import ImageEncoder, load_image_encoder, resolve_device
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.runtime import zero_shot
 from cbpt_runtime.runtime.prediction import Prediction, above
 from cbpt_runtime.runtime.preprocess import Pixels, Preprocess
@@ -92,8 +93,7 @@ class BundleClassifier(Classifier):
         parts = [np.zeros((0, self.bundle.class_embeddings.shape[1]), np.float32)]
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
-                batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
-                pixels = batch.to(self.device).permute(0, 3, 1, 2).float().div(255)
+                pixels = to_float(images[start : start + batch_size], self.device)
                 parts.append(self.image_encoder.encode_images(pixels).cpu().numpy())
         return np.concatenate(parts)
 

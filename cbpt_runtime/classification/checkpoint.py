@@ -25,6 +25,7 @@ from cbpt_runtime.models.activation import settle_activation
 from cbpt_runtime.models.checkpoint import Checkpoint, read_checkpoint
 from cbpt_runtime.models.clip import DualEncoder, load_dual_encoder, resolve_device
 from cbpt_runtime.models.data import ClassList, draw_clean_split, spoken
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.models.tokenizer import prompt_notes
 from cbpt_runtime.runtime import zero_shot
 from cbpt_runtime.runtime.prediction import Prediction
@@ -126,9 +127,8 @@ class CheckpointClassifier(Classifier):
         """Classify images with the zero-shot head."""
         self.check_pixels(images)
         encoder = self._encoder
-        batch = torch.from_numpy(np.ascontiguousarray(images)).to(encoder.device)
         with torch.inference_mode():
-            features = encoder.encode_images(batch.permute(0, 3, 1, 2).float().div(255)).cpu().numpy()
+            features = encoder.encode_images(to_float(images, encoder.device)).cpu().numpy()
         logits = zero_shot.logits(features, self._head, encoder.logit_scale, encoder.logit_bias)
         return Prediction(
             logits=logits,

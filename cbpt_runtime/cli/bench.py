@@ -102,9 +102,9 @@ def run(
 ) -> None:
     """Measure latency and throughput honestly, and that the answers stay right."""
     from cbpt_runtime.artifacts import reserved
+    from cbpt_runtime.bench.inputs import BenchConfig
     from cbpt_runtime.bench.run import bench, with_perf_analyzer
     from cbpt_runtime.bench.triton import find_perf_analyzer
-    from cbpt_runtime.bench.workload import BenchConfig
     from cbpt_runtime.errors import WorkError
     from cbpt_runtime.report.speed import RESULTS, write_results
 

@@ -1,5 +1,6 @@
 """Clean accuracy, attack success and the alarm of classifiers, measured on labelled images.
 
+metrics       rates with their intervals, and AUROC
 results       what was measured
 measuring     one pass over the images per classifier
 tables        Markdown and CSV

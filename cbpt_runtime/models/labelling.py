@@ -33,6 +33,7 @@ from cbpt_runtime.models.image_files import (
     stacked,
     visible_entries,
 )
+from cbpt_runtime.models.pixels import to_float
 from cbpt_runtime.runtime.preprocess import Preprocess, is_image
 from cbpt_runtime.runtime.zero_shot import logits, probabilities
 
@@ -194,11 +195,10 @@ def reference_probabilities(
 ) -> Float[np.ndarray, "batch classes"]:
     """Return what the zero-shot head says of each image: a softmax at the model's scale, always."""
     head = encoder.class_embeddings(classes).cpu().numpy()
-    pixels = torch.as_tensor(drawn.images).permute(0, 3, 1, 2)
     with torch.no_grad():
         parts = [
-            encoder.encode_images(part.to(encoder.device).float() / 255).cpu()
-            for part in pixels.split(_BATCH)
+            encoder.encode_images(to_float(drawn.images[start : start + _BATCH], encoder.device)).cpu()
+            for start in range(0, len(drawn.images), _BATCH)
         ]
     return probabilities(logits(torch.cat(parts).numpy(), head, encoder.logit_scale))
 

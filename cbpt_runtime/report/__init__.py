@@ -3,8 +3,7 @@
 The templates escape every value; the pages forbid scripts and any address but ``data:``.
 
     charts        charts and pictures as addresses
-    sections      a chart with its words and the numbers behind it
-    study         what the report of a bundle measures
+    sections      a chart with its words and the numbers behind it; what the report of a bundle measures
     pages         the pages
     speed         the page and the plots of a bench run
 """

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cbpt_runtime.bench.generator import Answers
+from cbpt_runtime.bench.inputs import Pictures
 from cbpt_runtime.bench.run import measure_quality
 from cbpt_runtime.bench.systems import System
-from cbpt_runtime.bench.workload import Pictures
 from cbpt_runtime.classification import Classifier, Prediction
 from cbpt_runtime.errors import ClassListError, ImageDataError
 from cbpt_runtime.runtime.preprocess import Preprocess

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cbpt_runtime.bench.inputs import BenchConfig
 from cbpt_runtime.bench.records import BenchResult
 from cbpt_runtime.bench.run import bench
-from cbpt_runtime.bench.workload import BenchConfig
 from cbpt_runtime.bundle import Bundle
 from cbpt_runtime.report.speed import render_bench
 from cbpt_runtime.serving import RunningServer
