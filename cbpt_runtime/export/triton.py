@@ -52,7 +52,7 @@ def ensemble_config(manifest: Manifest, class_names: Sequence[str]) -> str:
             count.output_map[name] = name
     _set(config, "class_names", json.dumps(class_names, ensure_ascii=False))
     _set_threshold(config, manifest)
-    return config_text(config)
+    return _text(config)
 
 
 def preprocess_config(manifest: Manifest) -> str:
@@ -74,7 +74,7 @@ def preprocess_config(manifest: Manifest) -> str:
     warmup.inputs["image"].data_type = pb.TYPE_STRING
     warmup.inputs["image"].dims.append(1)
     warmup.inputs["image"].input_data_file = WARMUP
-    return config_text(config)
+    return _text(config)
 
 
 def classifier_config(manifest: Manifest, *, backend: str = "onnxruntime") -> str:
@@ -106,7 +106,7 @@ def classifier_config(manifest: Manifest, *, backend: str = "onnxruntime") -> st
         warmup.inputs[INPUT].data_type = pb.TYPE_UINT8
         warmup.inputs[INPUT].dims.extend(shape)
         warmup.inputs[INPUT].random_data = True
-    return config_text(config)
+    return _text(config)
 
 
 def alarm_config(manifest: Manifest, class_names: Sequence[str]) -> str:
@@ -135,14 +135,7 @@ def alarm_config(manifest: Manifest, class_names: Sequence[str]) -> str:
     _set(config, "suspects", json.dumps({index: class_names[index] for index in manifest.suspects},
                                         ensure_ascii=False))  # fmt: skip
     _set_threshold(config, manifest)
-    return config_text(config)
-
-
-def config_text(config: Any) -> str:
-    """Return the `config.pbtxt` of a protobuf message."""
-    from google.protobuf import text_format
-
-    return str(text_format.MessageToString(config, use_index_order=False))
+    return _text(config)
 
 
 def parse_config(text: str) -> Any:
@@ -223,6 +216,12 @@ def _set_threshold(config: Any, manifest: Manifest) -> None:
 
 def _set(config: Any, name: str, value: object) -> None:
     config.parameters[name].string_value = str(value)
+
+
+def _text(config: Any) -> str:
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config, use_index_order=False))
 
 
 def _protobuf() -> Any:

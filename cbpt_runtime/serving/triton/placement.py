@@ -9,6 +9,7 @@ have its numbers. Nothing else differs.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,6 @@ from typing import Any
 from cbpt_runtime.errors import ConfigError, RepositoryError, ServingError
 from cbpt_runtime.export.cpus import usable_cpus
 from cbpt_runtime.export.manifest import Repository
-from cbpt_runtime.export.triton import config_text, parse_config
 from cbpt_runtime.serving.config import ServeConfig
 from cbpt_runtime.serving.triton.servers import RELEASE, TritonServer
 
@@ -89,10 +89,10 @@ def place(repository: Repository, server: TritonServer, config: ServeConfig) -> 
     ):
         classifier.instance_group[0].count = instances
         classifier.parameters[_THREADS].string_value = str(threads)
-        configs[classifier.name] = config_text(classifier)
+        configs[classifier.name] = _text(classifier)
     if decoders != decoder.instance_group[0].count:
         decoder.instance_group[0].count = decoders
-        configs[decoder.name] = config_text(decoder)
+        configs[decoder.name] = _text(decoder)
     return Placement(
         config_name=name,
         backend=classifier.backend,
@@ -166,19 +166,29 @@ def _config_file(repository: Repository, model: str, name: str | None) -> Path:
 
 
 def _read(repository: Repository, model: str, name: str | None) -> Any:
-    from google.protobuf.text_format import ParseError
+    from google.protobuf import text_format
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # grpc's own
+        from tritonclient.grpc import model_config_pb2
 
     file = _config_file(repository, model, name)
     try:
-        config = parse_config(file.read_text(encoding="utf-8"))
+        config = text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         if config.name != model or not config.instance_group:
             raise ValueError(f"one of {config.name!r} with {len(config.instance_group)} instance groups")
         if model == f"{repository.name}_classifier":
             int(config.parameters[_THREADS].string_value)
-    except (OSError, ValueError, ParseError) as error:
+    except (OSError, ValueError, text_format.ParseError) as error:
         raise RepositoryError(
             expected=f"the configuration of {model} in {file}",
             got=str(error),
             fix="Export the bundle again with `cbpt-runtime export`.",
         ) from error
     return config
+
+
+def _text(config: Any) -> str:  # not that of `export.triton`, which needs onnx: a serving container has none
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config, use_index_order=False))
